@@ -1,0 +1,48 @@
+# Everything a fresh clone needs: `make demo`, `make test`. Both set up a virtual environment first;
+# VENV= names another place for it, PYTHON= another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast published lint format bench clean
+
+demo: $(BIN)/.runtime
+	$(BIN)/python tools/demo.py
+
+test: lint $(BIN)/.dev
+	$(BIN)/python -m pytest
+
+test-fast: $(BIN)/.dev
+	$(BIN)/python -m pytest -m "not slow and not corpora and not published"
+
+# A batch of every published command at its real size: about 8 GB of memory, and minutes.
+published: $(BIN)/.dev
+	$(BIN)/python -m pytest -m published --durations=0
+
+lint: $(BIN)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(BIN)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BIN)/.runtime
+	$(BIN)/python bench/corpus.py
+	$(BIN)/python bench/pointer.py
+	$(BIN)/python bench/forget_mult.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.runtime: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(BIN)/.dev: requirements-dev.txt $(BIN)/.runtime
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,151 @@
+"""Small things every stage needs: batches, hidden state, seeds, device, log lines."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ToolkitError(Exception):
+    """A problem the user can mend; its text is one sentence: what is wrong and what to do."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` at once, when it is whole and on the disk.
+
+    If anything fails, the old file stays as it was and no other is left behind. What is not a plain
+    file, a terminal or a pipe, is written directly. Raises OSError.
+    """
+    # Through a link to the file it names, which is what a plain write would do.
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with open(target, "wb") as file:
+            yield file
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def unwritable(path: str | os.PathLike[str]) -> str | None:
+    """Why `replacing(path)` would fail, as far as can be told now; None if nothing is wrong."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        return "it is a folder"
+    if target.exists():
+        return None if os.access(target, os.W_OK) else "it is write-protected"
+    if not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    return None if os.access(target.parent, os.W_OK) else "its folder cannot be written"
+
+
+def batchify(data: Tensor, bsz: int) -> Tensor:
+    """Lay a stream of ids (n,) out in `bsz` columns: (n // bsz, bsz).
+
+    Time runs down, each column is a stream of its own, and the tail that does not fill `bsz` equal
+    columns is dropped::
+
+        a b c d e f g  in 3 columns:  a c e
+                                      b d f
+    """
+    rows = data.size(0) // bsz
+    return data[: rows * bsz].view(bsz, rows).t().contiguous()
+
+
+def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Inputs (n, bsz) from row `i` of `source` (rows, bsz) and the words that follow (n * bsz,).
+
+    `n = min(seq_len, rows - 1 - i)`. Both are int64, whatever the ids are stored as.
+    """
+    n = min(seq_len, source.size(0) - 1 - i)
+    window = source[i : i + n + 1].long()
+    return window[:-1], window[1:].flatten()
+
+
+def check_length(source: Tensor, name: str, cure: str) -> None:
+    """Raise ToolkitError if `source` (rows, bsz) is too short to train on or to evaluate."""
+    if source.size(0) < 3:
+        raise ToolkitError(
+            f"{name} is too short for {source.size(1)} columns of 3 or more tokens each: {cure}"
+        )
+
+
+def repackage_hidden(hidden: Any) -> Any:
+    """The same state cut off from the history that made it."""
+    if isinstance(hidden, Tensor):
+        return hidden.detach()
+    return type(hidden)(repackage_hidden(part) for part in hidden)
+
+
+def seed_everything(seed: int) -> np.random.Generator:
+    """Seed PyTorch on every device; the generator returned draws the sequence lengths."""
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+def select_device(cuda: bool | None) -> torch.device:
+    """The device to run on: CUDA when there is one, unless `cuda` is False.
+
+    Raises ToolkitError if `cuda` is True and there is none.
+    """
+    if cuda is False:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if cuda:
+        raise ToolkitError(
+            "--cuda was given but PyTorch finds no CUDA device: leave it out to run on the CPU"
+        )
+    return torch.device("cpu")
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)` for a loss in nats a token, infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def bits(loss: float) -> float:
+    """A loss in nats a token as bits a token: bits per character on a character corpus."""
+    return loss / math.log(2)
+
+
+def batch_line(epoch: int, batch: int, batches: int, lr: float, ms: float, loss: float) -> str:
+    """The classic log line within an epoch; `ms` is milliseconds a batch, `loss` nats a token."""
+    return (
+        f"| epoch {epoch:3d} | {batch:5d}/{batches:5d} batches | lr {lr:05.5f} | "
+        f"ms/batch {ms:5.2f} | loss {loss:5.2f} | ppl {perplexity(loss):8.2f} | "
+        f"bpc {bits(loss):8.3f}"
+    )
+
+
+def epoch_line(epoch: int, seconds: float, loss: float) -> str:
+    """The classic log line at the end of an epoch; `loss` is the validation loss."""
+    return (
+        f"| end of epoch {epoch:3d} | time: {seconds:5.2f}s | valid loss {loss:5.2f} | "
+        f"valid ppl {perplexity(loss):8.2f} | valid bpc {bits(loss):8.3f}"
+    )
+
+
+def end_line(what: str, part: str, loss: float) -> str:
+    """The classic last line: `| End of training | test loss ... | test ppl ... | test bpc ...`."""
+    return (
+        f"| End of {what} | {part} loss {loss:5.2f} | {part} ppl {perplexity(loss):8.2f} | "
+        f"{part} bpc {bits(loss):8.3f}"
+    )
