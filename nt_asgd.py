@@ -1,0 +1,88 @@
+"""NT-ASGD: plain SGD that turns into averaged SGD when the validation loss stops falling.
+
+"Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182, section 3 and algorithm 1.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class NonMonotonicTrigger:
+    """Fires when a validation loss is worse than the best of all but the last `nonmono` before it.
+
+    That needs more than `nonmono` earlier losses. `losses` is the history, in nats.
+    """
+
+    def __init__(self, nonmono: int, losses: Iterable[float] = ()) -> None:
+        self.nonmono = nonmono
+        self.losses = list(losses)
+
+    def update(self, loss: float) -> bool:
+        """Add a validation loss to the history and say whether it fires the trigger."""
+        older = self.losses[: max(0, len(self.losses) - self.nonmono)]
+        self.losses.append(loss)
+        return bool(older) and loss > min(older)
+
+
+class NTASGD(torch.optim.Optimizer):
+    """SGD with weight decay, and a running average of its iterates after `start_averaging`.
+
+    A step is `p -= lr * (gradient + weight_decay * p)`. The average after n averaged steps is the
+    mean of the n iterates since the switch (torch.optim.ASGD with t0 = 0 and lambd = 0). The
+    parameters themselves stay the raw iterates; `averaged()` lends them the average.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> None:
+        # Steps averaged so far, None before the switch; kept in the group so that it is saved.
+        defaults = {"lr": lr, "weight_decay": weight_decay, "averaged_steps": None}
+        super().__init__(params, defaults)
+
+    @property
+    def averaging(self) -> bool:
+        """Whether `start_averaging` has been called."""
+        return self.param_groups[0]["averaged_steps"] is not None
+
+    def start_averaging(self) -> None:
+        """Average every iterate from the next step on."""
+        for group in self.param_groups:
+            group["averaged_steps"] = 0
+            for p in group["params"]:
+                self.state[p]["average"] = p.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient, then the average of all."""
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if trained:
+                if group["weight_decay"]:
+                    torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(trained, [p.grad for p in trained], alpha=-group["lr"])
+            if group["averaged_steps"] is not None:
+                group["averaged_steps"] += 1
+                averages = [self.state[p]["average"] for p in group["params"]]
+                torch._foreach_lerp_(averages, group["params"], 1 / group["averaged_steps"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the parameters hold the average, if there is one."""
+        if not self.averaging:
+            yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p]["average"]
+                raw = p.clone()
+                p.copy_(average)
+                average.copy_(raw)

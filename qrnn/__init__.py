@@ -1,0 +1,6 @@
+"""The quasi-recurrent neural network, arXiv 1611.01576: ForgetMult, QRNNLayer and QRNN."""
+
+from qrnn.forget_mult import ForgetMult
+from qrnn.layer import QRNN, QRNNLayer
+
+__all__ = ["QRNN", "ForgetMult", "QRNNLayer"]
