@@ -1,0 +1,133 @@
+"""Sample text from a trained model, word by word."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import options
+from model import RNNModel
+from splitcross import SplitCrossEntropyLoss
+from utils import ToolkitError, replacing, seed_everything, select_device, unwritable
+
+WORDS_PER_LINE = 20
+
+
+def build_parser() -> options.Parser:
+    """The command line of generate.py."""
+    parser = options.Parser(options.CLASSIC["generate"], __doc__)
+    parser.add_argument(
+        "--data",
+        default="./data/penn",
+        help="accepted as in the original: the vocabulary is read from the model file",
+    )
+    options.add_model(parser)
+    parser.add_argument("--checkpoint", default="./model.pt", help="model file to sample from")
+    parser.add_argument(
+        "--outf", default="generated.txt", help="file to write, - for standard output"
+    )
+    parser.add_argument(
+        "--words", type=options.positive_int, default=1000, help="number of words to sample"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=options.positive,
+        default=1.0,
+        help="above 1 for more varied words, below 1 for likelier ones",
+    )
+    parser.add_argument(
+        "--top-k", type=options.positive_int, metavar="K", help="sample among the K likeliest words"
+    )
+    parser.add_argument(
+        "--prompt",
+        default="",
+        help="words to continue, in the tokens of the corpus; without it, from a random word",
+    )
+    parser.add_argument(
+        "--log-interval",
+        type=options.positive_int,
+        default=100,
+        metavar="N",
+        help="words between two lines of progress",
+    )
+    options.add_seed(parser)
+    options.add_device(parser)
+    return parser
+
+
+@torch.inference_mode()
+def sample(
+    model: RNNModel,
+    criterion: SplitCrossEntropyLoss,
+    prompt: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+) -> Iterator[int]:
+    """Sample word ids without end, the first one after `prompt` (n,).
+
+    The distribution is the criterion's over the full vocabulary, its logarithm divided by
+    `temperature`, cut to the `top_k` likeliest words.
+    """
+    model.eval()
+    model.reset()
+    hidden = model.init_hidden(1)
+    data = prompt.unsqueeze(1)
+    while True:
+        output, hidden = model(data, hidden)
+        logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output[-1:])
+        candidates, words = logprob[0].topk(min(top_k or logprob.size(1), logprob.size(1)))
+        word = words[torch.multinomial((candidates / temperature).softmax(dim=0), 1)]
+        yield int(word)
+        data = word.unsqueeze(1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write sampled words; raises ToolkitError for what the user can mend."""
+    args = options.parse(build_parser, argv)
+    loaded = checkpoint.load(args.checkpoint)
+    options.check_architecture(args, loaded.config, args.checkpoint)
+    device = select_device(args.cuda)
+    problem = None if args.outf == "-" else unwritable(args.outf)
+    if problem:
+        raise ToolkitError(f"cannot write {args.outf} ({problem}): pass another --outf")
+    dictionary = loaded.dictionary
+    unknown = [word for word in args.prompt.split() if word not in dictionary.word2idx]
+    if unknown:
+        raise ToolkitError(
+            f"the model does not know the word {unknown[0]!r} of --prompt: write it as its corpus "
+            "does (lower case, tokens apart), or <unk> where the corpus has that"
+        )
+    model, criterion = checkpoint.rebuild(loaded, device)
+    seed_everything(args.seed)
+    if args.prompt.split():
+        ids = [dictionary.word2idx[word] for word in args.prompt.split()]
+        prompt = torch.tensor(ids, device=device)
+    else:
+        prompt = torch.randint(len(dictionary), (1,)).to(device)
+
+    words = sample(model, criterion, prompt, args.temperature, args.top_k)
+    pieces = []
+    for number in range(1, args.words + 1):
+        pieces.append(dictionary.idx2word[next(words)])
+        pieces.append("\n" if number % WORDS_PER_LINE == 0 else " ")
+        # On standard output the text itself shows how far it is.
+        if number % args.log_interval == 0 and args.outf != "-":
+            print(f"| Generated {number}/{args.words} words")
+    text = "".join(pieces)
+    if args.outf == "-":
+        sys.stdout.write(text.rstrip() + "\n")
+        return
+    try:
+        with replacing(args.outf) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise ToolkitError(
+            f"cannot write {args.outf} ({os.strerror(error.errno)}): pass another --outf"
+        ) from error
+
+
+if __name__ == "__main__":
+    options.run(main)
