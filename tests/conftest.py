@@ -1,0 +1,73 @@
+"""What several test files share: a tiny corpus, and scripts run as a user would."""
+
+import importlib
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import options
+
+ROOT = Path(__file__).resolve().parent.parent
+# Where the full corpora lie beside the repository; tests that need them are skipped elsewhere.
+CORPORA = ROOT.parent / "shared" / "data"
+
+# A network small enough for a test, as flags.
+TINY = (
+    "--emsize 12 --nhid 16 --nlayers 2 --batch_size 4 --bptt 10 --no-cuda --seed 7 "
+    "--dropout 0.1 --dropouth 0.1 --dropouti 0.1"
+).split()
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory):
+    """A corpus of 60 words in which each word says much about the next."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(60)]
+    for name, lines in (("train", 600), ("valid", 60), ("test", 40)):
+        text = []
+        for _ in range(lines):
+            i = rng.randrange(60)
+            line = []
+            for _ in range(rng.randrange(4, 12)):
+                line.append(words[i])
+                i = (3 * i + rng.randrange(2)) % 60
+            text.append(" ".join(line))
+        (folder / f"{name}.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Networks this small are slower on several threads, and much slower on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def script(capfd):
+    """Run a script in this process as the command line would: (exit status, stdout, stderr)."""
+
+    def run(name, *argv):
+        module = importlib.import_module(name)
+        with pytest.raises(SystemExit) as exit_info:
+            options.run(lambda: module.main([str(arg) for arg in argv]))
+        out, err = capfd.readouterr()
+        return exit_info.value.code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, corpus_dir):
+    """A model file of each cell type trained a little on the tiny corpus, made once."""
+    import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    files = {}
+    for cell in ("LSTM", "GRU", "QRNN"):
+        files[cell] = folder / f"{cell}.pt"
+        argv = ["--data", str(corpus_dir), "--model", cell, *TINY, "--epochs", "2", "--lr", "5"]
+        main.main([*argv, "--save", str(files[cell])])
+    return files

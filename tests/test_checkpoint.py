@@ -1,0 +1,295 @@
+"""checkpoint.py: what a model file holds, what is refused, and that nothing is half written."""
+
+import os
+import pickle
+import resource
+import signal
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import Checkpoint, CheckpointError
+from data import Dictionary
+from model import RNN_TYPES, RNNModel
+from splitcross import SplitCrossEntropyLoss
+
+CPU = torch.device("cpu")
+
+
+def make(rnn_type="LSTM", wdrop=0.5, splits=(), tie=True):
+    torch.manual_seed(0)
+    model = RNNModel(rnn_type, 30, 5, 7, 2, wdrop=wdrop, tie_weights=tie)
+    criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
+    for p in criterion.parameters():
+        torch.nn.init.normal_(p)
+    dictionary = Dictionary.from_words([f"w{i}" for i in range(30)], range(30))
+    return Checkpoint(
+        config=checkpoint.config_of(model, criterion),
+        model=checkpoint.snapshot(model),
+        criterion=checkpoint.snapshot(criterion),
+        vocabulary=checkpoint.vocabulary_of(dictionary),
+        args={"lr": 30.0, "when": [-1]},
+        stage="main.py",
+        epoch=3,
+        valid_loss=4.5,
+    )
+
+
+def outputs(model, criterion):
+    model.eval()
+    model.reset()
+    with torch.no_grad():
+        output, _ = model(torch.arange(12).view(6, 2), model.init_hidden(2))
+        return criterion.logprob(model.decoder.weight, model.decoder.bias, output)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("splits", [(), (5, 20)])
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+def test_round_trip(tmp_path, rnn_type, splits, tie):
+    before = make(rnn_type, splits=splits, tie=tie)
+    expected = outputs(*checkpoint.rebuild(before, CPU))
+    checkpoint.save(tmp_path / "model.pt", before)
+    after = checkpoint.load(tmp_path / "model.pt")
+    assert torch.equal(outputs(*checkpoint.rebuild(after, CPU)), expected)
+    for name in ("config", "vocabulary", "args", "stage", "epoch", "valid_loss", "training"):
+        assert getattr(after, name) == getattr(before, name)
+    assert after.dictionary.word2idx["w7"] == 7
+    assert after.dictionary.counter[7] == 7
+    model, _ = checkpoint.rebuild(after, CPU)
+    assert (model.decoder.weight is model.encoder.weight) == tie
+
+
+def test_it_is_a_plain_dictionary(tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, make())
+    content = torch.load(path, weights_only=True)
+    assert content["format"] == "awd-lstm-lm"
+    assert content["config"]["nhid"] == 7
+    assert "rnns.0.module.weight_hh_l0_raw" in content["model"]
+    # Tied weights are stored once.
+    tied = content["model"]["encoder.weight"], content["model"]["decoder.weight"]
+    assert tied[0].data_ptr() == tied[1].data_ptr()
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize(("saved", "asked"), [(0.5, 0.0), (0.0, 0.5), (0.5, 0.2)])
+def test_weight_drop_may_be_switched_on_and_off(tmp_path, rnn_type, saved, asked):
+    checkpoint.save(tmp_path / "m.pt", make(rnn_type, wdrop=saved))
+    loaded = checkpoint.load(tmp_path / "m.pt")
+    model, criterion = checkpoint.rebuild(loaded, CPU, wdrop=asked, dropouth=0.1)
+    assert model.wdrop == asked
+    assert model.dropouth == 0.1
+    assert torch.equal(outputs(model, criterion), outputs(*checkpoint.rebuild(loaded, CPU)))
+
+
+def break_weights(content):
+    content["model"]["encoder.weight"][0, 0] = float("nan")
+
+
+def break_shape(content):
+    content["model"]["decoder.bias"] = torch.zeros(31)
+
+
+def break_dtype(content):
+    content["model"]["decoder.bias"] = torch.zeros(30, dtype=torch.int64)
+
+
+def break_names(content):
+    content["model"]["other"] = content["model"].pop("decoder.bias")
+
+
+def break_vocabulary(content):
+    content["vocabulary"]["words"].pop()
+
+
+def break_twice(content):
+    content["vocabulary"]["words"][3] = "w4"
+
+
+def break_sizes(content):
+    content["config"]["nhid"] = 10**12
+
+
+def break_layers(content):
+    content["config"]["nlayers"] = 10**12
+
+
+def break_config(content):
+    del content["config"]["nlayers"]
+
+
+def break_cell(content):
+    content["config"]["rnn_type"] = "RNN_TANH"
+
+
+def break_type(content):
+    content["model"] = [1, 2]
+
+
+def break_field(content):
+    del content["vocabulary"]
+
+
+def break_format(content):
+    content["format"] = "something"
+
+
+def break_version(content):
+    content["version"] = 99
+
+
+BREAKS = [
+    (break_weights, "not finite"),
+    (break_shape, "wrong shape"),
+    (break_dtype, "wrong shape or type"),
+    (break_names, "do not fit"),
+    (break_vocabulary, "vocabulary does not fit"),
+    (break_twice, "vocabulary does not fit"),
+    (break_sizes, "damaged"),
+    (break_layers, "do not fit"),
+    (break_config, "damaged"),
+    (break_cell, "damaged"),
+    (break_type, "damaged"),
+    (break_field, "damaged"),
+    (break_format, "no model file of this toolkit"),
+    (break_version, "version 99"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BREAKS, ids=[f.__name__ for f, _ in BREAKS])
+def test_damaged_content_is_refused(tmp_path, damage, message):
+    path = tmp_path / "m.pt"
+    checkpoint.save(path, make())
+    content = torch.load(path, weights_only=True)
+    damage(content)
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value)
+
+
+def write_truncated(path):
+    checkpoint.save(path, make())
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def write_original(path):
+    # As the original does: the objects themselves, pickled.
+    model = RNNModel("LSTM", 30, 5, 7, 1)
+    torch.save([model, SplitCrossEntropyLoss(5, []), None], path)
+
+
+def write_empty(path):
+    path.write_bytes(b"")
+
+
+def write_text(path):
+    path.write_text("not a model\n" * 50)
+
+
+def write_tensor(path):
+    torch.save(torch.zeros(3), path)
+
+
+@pytest.mark.parametrize(
+    "write", [write_truncated, write_original, write_empty, write_text, write_tensor]
+)
+def test_other_files_are_refused(tmp_path, write):
+    path = tmp_path / "m.pt"
+    write(path)
+    with pytest.raises(CheckpointError, match="no model file of this toolkit"):
+        checkpoint.load(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def write_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("write", [torch.save, write_pickle])
+def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    write({"format": "awd-lstm-lm", "version": 1, "model": Bomb()}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / "m.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no model file .*train one"):
+        checkpoint.load(tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="there is no model file"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.pt"
+    checkpoint.save(path, make())
+    old = path.read_bytes()
+    bigger = make()
+    bigger.args = {"much": "x" * 100_000}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) + 1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="the old file, if any, is unchanged"):
+            checkpoint.save(path, bigger)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"old")
+
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        checkpoint.save(path, make())
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_save_follows_a_link(tmp_path):
+    (tmp_path / "real.pt").write_bytes(b"old")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "real.pt")
+    checkpoint.save(tmp_path / "link.pt", make())
+    assert (tmp_path / "link.pt").is_symlink()
+    assert checkpoint.load(tmp_path / "real.pt").epoch == 3
+
+
+def test_check_writable(tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    checkpoint.check_writable(path)
+    assert os.listdir(tmp_path) == []
+    path.write_bytes(b"old")
+    checkpoint.check_writable(path)
+    assert path.read_bytes() == b"old"
+    with pytest.raises(CheckpointError, match="folder"):
+        checkpoint.check_writable(tmp_path)
+    with pytest.raises(CheckpointError, match="no folder"):
+        checkpoint.check_writable(tmp_path / "none" / "m.pt")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CheckpointError, match="write-protected"):
+        checkpoint.check_writable(path)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoint.check_writable(tmp_path / "other.pt")
+
+
+def test_random_states():
+    states = checkpoint.random_states()
+    first = torch.rand(3)
+    checkpoint.set_random_states(states)
+    assert torch.equal(torch.rand(3), first)

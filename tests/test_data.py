@@ -1,0 +1,576 @@
+"""data.py: the encoding against a plain double loop, the vocabulary, the errors, the cache."""
+
+import io
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import Corpus, CorpusError, Dictionary
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "data" / "sample"
+CORPORA = ROOT.parent / "shared" / "data"
+
+TRAIN, VALID, TEST = "the cat sat\non the mat\n", "the dog\n\n", "a cat\n"
+TEXTS = (TRAIN, VALID, TEST)
+
+
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path, monkeypatch):
+    """Keep every test away from the real user's cache folder."""
+    folder = tmp_path / "user-cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def write(folder, texts=TEXTS):
+    """Write the three texts (str or bytes) as a corpus folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, text in zip(data.SPLITS, texts, strict=True):
+        raw = text if isinstance(text, bytes) else text.encode("utf-8")
+        (folder / f"{split}.txt").write_bytes(raw)
+    return folder
+
+
+def by_double_loop(folder):
+    """The reference: line by line, word by word. Returns the vocabulary and three lists of ids."""
+    dictionary = Dictionary()
+    splits = []
+    for split in ("train", "valid", "test"):
+        ids = []
+        with open(folder / f"{split}.txt", encoding="utf-8-sig") as lines:
+            for line in lines:
+                ids.extend(dictionary.add_word(word) for word in [*line.split(), "<eos>"])
+        splits.append(ids)
+    return dictionary, splits
+
+
+def assert_same(corpus, dictionary, splits):
+    assert corpus.dictionary.idx2word == dictionary.idx2word
+    assert corpus.dictionary.word2idx == dictionary.word2idx
+    assert corpus.dictionary.counter == dictionary.counter
+    assert corpus.dictionary.total == dictionary.total
+    for split, ids in zip(data.SPLITS, splits, strict=True):
+        assert getattr(corpus, split).tolist() == ids
+
+
+def words(corpus, split):
+    return [corpus.dictionary.idx2word[idx] for idx in getattr(corpus, split).tolist()]
+
+
+# Encoding
+
+
+def test_ids_by_first_appearance_over_train_valid_test(tmp_path):
+    corpus = Corpus(write(tmp_path / "c"))
+    assert corpus.dictionary.idx2word == ["the", "cat", "sat", "<eos>", "on", "mat", "dog", "a"]
+    assert corpus.train.tolist() == [0, 1, 2, 3, 4, 0, 5, 3]
+    assert corpus.valid.tolist() == [0, 6, 3, 3]
+    assert corpus.test.tolist() == [7, 1, 3]
+    for split in data.SPLITS:
+        ids = getattr(corpus, split)
+        assert isinstance(ids, torch.Tensor)
+        assert ids.dtype == torch.int32
+        assert ids.dim() == 1
+    assert corpus.dictionary.counter[3] == 5
+    assert corpus.dictionary.total == 15
+
+
+# Everything that str.split or a text file's line iteration treats specially, and some decoys.
+NASTY = [
+    *"ab",
+    " ",
+    "\t",
+    "\n",
+    "\n\n",
+    "\r",
+    "\r\n",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x1f",
+    "\x85",
+    "\xa0",
+    "\u2028",
+    "\u3000",
+    "\ufeff",
+    "\u200b",
+    "\0",
+    "é",
+    "語",
+    "\U0001f600",
+    "<eos>",
+]
+ENDS = ["a", " ", "\n", "a\r", "\r\n", "\n ", "\x85"]  # so that no file is empty
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 5, 16, 1 << 17])
+def test_same_as_the_double_loop_on_nasty_text(tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr(data, "BLOCK_BYTES", block_bytes)
+    rng = random.Random(block_bytes)
+    for trial in range(60):
+        texts = [
+            "".join(rng.choices(NASTY, k=rng.randint(0, 40))) + rng.choice(ENDS) for _ in TEXTS
+        ]
+        marks = [rng.choice([b"", b"\xef\xbb\xbf"]) for _ in TEXTS]
+        raw = [mark + text.encode("utf-8") for mark, text in zip(marks, texts, strict=True)]
+        folder = write(tmp_path / str(trial), raw)
+        assert_same(Corpus(folder, cache=False), *by_double_loop(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("a b", ["a", "b", "<eos>"]),
+        ("a b\n", ["a", "b", "<eos>"]),
+        ("\n", ["<eos>"]),
+        (" ", ["<eos>"]),
+        ("a\r\nb\rc\n", ["a", "<eos>", "b", "<eos>", "c", "<eos>"]),
+        ("a\n\n\nb", ["a", "<eos>", "<eos>", "<eos>", "b", "<eos>"]),
+        ("a\x85b\u2028c\x1cd", ["a", "b", "c", "d", "<eos>"]),
+        ("a _ b \n ", ["a", "_", "b", "<eos>", "<eos>"]),
+        (b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", ["a", "<eos>", "\ufeffb", "<eos>"]),
+    ],
+)
+def test_lines_and_words(tmp_path, text, tokens):
+    assert words(Corpus(write(tmp_path / "c", (text, "x", "y"))), "train") == tokens
+
+
+# The vocabulary
+
+
+def test_dictionary_from_words_counts_as_add_word_does():
+    added = Dictionary()
+    assert [added.add_word(word) for word in ["b", "a", "b"]] == [0, 1, 0]
+    built = Dictionary.from_words(["b", "a"], torch.tensor([2, 1]))
+    assert len(built) == len(added) == 2
+    assert (built.idx2word, built.word2idx) == (added.idx2word, added.word2idx)
+    assert (
+        (built.counter, built.total) == (added.counter, added.total) == (Counter({0: 2, 1: 1}), 3)
+    )
+    assert built.add_word("c") == 2
+
+
+def test_dictionary_from_words_refuses_nonsense():
+    with pytest.raises(CorpusError, match="'b' more than once"):
+        Dictionary.from_words(["a", "b", "b"])
+    with pytest.raises(CorpusError, match="2 words but 1 counts"):
+        Dictionary.from_words(["a", "b"], [1])
+
+
+def test_a_given_vocabulary_decides_the_ids(tmp_path):
+    folder = write(tmp_path / "c")
+    vocabulary = Dictionary.from_words(
+        ["extra", "a", "cat", "dog", "mat", "on", "<eos>", "sat", "the"], range(9)
+    )
+    for cache in (False, True, True):
+        corpus = Corpus(folder, dictionary=vocabulary, cache=cache)
+        assert corpus.dictionary is vocabulary
+        assert words(corpus, "train") == ["the", "cat", "sat", "<eos>", "on", "the", "mat", "<eos>"]
+        assert corpus.train.tolist()[:3] == [8, 2, 7]
+        assert corpus.train.dtype == torch.int32
+    assert vocabulary.counter == Counter(dict(enumerate(range(9))))
+    # The cache holds the corpus's own ids, so a run without a vocabulary shares it.
+    assert_same(Corpus(folder), *by_double_loop(folder))
+
+
+def test_unknown_words_are_an_error_that_names_some(tmp_path):
+    folder = write(tmp_path / "c")
+    vocabulary = Dictionary.from_words(["the", "cat", "<eos>", "dog"])
+    with pytest.raises(CorpusError, match=r"4 distinct words .*'sat', 'on', 'mat': .* train"):
+        Corpus(folder, dictionary=vocabulary)
+
+
+def test_sorted_by_frequency(tmp_path):
+    corpus = Corpus(write(tmp_path / "c", ("c b a b\n", "a d\n", "d b\n")))
+    assert corpus.dictionary.idx2word == ["c", "b", "a", "<eos>", "d"]
+    by_count = corpus.sorted_by_frequency()
+    # b and <eos> 3 times, a and d twice, c once; equal counts stay in order of first appearance.
+    assert by_count.dictionary.idx2word == ["b", "<eos>", "a", "d", "c"]
+    assert [by_count.dictionary.counter[idx] for idx in range(5)] == [3, 3, 2, 2, 1]
+    assert by_count.dictionary.total == corpus.dictionary.total
+    for split in data.SPLITS:
+        assert words(by_count, split) == words(corpus, split)
+        assert getattr(by_count, split).dtype == torch.int32
+    assert corpus.dictionary.idx2word[0] == "c", "the corpus it was made from stays as it was"
+    assert words(corpus, "train") == ["c", "b", "a", "b", "<eos>"]
+
+
+def test_sorting_keeps_the_order_of_equal_counts(tmp_path):
+    rng = random.Random(0)
+    often = {f"w{n}": rng.randint(1, 3) for n in range(300)}  # too many for a sort to be lucky
+    text = "".join(f"{word} " * times for word, times in often.items())
+    by_count = Corpus(write(tmp_path / "c", (text, "w0", "w0"))).sorted_by_frequency()
+    often["w0"] += 2
+    often["<eos>"] = 3
+    expected = sorted(often, key=lambda word: -often[word])
+    assert by_count.dictionary.idx2word == expected
+
+
+# Errors: one sentence each
+
+
+def message(folder):
+    with pytest.raises(CorpusError) as caught:
+        Corpus(folder)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_missing_folder(tmp_path):
+    assert re.search(
+        r"no corpus folder .*nowhere.*getdata\.sh.*--data", message(tmp_path / "nowhere")
+    )
+
+
+def test_missing_file_is_named(tmp_path):
+    folder = write(tmp_path / "c")
+    (folder / "valid.txt").unlink()
+    assert re.search(r"has no valid\.txt.*getdata\.sh.*--data", message(folder))
+
+
+def test_folder_given_as_a_file(tmp_path):
+    folder = write(tmp_path / "c")
+    assert "is a file" in message(folder / "train.txt")
+
+
+def test_file_that_is_a_folder(tmp_path):
+    folder = write(tmp_path / "c")
+    (folder / "test.txt").unlink()
+    (folder / "test.txt").mkdir()
+    assert re.search(r"cannot read .*test\.txt \(Is a directory\)", message(folder))
+
+
+@pytest.mark.parametrize("nothing", [b"", b"\xef\xbb\xbf"])
+def test_empty_file(tmp_path, nothing):
+    assert re.search(r"test\.txt is empty", message(write(tmp_path / "c", (TRAIN, VALID, nothing))))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4, 1 << 17])
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        (b"\xff", 1),
+        (b"a\nb\ncaf\xe9\nd\n", 3),
+        (b"a\r\nb\rc\r\xe9 x\n", 4),
+        (b"\xef\xbb\xbfa\n\xe8\xaa", 2),
+        ("a\n".encode("utf-16"), 1),
+    ],
+)
+def test_not_utf8_names_the_line(tmp_path, monkeypatch, raw, line, block_bytes):
+    monkeypatch.setattr(data, "BLOCK_BYTES", block_bytes)
+    folder = write(tmp_path / "c", (TRAIN, raw, TEST))
+    assert re.search(rf"line {line} of .*valid\.txt is not UTF-8", message(folder))
+
+
+# The cache
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    """Return a function that makes any further encoding of text fail."""
+
+    def forbid():
+        def encode(*_):
+            pytest.fail("the text was encoded although a cache fits")
+
+        monkeypatch.setattr(data, "_encode", encode)
+
+    return forbid
+
+
+def leftovers(folder):
+    """What a corpus folder holds beside its texts."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")
+
+
+def test_cache_gives_the_same_corpus(tmp_path, no_encoding):
+    folder = write(tmp_path / "c", ("é \u200b\n", VALID, "\0 x\n"))
+    reference = by_double_loop(folder)
+    assert_same(Corpus(folder), *reference)
+    assert leftovers(folder) == [data.CACHE_NAME]
+    no_encoding()
+    cached = Corpus(folder)
+    assert_same(cached, *reference)
+    cached.train[0] = 1  # writable, as a fresh corpus is: torch warns about tensors that are not
+
+
+def test_no_cache_when_not_asked(tmp_path, user_cache):
+    folder = write(tmp_path / "c")
+    Corpus(folder, cache=False)
+    assert leftovers(folder) == []
+    assert not user_cache.exists()
+
+
+def test_cache_is_keyed_on_content_not_on_size_time_or_path(tmp_path, no_encoding):
+    folder = write(tmp_path / "c")
+    Corpus(folder)
+    path = folder / "train.txt"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(TRAIN.replace("cat", "cow"))
+    os.utime(path, ns=times)
+    assert_same(Corpus(folder), *by_double_loop(folder))
+    # Text moved over a file's border is other content too, though the bytes in a row are the same.
+    write(folder, ("a\n", "b\nc\n", "d\n"))
+    Corpus(folder)
+    write(folder, ("a\nb\n", "c\n", "d\n"))
+    corpus = Corpus(folder)
+    assert words(corpus, "valid") == ["c", "<eos>"]
+    # A moved corpus keeps its cache.
+    moved = folder.rename(tmp_path / "moved")
+    no_encoding()
+    assert words(Corpus(moved), "valid") == ["c", "<eos>"]
+
+
+def test_file_that_changes_between_hashing_and_encoding(tmp_path, monkeypatch):
+    folder = write(tmp_path / "c")
+    hash_files = data._hash_files
+
+    def hash_then_change(path):
+        key = hash_files(path)
+        (path / "train.txt").write_text("changed meanwhile\n")
+        return key
+
+    monkeypatch.setattr(data, "_hash_files", hash_then_change)
+    assert words(Corpus(folder), "train") == ["changed", "meanwhile", "<eos>"]
+    monkeypatch.undo()
+    (folder / "train.txt").write_text(TRAIN)
+    assert_same(Corpus(folder), *by_double_loop(folder))
+
+
+def test_no_damaged_cache_is_used_or_fatal(tmp_path):
+    folder = write(tmp_path / "c")
+    reference = by_double_loop(folder)
+    assert_same(Corpus(folder), *reference)
+    path = folder / data.CACHE_NAME
+    key = data._hash_files(folder)
+    whole = path.read_bytes()
+    good = data._read_cache(path, key)
+
+    def unchanged(encoded):
+        return (
+            encoded.words == good.words
+            and np.array_equal(encoded.counts, good.counts)
+            and all(map(np.array_equal, encoded.splits, good.splits))
+        )
+
+    refused = 0
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert data._read_cache(path, key) is None
+    for position in range(len(whole)):
+        for flip in (0x01, 0x08, 0xFF):
+            damaged = bytearray(whole)
+            damaged[position] ^= flip
+            path.write_bytes(damaged)
+            encoded = data._read_cache(path, key)
+            # Some bytes of a zip mean nothing (times, attributes): then all must be as it was.
+            refused += encoded is None
+            assert encoded is None or unchanged(encoded)
+    assert refused > len(whole)
+
+    path.write_bytes(whole[: len(whole) // 2])
+    assert_same(Corpus(folder), *reference)
+    assert path.read_bytes() == whole, "rebuilt"
+
+
+def foreign(path, content_key, **changes):
+    """Write a zip of arrays that has the right key, but not what a cache has to hold."""
+    arrays = {
+        "key": np.frombuffer(content_key.encode(), np.uint8),
+        "words": np.frombuffer(b"a\nb", np.uint8),
+        "counts": np.array([2, 1]),
+        "train": np.array([0], np.int32),
+        "valid": np.array([1], np.int32),
+        "test": np.array([0], np.int32),
+    }
+    arrays.update(changes)
+    with path.open("wb") as file:
+        np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": np.array([2], np.int32)},
+        {"train": np.array([-1], np.int32)},
+        {"train": np.array([], np.int32)},
+        {"train": np.array([0], np.int64)},
+        {"train": np.array([[0]], np.int32)},
+        {"train": np.array([{}], dtype=object)},
+        {"train": None},
+        {"counts": np.array([2])},
+        {"words": np.frombuffer(b"a\n\xff", np.uint8)},
+        {"key": np.array(["x"])},
+    ],
+)
+def test_foreign_cache_is_rebuilt(tmp_path, changes):
+    folder = write(tmp_path / "c")
+    path, key = folder / data.CACHE_NAME, data._hash_files(folder)
+    foreign(path, key)
+    assert data._read_cache(path, key).words == ["a", "b"], "the test's own file is well formed"
+    foreign(path, key, **changes)
+    assert data._read_cache(path, key) is None
+    assert_same(Corpus(folder), *by_double_loop(folder))
+    assert data._read_cache(path, key) is not None
+
+
+def test_cache_that_claims_to_be_enormous(tmp_path):
+    folder = write(tmp_path / "c")
+    path, key = folder / data.CACHE_NAME, data._hash_files(folder)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<i4", "fortran_order": False, "shape": (1 << 50,)}
+    )
+    foreign(path, key, train=None)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train.npy", header.getvalue())
+    assert data._read_cache(path, key) is None
+
+
+def test_compressed_cache_that_is_damaged(tmp_path):
+    folder = write(tmp_path / "c")
+    path, key = folder / data.CACHE_NAME, data._hash_files(folder)
+    np.savez_compressed(path, key=np.frombuffer(key.encode(), np.uint8))
+    compressed = path.read_bytes()
+    start = compressed.index(b"key.npy") + 60
+    path.write_bytes(compressed[:start] + b"\xff" * 8 + compressed[start + 8 :])
+    assert data._read_cache(path, key) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not a cache", b"PK\x03\x04 nor a zip"])
+def test_file_of_another_kind_under_the_caches_name(tmp_path, content):
+    folder = write(tmp_path / "c")
+    (folder / data.CACHE_NAME).write_bytes(content)
+    assert_same(Corpus(folder), *by_double_loop(folder))
+
+
+def test_user_cache_folder_when_the_corpus_folder_is_read_only(tmp_path, user_cache, no_encoding):
+    folder = write(tmp_path / "c")
+    folder.chmod(0o555)  # root may write there nevertheless, and must not
+    Corpus(folder)
+    key = data._hash_files(folder)
+    assert [str(path.relative_to(user_cache)) for path in user_cache.rglob("*.npz")] == [
+        f"awd-lstm-lm/{key}.npz"
+    ]
+    assert leftovers(folder) == []
+    no_encoding()
+    assert words(Corpus(folder), "valid") == ["the", "dog", "<eos>", "<eos>"]
+
+
+def test_no_place_for_a_cache_is_no_error(tmp_path, user_cache):
+    folder = write(tmp_path / "c")
+    (folder / data.CACHE_NAME).mkdir()  # which no file can replace
+    user_cache.write_text("a file where the folder should be")
+    for _ in range(2):
+        assert_same(Corpus(folder), *by_double_loop(folder))
+    assert leftovers(folder) == [data.CACHE_NAME]
+
+
+def test_full_disk_leaves_no_half_made_file(tmp_path, user_cache):
+    folder = write(tmp_path / "c")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # writing more fails
+    try:
+        corpus = Corpus(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_same(corpus, *by_double_loop(folder))
+    assert leftovers(folder) == []
+    assert not [path for path in user_cache.rglob("*") if path.is_file()]
+
+
+def test_many_at_once(tmp_path):
+    folder = write(tmp_path / "c", ("a b c\n" * 2000, VALID, TEST))
+    reference = by_double_loop(folder)
+    results = []
+    gate = threading.Barrier(8)
+
+    def load():
+        gate.wait()
+        results.append(Corpus(folder))
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for corpus in results:
+        assert_same(corpus, *reference)
+    assert leftovers(folder) == [data.CACHE_NAME]
+
+
+# The corpora themselves
+
+
+def test_sample_is_as_its_readme_says():
+    corpus = Corpus(SAMPLE, cache=False)
+    readme = (SAMPLE / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (train|valid|test) \| ([\d,]+) \|", readme, flags=re.M))
+    stated = {split: int(tokens.replace(",", "")) for split, tokens in rows.items()}
+    assert stated == {split: len(getattr(corpus, split)) for split in data.SPLITS}
+    vocabulary = re.search(r"vocabulary of ([\d,]+) words", readme)
+    assert int(vocabulary[1].replace(",", "")) == len(corpus.dictionary)
+
+    counts = np.bincount(corpus.train.numpy(), minlength=len(corpus.dictionary))
+    assert counts.min() >= 3, "no word is rarer than 3 in train, none in valid and test is unseen"
+    assert 180_000 < corpus.dictionary.total < 220_000
+    for split in ("valid", "test"):
+        log_probs = np.log(counts / counts.sum())[getattr(corpus, split).numpy()]
+        perplexity = float(np.exp(-log_probs.mean()))
+        stated_perplexity = float(re.search(rf"\| {split} \|.*\| ([\d.]+) \|$", readme, re.M)[1])
+        assert perplexity == pytest.approx(stated_perplexity, abs=0.006)
+
+
+@pytest.mark.corpora
+@pytest.mark.parametrize(
+    ("name", "tokens", "vocabulary"),
+    [
+        ("penn", (929_589, 73_760, 82_430), 10_000),
+        ("pennchar", (5_017_483, 393_043, 442_424), 50),
+        ("wikitext-2", (2_088_628, 217_646, 245_569), 33_278),
+    ],
+)
+def test_published_counts(name, tokens, vocabulary):
+    folder = CORPORA / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    corpus = Corpus(folder, cache=False)
+    assert tuple(len(getattr(corpus, split)) for split in data.SPLITS) == tokens
+    assert len(corpus.dictionary) == vocabulary
+    assert corpus.dictionary.total == sum(tokens)
+    if name == "penn":
+        assert_same(corpus, *by_double_loop(folder))
+
+
+def test_sample_can_be_made_again(tmp_path):
+    if shutil.which("bible") is None:
+        pytest.skip("the text's source, Debian's package bible-kjv, is not installed")
+    made = subprocess.run(
+        [sys.executable, ROOT / "tools" / "make_sample.py", "--out", tmp_path],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    readme = (SAMPLE / "README.md").read_text(encoding="utf-8")
+    *rows, vocabulary = made.splitlines()
+    for line in rows:
+        assert f"\n{line}\n" in readme
+    assert vocabulary in readme
+    for split in data.SPLITS:
+        assert (tmp_path / f"{split}.txt").read_bytes() == (SAMPLE / f"{split}.txt").read_bytes()

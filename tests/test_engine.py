@@ -1,0 +1,263 @@
+"""engine.py and utils.py: batches, an epoch against a loop written out, evaluation."""
+
+import copy
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import engine
+import utils
+from model import RNN_TYPES, RNNModel
+from nt_asgd import NTASGD
+from splitcross import SplitCrossEntropyLoss
+
+LINE = re.compile(
+    r"\| epoch +\d+ \| +\d+/ *\d+ batches \| lr \d+\.\d{5} \| ms/batch +\d+\.\d\d \| "
+    r"loss +\d+\.\d\d \| ppl +\d+\.\d\d \| bpc +\d+\.\d{3}"
+)
+
+
+def make(rnn_type="LSTM", splits=(), **rates):
+    torch.manual_seed(0)
+    names = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
+    rates = {**dict.fromkeys(names, 0.0), **rates}
+    model = RNNModel(rnn_type, 40, 6, 9, 2, **rates, tie_weights=True)
+    return model, SplitCrossEntropyLoss(6, splits)
+
+
+def stream(rows, bsz, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(40, size=(rows, bsz))).int()
+
+
+def test_batchify():
+    batches = utils.batchify(torch.arange(11), 3)
+    assert batches.tolist() == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert utils.batchify(torch.arange(3), 4).shape == (0, 4)
+
+
+def test_get_batch():
+    source = utils.batchify(torch.arange(20, dtype=torch.int32), 2)
+    data, targets = utils.get_batch(source, 3, 4)
+    assert data.tolist() == [[3, 13], [4, 14], [5, 15], [6, 16]]
+    assert targets.tolist() == [4, 14, 5, 15, 6, 16, 7, 17]
+    assert data.dtype == targets.dtype == torch.int64
+    data, targets = utils.get_batch(source, 7, 4)
+    assert data.tolist() == [[7, 17], [8, 18]]
+    assert targets.tolist() == [8, 18, 9, 19]
+
+
+def test_repackage_hidden():
+    h = torch.ones(2, requires_grad=True) * 2
+    detached = utils.repackage_hidden([(h, h), (h, h)])
+    assert isinstance(detached, list)
+    assert isinstance(detached[0], tuple)
+    assert not any(t.requires_grad for pair in detached for t in pair)
+
+
+def test_check_length():
+    utils.check_length(torch.zeros(3, 2), "train.txt", "cure")
+    with pytest.raises(utils.ToolkitError, match=r"train\.txt is too short for 2 columns.*cure"):
+        utils.check_length(torch.zeros(2, 2), "train.txt", "cure")
+
+
+def test_sequence_lengths():
+    rng = np.random.default_rng(0)
+    drawn = np.array([engine.draw_seq_len(rng, 70) for _ in range(20000)])
+    short = drawn < 52
+    assert abs(short.mean() - 0.05) < 0.01
+    # int() cuts off half a step on average.
+    assert abs(drawn[~short].mean() - 69.5) < 0.2
+    assert abs(drawn[~short].std() - 5) < 0.2
+    assert abs(drawn[short].mean() - 34.5) < 0.5
+    assert min(engine.draw_seq_len(rng, 6) for _ in range(1000)) == 5
+    assert max(engine.draw_seq_len(rng, 70, 72) for _ in range(1000)) == 72
+
+
+def test_regularisation_in_plain_numbers():
+    torch.manual_seed(0)
+    raw, dropped = torch.randn(4, 2, 3), torch.randn(4, 2, 3)
+    ar = sum(float(v) ** 2 for v in dropped.flatten()) / 24
+    tar = sum(
+        (float(raw[t + 1, b, k]) - float(raw[t, b, k])) ** 2
+        for t in range(3)
+        for b in range(2)
+        for k in range(3)
+    )
+    result = engine.regularisation(raw, dropped, 2.0, 0.5)
+    assert result.item() == pytest.approx(2 * ar + 0.5 * tar / 18, rel=1e-5)
+    assert engine.regularisation(raw, dropped, 0.0, 0.0) == 0
+    # One step has no differences; their mean would not be a number.
+    assert engine.regularisation(raw[:1], dropped[:1], 0.0, 1.0) == 0
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("splits", [(), (10, 25)])
+def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
+    # Also that the split softmax's own parameters are trained, clipped with the rest and averaged.
+    model, criterion = make(rnn_type, splits)
+    for p in criterion.parameters():
+        torch.nn.init.normal_(p)
+    twin, twin_criterion = copy.deepcopy(model), copy.deepcopy(criterion)
+    source = stream(60, 3)
+    lr, clip, decay, alpha, beta = 3.0, 0.2, 0.01, 2.0, 1.0
+
+    params = [*model.parameters(), *criterion.parameters()]
+    optimizer = NTASGD(params, lr, decay)
+    optimizer.start_averaging()
+    mean_loss = engine.train_epoch(
+        model, criterion, optimizer, source, epoch=1, bptt=12, clip=clip, alpha=alpha, beta=beta,
+        rng=np.random.default_rng(5),
+    )  # fmt: skip
+
+    rng = np.random.default_rng(5)
+    params = [*twin.parameters(), *twin_criterion.parameters()]
+    iterates = []
+    total = tokens = i = 0
+    hidden = twin.init_hidden(3)
+    while i < 58:
+        seq_len = engine.draw_seq_len(rng, 12)
+        n = min(seq_len, 59 - i)
+        output, hidden, raw, dropped = twin(source[i : i + n], hidden, return_h=True)
+        targets = source[i + 1 : i + 1 + n].flatten().long()
+        weight, bias = twin.decoder.weight, twin.decoder.bias
+        nll = -twin_criterion.logprob(weight, bias, output)[range(len(targets)), targets].mean()
+        tar = (raw[-1][1:] - raw[-1][:-1]).pow(2).mean()
+        loss = nll + alpha * dropped[-1].pow(2).mean() + beta * tar
+        grads = torch.autograd.grad(loss, params)
+        norm = math.sqrt(sum(float(g.pow(2).sum()) for g in grads))
+        scale = min(1.0, clip / norm)
+        with torch.no_grad():
+            for p, g in zip(params, grads, strict=True):
+                p -= lr * seq_len / 12 * (scale * g + decay * p)
+        iterates.append([p.detach().clone() for p in params])
+        total += nll.item() * len(targets)
+        tokens += len(targets)
+        hidden = utils.repackage_hidden(hidden)
+        i += n
+
+    assert mean_loss == pytest.approx(total / tokens, rel=1e-4)
+    for p, q in zip(optimizer.param_groups[0]["params"], params, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-3)
+    with optimizer.averaged():
+        for p, *qs in zip(optimizer.param_groups[0]["params"], *iterates, strict=True):
+            torch.testing.assert_close(p, torch.stack(qs).mean(0), atol=1e-5, rtol=1e-3)
+    assert optimizer.param_groups[0]["lr"] == lr
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("splits", [(), (10, 25)])
+def test_evaluation_is_the_mean_over_predicted_tokens(rnn_type, splits):
+    # The original divides by one token too many, so that a short stream looks better than it is.
+    model, criterion = make(rnn_type, splits, dropout=0.5, dropouth=0.5, dropouti=0.5, wdrop=0.5)
+    source = stream(23, 4)
+    model.eval()
+    with torch.no_grad():
+        output, _ = model(source, model.init_hidden(4))
+        logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output).view(
+            23, 4, 40
+        )
+    losses = [-float(logprob[t, b, source[t + 1, b]]) for t in range(22) for b in range(4)]
+    expected = sum(losses) / len(losses)
+    for bptt in (1, 5, 7, 22, 23, 100):
+        model.train()
+        loss = engine.evaluate(model, criterion, source, bptt)
+        assert loss == pytest.approx(expected, rel=1e-5), bptt
+
+
+def test_evaluation_records_no_gradient_and_training_goes_on_after_it():
+    for rnn_type in RNN_TYPES:
+        model, criterion = make(rnn_type, wdrop=0.5)
+        optimizer = NTASGD(model.parameters(), 1.0)
+        source = stream(40, 3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            assert math.isfinite(engine.evaluate(model, criterion, source, 10))
+            assert all(p.grad is None for p in model.parameters())
+            train(model, criterion, optimizer, source)
+
+
+def train(model, criterion, optimizer, source, **options):
+    rng = np.random.default_rng(0)
+    settings = {"epoch": 1, "bptt": 6, "clip": 0.25, "alpha": 0, "beta": 0, "rng": rng}
+    return engine.train_epoch(model, criterion, optimizer, source, **{**settings, **options})
+
+
+def test_log_lines():
+    model, criterion = make()
+    lines = []
+    train(model, criterion, NTASGD(model.parameters(), 2.0), stream(200, 3), epoch=12,
+          log_interval=4, log=lines.append)  # fmt: skip
+    assert len(lines) >= 5
+    assert all(LINE.fullmatch(line) for line in lines)
+    assert lines[0].startswith("| epoch  12 |     4/   33 batches | lr 2.00000 | ms/batch")
+    loss, ppl, bpc = (float(x) for x in re.findall(r"(?:loss|ppl|bpc) +([\d.]+)", lines[0]))
+    assert math.exp(loss) == pytest.approx(ppl, rel=0.01)
+    assert loss / math.log(2) == pytest.approx(bpc, abs=0.01)
+    assert loss == pytest.approx(math.log(40), abs=0.3)
+
+
+def test_log_line_format():
+    line = utils.batch_line(1, 200, 663, 30, 210.03, 6.7938)
+    assert line == (
+        "| epoch   1 |   200/  663 batches | lr 30.00000 | ms/batch 210.03 | "
+        "loss  6.79 | ppl   892.30 | bpc    9.801"
+    )
+    assert utils.epoch_line(2, 155.68, 5.3442) == (
+        "| end of epoch   2 | time: 155.68s | valid loss  5.34 | valid ppl   209.39 | "
+        "valid bpc    7.710"
+    )
+    assert utils.end_line("training", "test", 5.2725) == (
+        "| End of training | test loss  5.27 | test ppl   194.90 | test bpc    7.607"
+    )
+    assert utils.perplexity(1e4) == math.inf
+
+
+def test_max_batches():
+    model, criterion = make()
+    lines = []
+    train(model, criterion, NTASGD(model.parameters(), 1.0), stream(200, 3), log=lines.append,
+          log_interval=1, max_batches=3)  # fmt: skip
+    assert len(lines) == 3
+    source = stream(50, 4)
+    assert engine.evaluate(model, criterion, source, 10, max_batches=2) == pytest.approx(
+        engine.evaluate(model, criterion, source[:21], 10)
+    )
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    model, criterion = make()
+    with torch.no_grad():
+        model.decoder.bias[3] = math.nan
+    with pytest.raises(utils.ToolkitError, match=r"batch \d+ at the rate 2 .*gradient norm nan"):
+        train(model, criterion, NTASGD(model.parameters(), 2.0), stream(100, 3))
+
+
+def test_no_clipping():
+    torch.manual_seed(0)
+    model, criterion = make()
+    twin = copy.deepcopy(model)
+    source = stream(9, 3)
+    train(model, criterion, NTASGD(model.parameters(), 60.0), source, clip=0, bptt=1000,
+          rng=np.random.default_rng(1))  # fmt: skip
+    seq_len = engine.draw_seq_len(np.random.default_rng(1), 1000)
+    output, _ = twin(source[:-1], twin.init_hidden(3))
+    logits = output @ twin.decoder.weight.t() + twin.decoder.bias
+    functional.cross_entropy(logits, source[1:].flatten().long()).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q - 60.0 * seq_len / 1000 * q.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.select_device(None).type == "cpu"
+    assert utils.select_device(False).type == "cpu"
+    with pytest.raises(utils.ToolkitError, match="--cuda"):
+        utils.select_device(True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert utils.select_device(None).type == "cuda"
+    assert utils.select_device(True).type == "cuda"
+    assert utils.select_device(False).type == "cpu"

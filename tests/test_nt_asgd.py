@@ -1,0 +1,127 @@
+"""nt_asgd.py: the update and the average in plain numbers, and the trigger."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from nt_asgd import NTASGD, NonMonotonicTrigger
+
+
+def test_update_and_average_in_plain_numbers():
+    lr, decay = 0.5, 0.1
+    p = torch.nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))
+    optimizer = NTASGD([p], lr, decay)
+    raw = p.detach().clone()
+    iterates = []
+    for step in range(7):
+        if step == 3:
+            optimizer.start_averaging()
+        p.grad = p.detach() * (step + 1)
+        optimizer.step()
+        raw = raw - lr * (raw * (step + 1) + decay * raw)
+        torch.testing.assert_close(p.detach(), raw)
+        if step >= 3:
+            iterates.append(raw)
+            mean = torch.stack(iterates).mean(dim=0)
+            with optimizer.averaged():
+                torch.testing.assert_close(p.detach(), mean)
+            torch.testing.assert_close(p.detach(), raw)
+
+
+def test_matches_torch_sgd_before_the_switch():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = NTASGD(ours, 30.0, 1.2e-6)
+    b = torch.optim.SGD(theirs, 30.0, weight_decay=1.2e-6)
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p) * 0.01
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_before_the_switch_averaged_lends_the_raw_weights():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = NTASGD([p], 1.0)
+    assert not optimizer.averaging
+    with optimizer.averaged():
+        assert torch.equal(p.detach(), torch.ones(3))
+
+
+def test_weights_come_back_when_the_evaluation_fails():
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = NTASGD([p], 1.0)
+    optimizer.start_averaging()
+    for g in (1.0, 2.0):
+        p.grad = torch.full((2,), g)
+        optimizer.step()
+
+    def fail():
+        with optimizer.averaged():
+            assert torch.equal(p.detach(), torch.tensor([-2.0, -2.0]))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert torch.equal(p.detach(), torch.tensor([-3.0, -3.0]))
+
+
+def test_a_parameter_without_gradient_stays_and_is_averaged():
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = NTASGD([p, q], 1.0, 0.5)
+    optimizer.start_averaging()
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.equal(q.detach(), torch.ones(2))
+    with optimizer.averaged():
+        assert torch.equal(q.detach(), torch.ones(2))
+
+
+@pytest.mark.parametrize("averaging", [False, True])
+def test_saved_and_loaded_it_goes_on_the_same(averaging):
+    def run(steps, params, optimizer):
+        for step in steps:
+            params[0].grad = torch.full((3,), math.sin(step))
+            optimizer.step()
+
+    p = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = NTASGD(p, 0.3, 0.01)
+    if averaging:
+        optimizer.start_averaging()
+    run(range(4), p, optimizer)
+    q = [torch.nn.Parameter(p[0].detach().clone())]
+    twin = NTASGD(q, 0.1)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert twin.averaging == averaging
+    run(range(4, 9), p, optimizer)
+    run(range(4, 9), q, twin)
+    with optimizer.averaged(), twin.averaged():
+        assert torch.equal(p[0].detach(), q[0].detach())
+
+
+@pytest.mark.parametrize(
+    ("nonmono", "losses", "fires"),
+    [
+        # Needs more than `nonmono` earlier losses.
+        (5, [5, 4, 3, 2, 1, 9], [0, 0, 0, 0, 0, 0]),
+        (5, [1, 9, 9, 9, 9, 9], [0, 0, 0, 0, 0, 0]),
+        (5, [1, 9, 9, 9, 9, 9, 9], [0, 0, 0, 0, 0, 0, 1]),
+        # Greater than the minimum of all but the last `nonmono`, not of all.
+        (2, [5, 4, 3, 3.5], [0, 0, 0, 0]),
+        (2, [5, 4, 3, 6], [0, 0, 0, 1]),
+        (2, [5, 3, 4, 4, 3.5], [0, 0, 0, 0, 1]),
+        # Equal does not fire.
+        (1, [3, 3, 3], [0, 0, 0]),
+        (0, [3, 2, 2.5], [0, 0, 1]),
+    ],
+)
+def test_trigger(nonmono, losses, fires):
+    trigger = NonMonotonicTrigger(nonmono)
+    assert [trigger.update(loss) for loss in losses] == [bool(f) for f in fires]
+    assert trigger.losses == losses

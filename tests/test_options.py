@@ -1,0 +1,168 @@
+"""options.py: every flag's default, the classic abbreviations, refusals in one line."""
+
+import importlib
+
+import pytest
+
+import options
+
+TRAINING = {
+    "data": "data/penn/",
+    "model": "LSTM",
+    "emsize": 400,
+    "nhid": 1150,
+    "nlayers": 3,
+    "lr": 30,
+    "clip": 0.25,
+    "epochs": 8000,
+    "batch_size": 80,
+    "bptt": 70,
+    "dropout": 0.4,
+    "dropouth": 0.3,
+    "dropouti": 0.65,
+    "dropoute": 0.1,
+    "wdrop": 0.5,
+    "alpha": 2,
+    "beta": 1,
+    "wdecay": 1.2e-6,
+    "seed": 1111,
+    "nonmono": 5,
+    "log_interval": 200,
+    "save": "model.pt",
+    "cuda": None,
+}
+DEFAULTS = {
+    "main": {**TRAINING, "resume": "", "optimizer": "sgd", "when": [-1]},
+    "finetune": {**TRAINING, "tied": False},
+    "pointer": {
+        "data": "data/penn",
+        "model": "LSTM",
+        "save": "model.pt",
+        "bptt": 5000,
+        "window": 3785,
+        "theta": 0.6625523432485668,
+        "lambdasm": 0.12785920428335693,
+        "cuda": None,
+    },
+    "generate": {
+        "data": "./data/penn",
+        "model": "LSTM",
+        "checkpoint": "./model.pt",
+        "outf": "generated.txt",
+        "words": 1000,
+        "seed": 1111,
+        "temperature": 1.0,
+        "log_interval": 100,
+        "cuda": None,
+    },
+}
+
+
+def parser_of(script):
+    return importlib.import_module(script).build_parser()
+
+
+@pytest.mark.parametrize("script", DEFAULTS)
+def test_defaults(script):
+    args = vars(parser_of(script).parse_args([]))
+    assert {name: args[name] for name in DEFAULTS[script]} == DEFAULTS[script]
+    # The list of classic flags is the table's.
+    flags = {flag.removeprefix("--").replace("-", "_") for flag in options.CLASSIC[script]}
+    assert flags == set(DEFAULTS[script])
+
+
+@pytest.mark.parametrize("script", DEFAULTS)
+def test_every_classic_abbreviation_still_works(script):
+    classic = options.CLASSIC[script]
+    values = {"--model": "QRNN", "--optimizer": "adam", "--cuda": None, "--tied": None}
+    for flag in classic:
+        for length in range(3, len(flag) + 1):
+            short = flag[:length]
+            meant = [f for f in classic if f.startswith(short)]
+            if short != flag and (len(meant) > 1 or short in classic):
+                continue
+            value = values.get(flag, "0.5" if flag in ("--lambdasm", "--theta") else "1")
+            if flag.startswith("--drop") or flag == "--wdrop":
+                value = "0.5"
+            argv = [short] if value is None else [short, value]
+            args = options.parse(lambda: parser_of(script), argv)
+            assert args.given == {flag.removeprefix("--").replace("-", "_")}, short
+            if value is not None:
+                joined = options.parse(lambda: parser_of(script), [f"{short}={value}"])
+                assert vars(joined) == vars(args)
+
+
+def test_given_flags():
+    args = options.parse(lambda: parser_of("main"), "--lr 30 --when 3 4 --no-cuda".split())
+    assert args.given == {"lr", "when", "cuda"}
+    assert args.cuda is False
+    assert "given" not in options.plain(args)
+    assert options.given_dropouts(args) == {}
+    args = options.parse(lambda: parser_of("main"), "--dropouth 0.3 --wdrop 0".split())
+    assert options.given_dropouts(args) == {"dropouth": 0.3, "wdrop": 0.0}
+
+
+BAD_FLAGS = """
+main --model RNN_TANH
+main --emsize 0
+main --nhid -3
+main --nlayers 0
+main --nlayers 1.5
+main --batch_size -1
+main --batch_size many
+main --bptt 0
+main --epochs 0
+main --dropout 1
+main --dropouth -0.1
+main --dropouti 1.5
+main --dropoute nan
+main --wdrop 1.0
+main --lr 0
+main --lr inf
+main --clip -1
+main --alpha -1
+main --beta x
+main --wdecay -1e-6
+main --seed -1
+main --seed 99999999999999999999
+main --nonmono -1
+main --log-interval 0
+main --optimizer adagrad
+main --when soon
+main --max-batches 0
+main --max-seq-len 0
+main --nosuchflag 3
+main --drop 0.1
+main stray
+finetune --model LSTMM
+finetune --dropout 2
+finetune --optimizer adam
+pointer --window 0
+pointer --lambdasm 1
+pointer --theta -1
+pointer --bptt -5
+generate --temperature 0
+generate --words 0
+generate --top-k 0
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("command", BAD_FLAGS)
+def test_bad_flags(command, script):
+    name, *argv = command.split()
+    status, out, err = script(name, *argv)
+    assert status == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "error: " in err
+    flag = argv[0]
+    assert flag in err
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_help_names_every_flag_and_its_default(name, script):
+    status, out, _ = script(name, "--help")
+    assert status == 0
+    for flag in options.CLASSIC[name]:
+        assert flag in out
+    assert str(DEFAULTS[name].get("nhid", "model.pt")) in out

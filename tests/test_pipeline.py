@@ -1,0 +1,389 @@
+"""The four scripts on one model file: the stages, resuming, interruption, bad input."""
+
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import TINY
+
+import checkpoint
+import engine
+from model import RNN_TYPES
+
+EPOCH = re.compile(
+    r"\| end of epoch +(\d+) \| time: +\d+\.\d\ds \| valid loss +(\d+\.\d\d) \| "
+    r"valid ppl +(\d+\.\d\d) \| valid bpc +\d+\.\d{3}"
+)
+END = re.compile(
+    r"\| End of (training|pointer) \| (val|test) loss +\d+\.\d\d \| "
+    r"(?:val|test) ppl +(\d+\.\d\d) \| (?:val|test) bpc +\d+\.\d{3}"
+)
+
+
+def train(script, corpus_dir, path, *more):
+    status, out, err = script("main", "--data", corpus_dir, *TINY, "--lr", 5, "--save", path, *more)
+    assert (status, err) == (0, "")
+    return out
+
+
+def weights(path):
+    content = torch.load(path, weights_only=True)
+    return {**content["model"], **content["criterion"]}
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def unigram_perplexity(corpus_dir):
+    train = (corpus_dir / "train.txt").read_text().replace("\n", " <eos> ").split()
+    test = (corpus_dir / "test.txt").read_text().replace("\n", " <eos> ").split()
+    counts = {word: train.count(word) for word in set(train)}
+    return math.exp(-sum(math.log(counts[w] / len(train)) for w in test) / len(test))
+
+
+@pytest.mark.parametrize("cell", RNN_TYPES)
+def test_four_stages(cell, script, corpus_dir, tmp_path):
+    path = tmp_path / "m.pt"
+    out = train(script, corpus_dir, path, "--model", cell, "--epochs", 4, "--log-interval", 20)
+    assert [int(e[0]) for e in EPOCH.findall(out)] == [1, 2, 3, 4]
+    assert "| epoch   1 |    20/" in out
+    ((_, _, main_ppl),) = END.findall(out)
+    assert float(main_ppl) < unigram_perplexity(corpus_dir)
+
+    trained_loss = checkpoint.load(path).valid_loss
+
+    # As the published commands do, the same flags once more, --model left out or given.
+    flags = [*TINY, "--data", corpus_dir, "--save", path, "--lr", 5, "--epochs", 3]
+    status, out, err = script("finetune", *flags, *(["--model", cell] if cell == "QRNN" else []))
+    assert (status, err) == (0, "")
+    ((kind, part, finetuned_ppl),) = END.findall(out)
+    assert (kind, part) == ("training", "test")
+    finetuned = checkpoint.load(path)
+    assert finetuned.stage == "finetune.py"
+    assert finetuned.valid_loss < trained_loss
+    assert float(finetuned_ppl) < unigram_perplexity(corpus_dir)
+
+    flags = ["--data", corpus_dir, "--save", path, "--window", 50, "--no-cuda"]
+    status, out, err = script("pointer", *flags, "--bptt", 70)
+    assert (status, err) == (0, "")
+    assert [e[:2] for e in END.findall(out)] == [("pointer", "val"), ("pointer", "test")]
+    assert script("pointer", *flags, "--bptt", 7)[1] == out
+
+    text = tmp_path / "text.txt"
+    status, _, err = script("generate", "--checkpoint", path, "--outf", text, "--words", 45)
+    assert (status, err) == (0, "")
+    lines = text.read_text().splitlines()
+    assert [len(line.split()) for line in lines] == [20, 20, 5]
+    known = set(checkpoint.load(path).dictionary.idx2word)
+    assert set(text.read_text().split()) <= known
+
+
+def test_split_softmax_through_all_stages(script, corpus_dir, tmp_path, monkeypatch):
+    import main
+
+    monkeypatch.setattr(main, "default_splits", lambda ntoken: [10, 25, 40])
+    path = tmp_path / "m.pt"
+    out = train(script, corpus_dir, path, "--epochs", 6)
+    ((_, _, ppl),) = END.findall(out)
+    assert float(ppl) < unigram_perplexity(corpus_dir)
+    loaded = checkpoint.load(path)
+    # Splits cut by frequency, so the ids must be sorted by it; later stages use those ids.
+    counts = loaded.vocabulary["counts"]
+    assert counts == sorted(counts, reverse=True)
+    assert loaded.criterion["tail_vectors"].abs().sum() > 0
+    status, out, _ = script(
+        "finetune", *TINY, "--data", corpus_dir, "--save", path, "--lr", 5, "--epochs", 1
+    )
+    assert status == 0
+    assert script("pointer", "--data", corpus_dir, "--save", path, "--window", 20)[0] == 0
+    assert script("generate", "--checkpoint", path, "--outf", "-", "--words", 20)[0] == 0
+
+
+def test_same_seed_same_run(script, corpus_dir, tmp_path):
+    for name in ("a", "b"):
+        train(script, corpus_dir, tmp_path / name, "--epochs", 2)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    train(script, corpus_dir, tmp_path / "c", "--epochs", 2, "--seed", 8)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("cell", RNN_TYPES)
+def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, script, corpus_dir, tmp_path):
+    # Through the switch to averaging (at once, the rate being far too high) and through --when.
+    flags = ["--model", cell, "--nonmono", 0, "--when", 3, "--optimizer", optimizer]
+    flags += ["--lr", 60 if optimizer == "sgd" else 0.02]
+    whole = train(script, corpus_dir, tmp_path / "whole", *flags, "--epochs", 6)
+    if optimizer == "sgd":
+        assert "Switching to averaged SGD" in whole
+    for first in (1, 3, 5):
+        path = tmp_path / f"{first}"
+        begun = train(script, corpus_dir, path, *flags, "--epochs", first)
+        # The flags come from the file.
+        status, out, err = script("main", "--resume", path, "--epochs", 6)
+        assert (status, err) == (0, "")
+        assert EPOCH.findall(begun) + EPOCH.findall(out) == EPOCH.findall(whole)
+        assert_same_weights(tmp_path / "whole", path)
+
+
+def test_resume_with_changed_dropouts_and_rate(script, corpus_dir, tmp_path):
+    path, other = tmp_path / "m.pt", tmp_path / "other.pt"
+    train(script, corpus_dir, path, "--epochs", 1)
+    old = path.read_bytes()
+    flags = ["--wdrop", 0, "--dropouti", 0.1, "--dropoute", 0.3, "--lr", 2, "--save", other]
+    status, out, _ = script("main", "--resume", path, "--epochs", 2, *flags, "--log-interval", 30)
+    assert status == 0
+    assert "lr 2.00000" in out
+    assert path.read_bytes() == old
+    config = checkpoint.load(other).config
+    assert (config["wdrop"], config["dropouti"], config["dropoute"]) == (0, 0.1, 0.3)
+    status, _, err = script("main", "--resume", path, "--nhid", 17)
+    assert status == 1
+    assert "--nhid 17 contradicts" in err
+
+
+def test_when_saves_a_copy_and_divides_the_rate(script, corpus_dir, tmp_path):
+    path = tmp_path / "m.pt"
+    flags = ["--when", 2, 3, "--epochs", 3, "--log-interval", 30]
+    out = train(script, corpus_dir, path, *flags)
+    assert re.findall(r"lr (\S+)", out)[:: max(1, out.count("lr ") // 3)][0] == "5.00000"
+    assert set(re.findall(r"lr (\S+)", out)) == {"5.00000", "0.50000"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt", "m.pt.e2", "m.pt.e3"]
+    assert checkpoint.load(f"{path}.e2").epoch == 2
+
+
+def test_adam_has_a_rate_of_its_own(script, corpus_dir, tmp_path):
+    # The original takes 30 and diverges.
+    path = tmp_path / "m.pt"
+    argv = ["--data", corpus_dir, *TINY, "--save", path, "--optimizer", "adam", "--epochs", 1]
+    status, out, _ = script("main", *argv, "--log-interval", 30)
+    assert status == 0
+    assert "the learning rate is 0.001" in out
+    assert "lr 0.00100" in out
+
+
+def test_averaged_weights_are_saved_and_raw_ones_trained_on(script, corpus_dir, tmp_path):
+    path = tmp_path / "m.pt"
+    out = train(script, corpus_dir, path, "--nonmono", 0, "--lr", 60, "--epochs", 6)
+    assert "Switching to averaged SGD" in out
+    content = torch.load(path, weights_only=True)
+    averaged = content["model"]["encoder.weight"]
+    raw = content["training"]["model"]["encoder.weight"]
+    assert not torch.equal(averaged, raw)
+    stored = [s["average"] for s in content["training"]["optimizer"]["state"].values()]
+    assert any(a.shape == raw.shape and not torch.equal(a, raw) for a in stored)
+
+
+def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    evaluate, calls = engine.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "evaluate", interrupted)
+    out = train(script, corpus_dir, path, "--epochs", 9)
+    assert "Exiting from training early" in out
+    assert len(EPOCH.findall(out)) == 2
+    assert len(END.findall(out)) == 1
+    calls.clear()
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path]
+    status, out, err = script("finetune", *flags, "--epochs", 9)
+    assert (status, err) == (0, "")
+    assert "Exiting from finetuning early" in out
+    assert len(END.findall(out)) == 1
+    calls[:] = [1, 1]
+    status, _, err = script("main", *flags[:-1], tmp_path / "none.pt")
+    assert status == 1
+    assert "before the first epoch ended" in err
+
+
+def test_finetuning_that_does_not_help_leaves_the_file_and_ends_well(
+    script, corpus_dir, trained, tmp_path
+):
+    # The original ends with exit status 1 and without a test score.
+    path = tmp_path / "m.pt"
+    shutil.copy(trained["LSTM"], path)
+    old = path.read_bytes()
+    flags = ["--data", corpus_dir, *TINY, "--lr", 500, "--clip", 9, "--nonmono", 1, "--save", path]
+    status, out, err = script("finetune", *flags, "--epochs", 30)
+    assert (status, err) == (0, "")
+    assert "no longer falls" in out
+    assert len(EPOCH.findall(out)) < 30
+    assert len(END.findall(out)) == 1
+    assert path.read_bytes() == old
+
+
+def test_finetune_honours_its_seed(script, corpus_dir, trained, tmp_path):
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        files.append(tmp_path / name)
+        shutil.copy(trained["LSTM"], files[-1])
+        flags = ["--data", corpus_dir, "--batch_size", 4, "--bptt", 10, "--save", files[-1]]
+        assert script("finetune", *flags, "--lr", 5, "--epochs", 1, "--seed", seed)[0] == 0
+    assert_same_weights(files[0], files[1])
+    with pytest.raises(AssertionError):
+        assert_same_weights(files[0], files[2])
+
+
+def test_finetune_caps_the_sequence_length(script, corpus_dir, trained, tmp_path, monkeypatch):
+    caps = []
+    draw = engine.draw_seq_len
+
+    def record(rng, bptt, cap):
+        caps.append(cap)
+        return draw(rng, bptt, cap)
+
+    monkeypatch.setattr(engine, "draw_seq_len", record)
+    path = tmp_path / "m.pt"
+    shutil.copy(trained["LSTM"], path)
+    flags = ["--data", corpus_dir, "--batch_size", 4, "--bptt", 10, "--save", path, "--epochs", 1]
+    script("finetune", *flags)
+    assert set(caps) == {20}
+    caps.clear()
+    script("finetune", *flags, "--max-seq-len", 12)
+    assert set(caps) == {12}
+
+
+def test_generate(script, trained, tmp_path):
+    argv = ["--checkpoint", trained["LSTM"], "--outf", "-", "--words", 60]
+    status, text, err = script("generate", *argv, "--seed", 3)
+    assert (status, err) == (0, "")
+    assert len(text.split()) == 60
+    assert script("generate", *argv, "--seed", 3)[1] == text
+    assert script("generate", *argv, "--seed", 4)[1] != text
+    # One candidate leaves nothing to chance but the first word.
+    prompted = [*argv, "--prompt", "w1 w3", "--top-k", 1]
+    greedy = script("generate", *prompted, "--seed", 3)[1]
+    assert script("generate", *prompted, "--seed", 4)[1] == greedy
+    assert script("generate", *prompted[:-2], "--temperature", 0.001)[1] == greedy
+    hot = script("generate", *argv, "--temperature", 50, "--words", 300)[1]
+    assert len(set(hot.split())) > 50
+
+
+def test_generate_samples_the_models_distribution(trained):
+    # Over the vocabulary, not over the features of the last layer.
+    import generate
+
+    device = torch.device("cpu")
+    model, criterion = checkpoint.rebuild(checkpoint.load(trained["QRNN"]), device)
+    prompt = torch.tensor([1, 2, 3])
+    torch.manual_seed(0)
+    counts = torch.zeros(model.encoder.num_embeddings)
+    for _ in range(3000):
+        counts[next(generate.sample(model, criterion, prompt, 0.7))] += 1
+    model.eval()
+    model.reset()
+    with torch.no_grad():
+        output, _ = model(prompt.unsqueeze(1), model.init_hidden(1))
+        logits = output[-1] @ model.decoder.weight.t() + model.decoder.bias
+    expected = (logits / 0.7).softmax(dim=0)
+    assert (counts / 3000 - expected).abs().max() < 0.04
+    assert (counts / 3000 - expected).abs().sum() < 0.3
+
+
+def test_trial_runs_of_few_batches(script, corpus_dir, tmp_path):
+    path = tmp_path / "m.pt"
+    out = train(script, corpus_dir, path, "--epochs", 1, "--max-batches", 2, "--log-interval", 1)
+    assert len(re.findall(r"ms/batch", out)) == 2
+    flags = ["--data", corpus_dir, "--save", path, "--max-batches", 2]
+    status, out, _ = script("finetune", *flags, *TINY, "--epochs", 1, "--log-interval", 1)
+    assert status == 0
+    assert len(re.findall(r"ms/batch", out)) == 2
+    assert script("pointer", *flags, "--bptt", 9)[0] == 0
+
+
+BAD_INPUT = {
+    "no corpus": ("main", ["--data", "nowhere"], "nowhere"),
+    "empty file": ("main", ["--data", "empty"], r"empty.*empty"),
+    "no test file": ("main", ["--data", "no-test"], r"test\.txt"),
+    "not UTF-8": ("main", ["--data", "latin"], r"UTF-8.*line 2|line 2.*UTF-8"),
+    "short train": ("main", ["--data", "short"], r"train\.txt is too short for 4 columns"),
+    "short valid": ("main", ["--data", "short-valid"], r"valid\.txt is too short"),
+    "other corpus": ("finetune", ["--data", "other"], "vocabulary"),
+    "other corpus, pointer": ("pointer", ["--data", "other"], "vocabulary"),
+    "other cell": ("finetune", ["--model", "GRU"], "--model GRU contradicts"),
+    "other cell, pointer": ("pointer", ["--model", "QRNN"], "--model QRNN contradicts"),
+    "other cell, generate": ("generate", ["--model", "QRNN"], "--model QRNN contradicts"),
+    "other size": ("finetune", ["--nhid", "17"], "--nhid 17 contradicts"),
+    "other layers": ("finetune", ["--nlayers", "3"], "--nlayers 3 contradicts"),
+    "other embedding": ("finetune", ["--emsize", "13"], "--emsize 13 contradicts"),
+    "no model": ("finetune", ["--save", "none.pt"], "no model file none.pt"),
+    "no model, pointer": ("pointer", ["--save", "none.pt"], "no model file none.pt"),
+    "no model, generate": ("generate", ["--checkpoint", "none.pt"], "no model file none.pt"),
+    "no model to resume": ("main", ["--resume", "none.pt"], "no model file none.pt"),
+    "truncated": ("finetune", ["--save", "truncated.pt"], "no model file of this toolkit"),
+    "truncated, pointer": ("pointer", ["--save", "truncated.pt"], "no model file of this toolkit"),
+    "truncated, generate": ("generate", ["--checkpoint", "truncated.pt"], "no model file of this"),
+    "other format": ("main", ["--resume", "other.pt"], "no model file of this toolkit"),
+    "finetuned, resumed": ("main", ["--resume", "finetuned.pt"], "no training state of main.py"),
+    "resume, other corpus": ("main", ["--resume", "model.pt", "--data", "other"], "vocabulary"),
+    "folder for --save": ("main", ["--save", "corpus"], "cannot write corpus"),
+    "no folder for --save": ("main", ["--save", "none/m.pt"], "cannot write none/m.pt"),
+    "no folder for --outf": ("generate", ["--outf", "none/t.txt"], "cannot write none/t.txt"),
+    "folder for --outf": ("generate", ["--outf", "corpus"], "cannot write corpus"),
+    "unknown prompt": ("generate", ["--prompt", "w1 zebra"], "'zebra'"),
+    "no GPU": ("main", ["--cuda"], "--cuda was given"),
+}
+
+
+@pytest.fixture
+def bad_folder(tmp_path, monkeypatch, corpus_dir, trained):
+    """A folder with a good corpus and model, and bad ones of several kinds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    texts = {name: (corpus_dir / f"{name}.txt").read_text() for name in ("train", "valid", "test")}
+    kinds = {
+        "corpus": {},
+        "empty": {"valid": ""},
+        "no-test": {"test": None},
+        "latin": {"train": "good line\ncaf\xe9\n".encode("latin-1")},
+        "short": {"train": "w1 w2\n"},
+        "short-valid": {"valid": "w1 w2\n"},
+        "other": {"train": texts["train"] + "zebra\n"},
+    }
+    for kind, changes in kinds.items():
+        (tmp_path / kind).mkdir()
+        for name, text in {**texts, **changes}.items():
+            if text is not None:
+                data = text if isinstance(text, bytes) else text.encode()
+                (tmp_path / kind / f"{name}.txt").write_bytes(data)
+    shutil.copy(trained["LSTM"], "model.pt")
+    (tmp_path / "truncated.pt").write_bytes(trained["LSTM"].read_bytes()[:-500])
+    torch.save({"state_dict": {}}, "other.pt")
+    finetuned = checkpoint.load("model.pt")
+    finetuned.stage = "finetune.py"
+    checkpoint.save("finetuned.pt", finetuned)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, script, bad_folder):
+    name, argv, message = BAD_INPUT[case]
+    if "--data" not in argv:
+        argv = ["--data", "corpus", *argv]
+    if name in ("main", "finetune") and "--resume" not in argv:
+        argv = [*TINY, *argv] if "--cuda" not in argv else argv
+
+    def files():
+        return {
+            p: p.read_bytes() for p in bad_folder.rglob("*") if p.is_file() and p.suffix != ".npz"
+        }
+
+    before = files()
+    status, _, err = script(name, *argv)
+    assert status == 1
+    assert re.search(message, err), err
+    assert len(err.splitlines()) == 1
+    assert err.startswith(("main.py", "pytest", "__main__", "python")) or "error: " in err
+    assert files() == before

@@ -1,0 +1,75 @@
+"""continuous_cache.py and pointer.py against a per-token evaluation over the whole vocabulary."""
+
+import pytest
+import references
+import torch
+
+import continuous_cache
+import pointer
+from continuous_cache import ContinuousCache
+from model import RNN_TYPES, RNNModel
+from splitcross import SplitCrossEntropyLoss
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+@pytest.mark.parametrize("window", [1, 5, 30, 200])
+@pytest.mark.parametrize("chunk", [1, 4, 57, 120])
+def test_target_prob(window, chunk, from_start, monkeypatch):
+    monkeypatch.setattr(continuous_cache, "_BLOCK", 16)
+    torch.manual_seed(0)
+    outputs, words = torch.randn(120, 5), torch.randint(6, (120,))
+    # With a vocabulary model that gives nothing, the mixture at lambda 1 is the cache alone; where
+    # it does not speak yet, or cannot know the word, the reference would be log 0, hence the 1e-30.
+    nothing = torch.full((120, 6), 1e-30)
+    losses = references.pointer_losses(outputs, words, nothing, window, 0.8, 1.0 - 1e-9, from_start)
+    cache = ContinuousCache(window, 0.8, from_start)
+    parts = [
+        cache.target_prob(h, w)
+        for h, w in zip(outputs.split(chunk), words.split(chunk), strict=True)
+    ]
+    probs = torch.cat([p for p, _ in parts])
+    speaks = torch.cat([s for _, s in parts])
+    assert speaks.tolist() == [t > (0 if from_start else window) for t in range(120)]
+    assert (probs[~speaks] == 0).all()
+    expected = torch.tensor(losses).neg().exp()
+    torch.testing.assert_close(probs[speaks], expected[speaks], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("splits", [(), (10, 25)])
+@pytest.mark.parametrize("from_start", [False, True])
+def test_evaluate(rnn_type, splits, from_start):
+    torch.manual_seed(0)
+    model = RNNModel(rnn_type, 40, 6, 9, 2, wdrop=0.5, tie_weights=True)
+    criterion = SplitCrossEntropyLoss(6, splits)
+    torch.nn.init.normal_(model.encoder.weight, std=2)
+    source = torch.randint(40, (77, 1))
+    model.eval()
+    with torch.no_grad():
+        output, _, raw, _ = model(source[:-1], model.init_hidden(1), return_h=True)
+        vocabulary = criterion.logprob(model.decoder.weight, model.decoder.bias, output).exp()
+    words = source[1:].flatten()
+    for window in (1, 20, 75, 500):
+        args = (raw[-1].squeeze(1), words, vocabulary, window, 3.0, 0.3, from_start)
+        losses = references.pointer_losses(*args)
+        expected = sum(losses) / len(losses)
+        # Chunks of one token and a remainder of one among them: the original breaks on those.
+        for bptt in (1, 2, 25, 75, 76, 5000):
+            cache = ContinuousCache(window, 3.0, from_start)
+            loss = pointer.evaluate(model, criterion, source, cache, lambdasm=0.3, bptt=bptt)
+            assert loss == pytest.approx(expected, abs=1e-5), (window, bptt)
+
+
+def test_memory_is_of_the_window_not_of_the_stream():
+    cache = ContinuousCache(10, 1.0)
+    for _ in range(5):
+        cache.target_prob(torch.randn(300, 4), torch.randint(9, (300,)))
+    held = [t for t in vars(cache).values() if isinstance(t, torch.Tensor)]
+    assert len(held) == 2
+    assert all(t.untyped_storage().nbytes() <= 10 * 4 * 8 for t in held)
+
+
+def test_large_scores_do_not_overflow():
+    cache = ContinuousCache(5, 100.0, from_start=True)
+    probs, speaks = cache.target_prob(torch.full((20, 4), 30.0), torch.zeros(20, dtype=torch.int64))
+    torch.testing.assert_close(probs[speaks], torch.ones(19))

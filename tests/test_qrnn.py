@@ -1,0 +1,195 @@
+"""qrnn/: the recurrence against its definition, its gradients, the layers."""
+
+import pytest
+import references
+import torch
+
+from qrnn import QRNN, ForgetMult, QRNNLayer
+from qrnn.forget_mult import forget_mult, forget_mult_loop, qrnn_pool
+
+SHAPES = [(1, 1, 1), (2, 1, 3), (7, 3, 5), (33, 2, 4)]
+
+
+def inputs(shape, initial, seed=0):
+    torch.manual_seed(seed)
+    f = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(shape[1:], dtype=torch.float64, requires_grad=True) if initial else None
+    return f, x, h
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("initial", [False, True])
+def test_forget_mult_is_its_definition(shape, initial):
+    f, x, h = inputs(shape, initial)
+    state = torch.zeros(shape[1:], dtype=torch.float64) if h is None else h
+    for t in range(shape[0]):
+        for b in range(shape[1]):
+            for k in range(shape[2]):
+                if t == b == k == 0:
+                    expected = f[0, 0, 0] * x[0, 0, 0] + (1 - f[0, 0, 0]) * state[0, 0]
+                    assert forget_mult(f, x, h)[0, 0, 0].item() == pytest.approx(expected.item())
+    torch.testing.assert_close(forget_mult(f, x, h), forget_mult_loop(f, x, h))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("initial", [False, True])
+def test_forget_mult_gradients(shape, initial):
+    assert torch.autograd.gradcheck(forget_mult, inputs(shape, initial))
+
+
+def test_forget_mult_in_float32_and_with_strided_inputs():
+    torch.manual_seed(0)
+    f = torch.rand(9, 8, 4).transpose(1, 2)
+    x = torch.randn(4, 9, 8).transpose(0, 1)
+    h = torch.randn(8, 4).t()
+    expected = forget_mult_loop(f.double(), x.double(), h.double())
+    torch.testing.assert_close(ForgetMult()(f, x, h).double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_forget_mult_takes_an_expanded_gradient():
+    f, x, h = inputs((5, 2, 3), True)
+    expected = torch.autograd.grad(forget_mult_loop(f, x, h).sum(), (f, x, h))
+    actual = torch.autograd.grad(forget_mult(f, x, h).sum(), (f, x, h))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_forget_mult_refuses_shapes_that_do_not_fit():
+    f, x, h = inputs((5, 2, 3), True)
+    with pytest.raises(ValueError, match="one shape"):
+        forget_mult(f[:4], x)
+    with pytest.raises(ValueError, match="initial state"):
+        forget_mult(f, x, h[:1])
+    torch.testing.assert_close(forget_mult(f, x, h.unsqueeze(0)), forget_mult(f, x, h))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("zoneout", ["none", "number", "mask"])
+@pytest.mark.parametrize("initial", [False, True])
+def test_qrnn_pool(shape, gate, zoneout, initial):
+    seq_len, batch, hidden = shape
+    _, _, c = inputs(shape, initial)
+    y = torch.randn(seq_len, batch, (3 if gate else 2) * hidden, dtype=torch.float64)
+    y.requires_grad_()
+    mask = torch.rand(shape, dtype=torch.float64).round()
+    factor = {"none": None, "number": 0.7, "mask": mask}[zoneout]
+
+    z, f, *o = y.split(hidden, dim=2)
+    states = forget_mult_loop(f.sigmoid() * (1 if factor is None else factor), z.tanh(), c)
+    expected = o[0].sigmoid() * states if gate else states
+    h, last = qrnn_pool(y, c, factor, gate)
+    torch.testing.assert_close(h, expected)
+    torch.testing.assert_close(last, states[-1:])
+    assert torch.autograd.gradcheck(lambda y, c: qrnn_pool(y, c, factor, gate), (y, c))
+
+
+def layer_reference(layer, x, c, before):
+    return references.qrnn_layer(
+        x, layer.linear.weight, layer.linear.bias, layer.window, layer.hidden_size, c, before
+    )
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+def test_layer_across_batches(window):
+    torch.manual_seed(0)
+    layer = QRNNLayer(4, 6, save_prev_x=True, window=window)
+    x = torch.randn(11, 3, 4)
+    zeros = torch.zeros(3, 6)
+    nothing = [torch.zeros(3, 4)] * (window - 1)
+    expected, last = layer_reference(layer, x, zeros, nothing)
+    parts, hidden = [], None
+    # Chunks shorter than the window among them.
+    for chunk in x.split([4, 1, 2, 4]):
+        output, hidden = layer(chunk, hidden)
+        parts.append(output)
+        assert hidden.shape == (1, 3, 6)
+    torch.testing.assert_close(torch.cat(parts), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(hidden[0], last, atol=1e-6, rtol=1e-5)
+    layer.reset()
+    again, _ = layer(x)
+    torch.testing.assert_close(again, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_layer_keeps_nothing_unless_told():
+    layer = QRNNLayer(4, 6, window=2)
+    x = torch.randn(3, 2, 4)
+    first, _ = layer(x)
+    second, _ = layer(x)
+    torch.testing.assert_close(first, second)
+
+
+def test_kept_inputs_are_detached():
+    layer = QRNNLayer(4, 6, save_prev_x=True, window=2)
+    x = torch.randn(3, 2, 4, requires_grad=True)
+    layer(x)
+    layer(torch.randn(3, 2, 4))[0].sum().backward()
+    assert x.grad is None
+
+
+def test_another_batch_size_without_reset_is_an_error():
+    layer = QRNNLayer(4, 6, save_prev_x=True, window=2)
+    layer(torch.randn(3, 2, 4))
+    with pytest.raises(ValueError, match="reset"):
+        layer(torch.randn(3, 5, 4))
+
+
+def test_zoneout_keeps_states_in_training_and_scales_in_evaluation():
+    torch.manual_seed(0)
+    layer = QRNNLayer(4, 200, zoneout=0.3, output_gate=False)
+    x = torch.randn(12, 5, 4)
+    output, _ = layer(x)
+    kept = (output[1:] == output[:-1]).float().mean().item()
+    assert abs(kept - 0.3) < 0.03
+    layer.eval()
+    z, f = layer.linear(x).split(200, dim=2)
+    expected = forget_mult_loop(f.sigmoid() * 0.7, z.tanh())
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+def test_layer_defaults():
+    layer = QRNNLayer(5)
+    assert layer.hidden_size == 5
+    assert {k: tuple(v.shape) for k, v in layer.state_dict().items()} == {
+        "linear.weight": (15, 5),
+        "linear.bias": (15,),
+    }
+    assert QRNNLayer(5, 7, window=2, output_gate=False).linear.weight.shape == (14, 10)
+    with pytest.raises(ValueError, match="window"):
+        QRNNLayer(5, window=0)
+    with pytest.raises(ValueError, match="zoneout"):
+        QRNNLayer(5, zoneout=1.0)
+
+
+def test_stack():
+    torch.manual_seed(0)
+    net = QRNN(4, 6, num_layers=3, window=2, save_prev_x=True)
+    x = torch.randn(7, 2, 4)
+    hidden = torch.randn(3, 2, 6)
+    output, last = net(x, hidden)
+    expected, states = x, []
+    for layer, c in zip(net.layers, hidden, strict=True):
+        before = [torch.zeros(2, layer.input_size)]
+        expected, state = layer_reference(layer, expected, c, before)
+        states.append(state)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(last, torch.stack(states), atol=1e-6, rtol=1e-5)
+    net.reset()
+    assert all(layer.prevX is None for layer in net.layers)
+
+
+def test_stack_of_given_layers_and_dropout_between():
+    layers = [QRNNLayer(4, 8), QRNNLayer(8, 8)]
+    net = QRNN(4, 8, layers=layers, dropout=0.5)
+    assert net.num_layers == 2
+    # Before the last layer, half of the features are zero; after it, none.
+    seen = []
+    layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    output, _ = net(torch.randn(50, 4, 4))
+    assert 0.4 < (seen[0] == 0).float().mean() < 0.6
+    assert (output != 0).all()
+    net.eval()
+    net(torch.randn(50, 4, 4))
+    assert (seen[1] != 0).all()
+    with pytest.raises(ValueError, match="hidden_size"):
+        QRNN(4, 3, layers=[QRNNLayer(4, 8), QRNNLayer(8, 3)])

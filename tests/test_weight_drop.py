@@ -1,0 +1,169 @@
+"""weight_drop.py: what is dropped, what trains, and what the original got wrong."""
+
+import copy
+
+import pytest
+import references
+import torch
+from torch import nn
+
+from weight_drop import WeightDrop
+
+
+def lstm(dropout=0.5, variational=False, cell=nn.LSTM):
+    torch.manual_seed(1)
+    return WeightDrop(cell(5, 7), ["weight_hh_l0"], dropout, variational)
+
+
+def test_uses_the_dropped_weight_on_nn_lstm():
+    drop = lstm()
+    x = torch.randn(6, 3, 5)
+    output, _ = drop(x)
+    inner = drop.module
+    assert (inner.weight_hh_l0 == 0).any()
+    zeros = torch.zeros(3, 7)
+    bias = inner.bias_ih_l0 + inner.bias_hh_l0
+    expected = references.lstm(x, zeros, zeros, inner.weight_ih_l0, inner.weight_hh_l0, bias)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_kept_entries_are_scaled_and_the_share_is_right():
+    torch.manual_seed(0)
+    drop = WeightDrop(nn.Linear(300, 200), ["weight"], 0.3)
+    drop(torch.randn(2, 300))
+    raw, dropped = drop.module.weight_raw, drop.module.weight
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], raw[kept] / 0.7)
+    assert abs(kept.float().mean().item() - 0.7) < 0.01
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_dropped_weight_is_a_plain_tensor_and_the_raw_one_trains(cell):
+    # A popular mend of the original registers the dropped weight as a Parameter: then nothing
+    # trains the recurrent weights.
+    drop = lstm(cell=cell)
+    output, _ = drop(torch.randn(6, 3, 5))
+    dropped = drop.module.weight_hh_l0
+    assert not isinstance(dropped, nn.Parameter)
+    assert not dropped.is_leaf
+    output.pow(2).sum().backward()
+    gradient = drop.module.weight_hh_l0_raw.grad
+    assert torch.equal(gradient == 0, dropped == 0)
+
+
+def test_gradient_of_the_raw_weight_against_finite_differences():
+    drop = lstm().double()
+    x = torch.randn(4, 2, 5, dtype=torch.float64)
+    raw = drop.module.weight_hh_l0_raw
+
+    def loss():
+        torch.manual_seed(3)  # the same mask every time
+        return drop(x)[0].pow(2).sum()
+
+    loss().backward()
+    for i, j in [(0, 0), (3, 5), (11, 2), (27, 6), (8, 1)]:
+        with torch.no_grad():
+            raw[i, j] += 1e-6
+            up = loss()
+            raw[i, j] -= 2e-6
+            down = loss()
+            raw[i, j] += 1e-6
+        assert raw.grad[i, j].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)
+
+
+def test_training_step_after_an_evaluation():
+    # In the original the first training call after an evaluation fails.
+    drop = lstm()
+    x = torch.randn(6, 3, 5)
+    for _ in range(2):
+        drop.train()
+        drop(x)[0].sum().backward()
+        drop.eval()
+        with torch.no_grad():
+            drop(x)
+    with torch.inference_mode():
+        drop(x)
+    drop.train()
+    drop(x)[0].sum().backward()
+
+
+def test_state_dict_names_never_change():
+    drop = lstm()
+    expected = [
+        "module.weight_ih_l0",
+        "module.bias_ih_l0",
+        "module.bias_hh_l0",
+        "module.weight_hh_l0_raw",
+    ]
+    x = torch.randn(6, 3, 5)
+    for call in (lambda: None, lambda: drop(x), drop.eval, lambda: drop(x), drop.train):
+        call()
+        assert list(drop.state_dict()) == expected
+        assert [name for name, _ in drop.named_parameters()] == expected
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_nothing_is_dropped_in_evaluation(variational):
+    # The original drops rows in evaluation too when variational.
+    drop = lstm(variational=variational)
+    x = torch.randn(6, 3, 5)
+    drop(x)
+    drop.eval()
+    first, _ = drop(x)
+    plain = nn.LSTM(5, 7)
+    plain.load_state_dict(
+        {k.removeprefix("module.").removesuffix("_raw"): v for k, v in drop.state_dict().items()}
+    )
+    torch.testing.assert_close(first, plain(x)[0])
+
+
+def test_evaluation_still_differentiates_the_raw_weight():
+    drop = lstm().eval()
+    drop(torch.randn(6, 3, 5))[0].sum().backward()
+    assert drop.module.weight_hh_l0_raw.grad.abs().sum() > 0
+
+
+def test_variational_drops_whole_rows():
+    drop = lstm(variational=True)
+    rows = set()
+    for _ in range(20):
+        drop(torch.randn(2, 1, 5))
+        zero = drop.module.weight_hh_l0 == 0
+        assert torch.equal(zero.any(dim=1), zero.all(dim=1))
+        rows |= set(zero.all(dim=1).nonzero().flatten().tolist())
+    assert len(rows) == 28
+
+
+def test_a_fresh_mask_every_call():
+    drop = lstm()
+    x = torch.randn(2, 1, 5)
+    drop(x)
+    first = drop.module.weight_hh_l0.detach().clone()
+    drop(x)
+    assert not torch.equal(first, drop.module.weight_hh_l0)
+
+
+def test_an_optimiser_made_before_wrapping_still_trains_it():
+    cell = nn.LSTM(5, 7)
+    optimizer = torch.optim.SGD(cell.parameters(), lr=1.0)
+    drop = WeightDrop(cell, ["weight_hh_l0"], 0.5)
+    before = drop.module.weight_hh_l0_raw.detach().clone()
+    drop(torch.randn(6, 3, 5))[0].sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, drop.module.weight_hh_l0_raw)
+
+
+def test_copy_and_move_after_a_call():
+    drop = lstm()
+    x = torch.randn(6, 3, 5)
+    drop(x)
+    twin = copy.deepcopy(drop)
+    drop.eval(), twin.eval()
+    torch.testing.assert_close(twin(x)[0], drop(x)[0])
+    drop.double()
+    assert drop(x.double())[0].dtype == torch.float64
+
+
+def test_unknown_weight_name():
+    with pytest.raises(AttributeError, match="weight_hh_l9"):
+        WeightDrop(nn.LSTM(5, 7), ["weight_hh_l9"], 0.5)
