@@ -5,14 +5,14 @@ Modeling at Multiple Scales", arXiv 1803.08240, section 3.
 """
 
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from qrnn.forget_mult import qrnn_pool
+from qrnn.forget_mult import qrnn_pool, qrnn_pool_both_ways, valid_steps
 
 
 class QRNNLayer(nn.Module):
@@ -20,9 +20,10 @@ class QRNNLayer(nn.Module):
 
     `hidden_size` defaults to `input_size`. `zoneout` is the probability that a unit keeps its last
     state. `save_prev_x` keeps the inputs that the window needs from one call to the next, detached,
-    until `reset()`. `use_cuda=False` keeps to PyTorch operations also on a GPU.
+    until `reset()`. `use_cuda=False` keeps to PyTorch operations also on a GPU. `reverse` walks
+    time from its end, and the window then looks ahead.
 
-    Raises ValueError for a window below 1 or a zoneout outside [0, 1).
+    Raises ValueError for a window below 1, a zoneout outside [0, 1), or `save_prev_x` in reverse.
     """
 
     def __init__(
@@ -34,8 +35,11 @@ class QRNNLayer(nn.Module):
         window: int = 1,
         output_gate: bool = True,
         use_cuda: bool = True,
+        reverse: bool = False,
     ) -> None:
         super().__init__()
+        if reverse and save_prev_x:
+            raise ValueError("save_prev_x needs the inputs in order: it does not go with reverse")
         if window < 1:
             raise ValueError(f"window must be 1 or more, not {window}")
         if not 0 <= zoneout < 1:
@@ -47,6 +51,7 @@ class QRNNLayer(nn.Module):
         self.window = window
         self.output_gate = output_gate
         self.use_cuda = use_cuda
+        self.reverse = reverse
         self.prevX: Tensor | None = None
         self.linear = nn.Linear(window * input_size, (3 if output_gate else 2) * self.hidden_size)
 
@@ -54,39 +59,27 @@ class QRNNLayer(nn.Module):
         """Forget the inputs kept from the last call."""
         self.prevX = None
 
-    def forward(self, X: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, X: Tensor, hidden: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """From `X` (seq_len, batch, input_size) to the output and the last state.
 
-        `hidden` is (batch, hidden_size), (1, batch, hidden_size) or None for zeros. Returns
-        (seq_len, batch, hidden_size) and (1, batch, hidden_size). Raises ValueError if the kept
-        inputs are of another batch size.
+        `hidden` is (batch, hidden_size), (1, batch, hidden_size) or None for zeros. `lengths`
+        (batch,), int64, ends columns early: their output is 0 from there on, their last state that
+        of their last step. Returns (seq_len, batch, hidden_size) and (1, batch, hidden_size).
+        Raises ValueError if the kept inputs are of another batch size, or with `save_prev_x` and
+        `lengths` together.
         """
-        y = self.linear(self._windowed(X))
-        return qrnn_pool(y, hidden, self._zoneout_factor(y), self.output_gate)
+        y = self.project(X, lengths)
+        options = (self.zoneout_factor(y), self.output_gate, self.reverse, lengths, self.use_cuda)
+        return qrnn_pool(y, hidden, *options)
 
-    def extra_repr(self) -> str:
-        return f"window={self.window}, zoneout={self.zoneout}, output_gate={self.output_gate}"
+    def project(self, X: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The linear map of the windowed input: Z | F | O, (seq_len, batch, 3 * hidden_size)."""
+        return self.linear(self._windowed(X, lengths))
 
-    def _windowed(self, X: Tensor) -> Tensor:
-        """`[X_t, X_{t-1}, ...]` side by side: (seq_len, batch, window * input_size)."""
-        if self.window == 1:
-            return X
-        before = self.prevX
-        if before is None:
-            before = X.new_zeros(self.window - 1, *X.shape[1:])
-        elif before.shape[1:] != X.shape[1:]:
-            raise ValueError(
-                f"the inputs kept from the last call have the shape {tuple(before.shape[1:])} and "
-                f"these {tuple(X.shape[1:])} (batch, input_size): call reset() in between"
-            )
-        padded = torch.cat([before, X])
-        if self.save_prev_x:
-            # A copy: a view would keep the whole batch in memory.
-            self.prevX = padded[len(X) :].detach().clone()
-        shifts = range(self.window - 1, -1, -1)
-        return torch.cat([padded[s : s + len(X)] for s in shifts], dim=2)
-
-    def _zoneout_factor(self, y: Tensor) -> Tensor | float | None:
+    def zoneout_factor(self, y: Tensor) -> Tensor | float | None:
+        """What the forget gate is multiplied by: a fresh mask in training, a number, or None."""
         if not self.zoneout:
             return None
         if not self.training:
@@ -94,12 +87,55 @@ class QRNNLayer(nn.Module):
         size = (*y.shape[:2], self.hidden_size)
         return torch.empty(size, dtype=y.dtype, device=y.device).bernoulli_(1 - self.zoneout)
 
+    def extra_repr(self) -> str:
+        return f"window={self.window}, zoneout={self.zoneout}, output_gate={self.output_gate}"
+
+    def _windowed(self, X: Tensor, lengths: Tensor | None) -> Tensor:
+        """`[X_t, X_{t-1}, ...]` side by side: (seq_len, batch, window * input_size).
+
+        Side by side moves fewer bytes than one product for each place in the window: those would
+        read and write the three times wider result once more.
+        """
+        if self.save_prev_x and lengths is not None:
+            raise ValueError("save_prev_x carries whole columns on: it does not go with lengths")
+        if self.window == 1:
+            return X
+        outside = X.new_zeros(self.window - 1, *X.shape[1:])
+        if self.reverse:
+            # What lies beyond a column's end must look like nothing, as its padding may not.
+            padded = torch.cat([X if lengths is None else X * valid_steps(lengths, X), outside])
+            shifts = range(self.window)
+        else:
+            padded = torch.cat([self._kept(X, outside), X])
+            shifts = range(self.window - 1, -1, -1)
+        if self.save_prev_x:
+            # A copy: a view would keep the whole batch in memory.
+            self.prevX = padded[len(X) :].detach().clone()
+        return torch.cat([padded[s : s + len(X)] for s in shifts], dim=2)
+
+    def _kept(self, X: Tensor, nothing: Tensor) -> Tensor:
+        """The inputs before `X`: (window - 1, batch, input_size)."""
+        if self.prevX is None:
+            return nothing
+        if self.prevX.shape[1:] != X.shape[1:]:
+            raise ValueError(
+                f"the inputs kept from the last call have the shape {tuple(self.prevX.shape[1:])} "
+                f"and these {tuple(X.shape[1:])} (batch, input_size): call reset() in between"
+            )
+        return self.prevX
+
 
 class QRNN(nn.Module):
     """A stack of QRNN layers with the call of `torch.nn.LSTM`.
 
     `dropout` acts between layers. `layers` replaces the layers that would be made; the remaining
-    options go to each QRNNLayer. Raises ValueError if a given layer has another hidden size.
+    options go to each QRNNLayer. `bidirectional` adds to each layer one that walks time from its
+    end, its output beside the other's; equal to two one-way stacks only if there is one layer,
+    since each layer sees both directions of the one below. `batch_first` is for input and output,
+    not for the states, as in `torch.nn.LSTM`.
+
+    Raises ValueError if a given layer has another hidden size, or if `layers` or `save_prev_x` is
+    given for a bidirectional stack.
     """
 
     def __init__(
@@ -109,34 +145,93 @@ class QRNN(nn.Module):
         num_layers: int = 1,
         dropout: float = 0.0,
         layers: Iterable[QRNNLayer] | None = None,
+        *,
+        batch_first: bool = False,
+        bidirectional: bool = False,
         **layer_options: Any,
     ) -> None:
         super().__init__()
+        self.directions = 2 if bidirectional else 1
         if layers is None:
-            sizes = [input_size] + [hidden_size] * num_layers
-            layers = [QRNNLayer(n_in, n_out, **layer_options) for n_in, n_out in pairwise(sizes)]
+            sizes = [input_size] + [hidden_size * self.directions] * (num_layers - 1)
+            layers = [QRNNLayer(size, hidden_size, **layer_options) for size in sizes]
+        elif bidirectional:
+            raise ValueError("layers replaces a one-way stack: it does not go with bidirectional")
         self.layers = nn.ModuleList(layers)
         if any(layer.hidden_size != hidden_size for layer in self.layers):
             raise ValueError(f"every layer must have the hidden_size {hidden_size} of the stack")
+        self.layers_reverse = nn.ModuleList(
+            QRNNLayer(layer.input_size, hidden_size, **layer_options, reverse=True)
+            for layer in (self.layers if bidirectional else ())
+        )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = len(self.layers)
         self.dropout = dropout
+        self.batch_first = batch_first
+        self.bidirectional = bidirectional
 
     def reset(self) -> None:
         """Forget what every layer kept from the last call."""
         for layer in self.layers:
             layer.reset()
 
-    def forward(self, input: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hidden: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """From (seq_len, batch, input_size) to the output and every layer's last state.
 
-        `hidden` is (num_layers, batch, hidden_size) or None for zeros; so is the state returned.
+        `hidden` is (num_layers * directions, batch, hidden_size), a layer's two directions next to
+        each other, or None for zeros; so is the state returned. The output is (seq_len, batch,
+        directions * hidden_size). Columns of several lengths come as a PackedSequence, and go as
+        one, or with `lengths` (batch,), as in QRNNLayer.
         """
+        if isinstance(input, PackedSequence):
+            padded, on_cpu = pad_packed_sequence(input)
+            output, last = self._stack(padded, hidden, on_cpu.to(padded.device))
+            return _packed_like(input, output, on_cpu), last
+        output, last = self._stack(
+            input.transpose(0, 1) if self.batch_first else input, hidden, lengths
+        )
+        return output.transpose(0, 1) if self.batch_first else output, last
+
+    def _stack(
+        self, x: Tensor, hidden: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         last_states = []
         for i, layer in enumerate(self.layers):
-            input, last = layer(input, None if hidden is None else hidden[i])
+            first = i * self.directions
+            state = None if hidden is None else hidden[first : first + self.directions]
+            if self.bidirectional:
+                x, last = self._both_ways(layer, self.layers_reverse[i], x, state, lengths)
+            else:
+                x, last = layer(x, state, lengths)
             last_states.append(last)
             if i < self.num_layers - 1:
-                input = functional.dropout(input, self.dropout, self.training)
-        return input, torch.cat(last_states)
+                x = functional.dropout(x, self.dropout, self.training)
+        return x, torch.cat(last_states)
+
+    @staticmethod
+    def _both_ways(
+        layer: QRNNLayer,
+        reverse: QRNNLayer,
+        x: Tensor,
+        state: Tensor | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, y_reverse = layer.project(x, lengths), reverse.project(x, lengths)
+        zoneout = (layer.zoneout_factor(y), reverse.zoneout_factor(y_reverse))
+        options = (zoneout, layer.output_gate, lengths, layer.use_cuda)
+        return qrnn_pool_both_ways(y, y_reverse, state, *options)
+
+
+def _packed_like(packed: PackedSequence, output: Tensor, lengths: Tensor) -> PackedSequence:
+    """`output` (seq_len, batch, size) packed in the order of `packed`."""
+    order = packed.sorted_indices
+    if order is not None:
+        output, lengths = output.index_select(1, order), lengths[order.cpu()]
+    again = pack_padded_sequence(output, lengths)
+    return PackedSequence(again.data, again.batch_sizes, order, packed.unsorted_indices)

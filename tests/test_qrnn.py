@@ -193,3 +193,113 @@ def test_stack_of_given_layers_and_dropout_between():
     assert (seen[1] != 0).all()
     with pytest.raises(ValueError, match="hidden_size"):
         QRNN(4, 3, layers=[QRNNLayer(4, 8), QRNNLayer(8, 3)])
+
+
+LENGTHS = [7, 1, 4, 6]
+
+
+def flipped(x, lengths):
+    """Each column's valid part back to front, the rest zero."""
+    result = torch.zeros_like(x)
+    for b, n in enumerate(lengths):
+        result[:n, b] = x[:n, b].flip(0)
+    return result
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("zoneout", ["none", "mask"])
+def test_pool_backwards_and_with_lengths(gate, zoneout):
+    torch.manual_seed(0)
+    y = torch.randn(7, 4, (3 if gate else 2) * 3, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(7, 4, 3, dtype=torch.float64).round() if zoneout == "mask" else None
+    lengths = torch.tensor(LENGTHS)
+    for reverse in (False, True):
+        for n in (None, lengths):
+            h, last = qrnn_pool(y, c, mask, gate, reverse, n)
+            # Column by column: cut to its length, flipped if backwards, one way, flipped back.
+            for b, length in enumerate(LENGTHS if n is not None else [7] * 4):
+                turn = (lambda t: t.flip(0)) if reverse else (lambda t: t)
+                part = None if mask is None else turn(mask[:length, b : b + 1])
+                one, state = qrnn_pool(turn(y[:length, b : b + 1]), c[b : b + 1], part, gate)
+                torch.testing.assert_close(h[:length, b : b + 1], turn(one))
+                torch.testing.assert_close(last[:, b : b + 1], state)
+                assert (h[length:, b] == 0).all()
+            assert torch.autograd.gradcheck(
+                lambda y, c, r=reverse, n=n: qrnn_pool(y, c, mask, gate, r, n), (y, c)
+            )
+
+
+def test_forget_mult_backwards():
+    f, x, h = inputs((6, 2, 3), True)
+    expected = forget_mult_loop(f.flip(0), x.flip(0), h).flip(0)
+    torch.testing.assert_close(forget_mult(f, x, h, reverse=True), expected)
+    assert torch.autograd.gradcheck(lambda f, x, h: forget_mult(f, x, h, True), (f, x, h))
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_bidirectional_equals_two_one_way_ones_on_flipped_input(window, lengths):
+    torch.manual_seed(0)
+    both = QRNN(5, 3, bidirectional=True, window=window)
+    forwards, backwards = QRNN(5, 3, window=window), QRNN(5, 3, window=window)
+    forwards.layers[0].linear.load_state_dict(both.layers[0].linear.state_dict())
+    backwards.layers[0].linear.load_state_dict(both.layers_reverse[0].linear.state_dict())
+    x, hidden = torch.randn(7, 4, 5), torch.randn(2, 4, 3)
+    n = None if lengths is None else torch.tensor(lengths)
+    columns = lengths or [7] * 4
+    output, last = both(x, hidden, n)
+    ahead, last_ahead = forwards(x, hidden[:1], n)
+    back, last_back = backwards(flipped(x, columns), hidden[1:], n)
+    torch.testing.assert_close(output, torch.cat([ahead, flipped(back, columns)], dim=2))
+    torch.testing.assert_close(last, torch.cat([last_ahead, last_back]))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_packed_sequences(bidirectional, enforce_sorted):
+    torch.manual_seed(0)
+    net = QRNN(5, 3, num_layers=2, window=2, bidirectional=bidirectional)
+    lengths = sorted(LENGTHS, reverse=True) if enforce_sorted else LENGTHS
+    columns = [torch.randn(n, 5) for n in lengths]
+    packed = torch.nn.utils.rnn.pack_sequence(columns, enforce_sorted)
+    hidden = torch.randn(4 if bidirectional else 2, 4, 3)
+    output, last = net(packed, hidden)
+    assert isinstance(output, torch.nn.utils.rnn.PackedSequence)
+    unpacked = torch.nn.utils.rnn.unpack_sequence(output)
+    for b, column in enumerate(columns):
+        # Each column as if it were alone.
+        alone, state = net(column.unsqueeze(1), hidden[:, b : b + 1])
+        torch.testing.assert_close(unpacked[b], alone[:, 0])
+        torch.testing.assert_close(last[:, b : b + 1], state)
+
+
+def test_batch_first():
+    torch.manual_seed(0)
+    net = QRNN(5, 3, num_layers=2)
+    twin = QRNN(5, 3, num_layers=2, batch_first=True)
+    twin.load_state_dict(net.state_dict())
+    x, hidden = torch.randn(7, 4, 5), torch.randn(2, 4, 3)
+    (a, b), (c, d) = net(x, hidden), twin(x.transpose(0, 1), hidden)
+    assert c.shape == (4, 7, 3)
+    torch.testing.assert_close(a, c.transpose(0, 1))
+    torch.testing.assert_close(b, d)
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(ValueError, match="save_prev_x"):
+        QRNN(5, 3, bidirectional=True, save_prev_x=True)
+    with pytest.raises(ValueError, match="bidirectional"):
+        QRNN(5, 3, layers=[QRNNLayer(5, 3)], bidirectional=True)
+    layer = QRNNLayer(5, 3, save_prev_x=True)
+    with pytest.raises(ValueError, match="lengths"):
+        layer(torch.randn(7, 4, 5), lengths=torch.tensor(LENGTHS))
+
+
+def test_under_autocast_the_carried_state_fits():
+    layer = QRNNLayer(5, 3)
+    x = torch.randn(7, 4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, last = layer(x, torch.randn(1, 4, 3))
+        layer(x, last)
+    assert output.dtype == torch.bfloat16
