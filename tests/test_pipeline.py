@@ -10,6 +10,7 @@ from conftest import TINY
 
 import checkpoint
 import engine
+import nt_asgd
 from model import RNN_TYPES
 
 EPOCH = re.compile(
@@ -114,12 +115,24 @@ def test_same_seed_same_run(script, corpus_dir, tmp_path):
         assert_same_weights(tmp_path / "a", tmp_path / "c")
 
 
+@pytest.fixture
+def switch_after_two_epochs(monkeypatch):
+    """Averaging starts after the second epoch, whatever the losses."""
+
+    def update(self, loss):
+        self.losses.append(loss)
+        return len(self.losses) == 2
+
+    monkeypatch.setattr(nt_asgd.NonMonotonicTrigger, "update", update)
+
+
+@pytest.mark.usefixtures("switch_after_two_epochs")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("cell", RNN_TYPES)
 def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, script, corpus_dir, tmp_path):
-    # Through the switch to averaging (at once, the rate being far too high) and through --when.
-    flags = ["--model", cell, "--nonmono", 0, "--when", 3, "--optimizer", optimizer]
-    flags += ["--lr", 60 if optimizer == "sgd" else 0.02]
+    # Through the switch to averaging and through --when.
+    flags = ["--model", cell, "--when", 3, "--optimizer", optimizer]
+    flags += ["--lr", 5 if optimizer == "sgd" else 0.02]
     whole = train(script, corpus_dir, tmp_path / "whole", *flags, "--epochs", 6)
     if optimizer == "sgd":
         assert "Switching to averaged SGD" in whole
@@ -169,9 +182,10 @@ def test_adam_has_a_rate_of_its_own(script, corpus_dir, tmp_path):
     assert "lr 0.00100" in out
 
 
+@pytest.mark.usefixtures("switch_after_two_epochs")
 def test_averaged_weights_are_saved_and_raw_ones_trained_on(script, corpus_dir, tmp_path):
     path = tmp_path / "m.pt"
-    out = train(script, corpus_dir, path, "--nonmono", 0, "--lr", 60, "--epochs", 6)
+    out = train(script, corpus_dir, path, "--epochs", 4)
     assert "Switching to averaged SGD" in out
     content = torch.load(path, weights_only=True)
     averaged = content["model"]["encoder.weight"]

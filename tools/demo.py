@@ -1,4 +1,4 @@
-"""The four stages on the sample corpus: train, finetune, cache, sample; then a table of the results.
+"""The four stages on the sample corpus: train, finetune, cache, sample; then a table of results.
 
 Ends with exit status 1 if a stage fails or is no better than word frequencies alone.
 """
