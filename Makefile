@@ -32,6 +32,7 @@ bench: $(BIN)/.runtime
 	$(BIN)/python bench/corpus.py
 	$(BIN)/python bench/pointer.py
 	$(BIN)/python bench/forget_mult.py
+	$(BIN)/python bench/qrnn_layer.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

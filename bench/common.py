@@ -43,6 +43,59 @@ def in_turns(ways: Mapping[str, Callable[[], object]], runs: int) -> dict[str, l
     return seconds
 
 
+def on_gpu(
+    ways: Mapping[str, Callable[[int], object]], sets: int, runs: int
+) -> dict[str, list[float]]:
+    """Seconds of device time of every way, in turn: `call(k)` works on the k-th set of inputs.
+
+    Each way is captured in a CUDA graph that goes through all sets, so that neither the host's time
+    nor a cache that still holds the last inputs is measured; a replay's time is shared out evenly.
+    """
+    graphs = {}
+    for way, call in ways.items():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for k in range(sets):
+                call(k)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for k in range(sets):
+                call(k)
+        graphs[way] = graph
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for run in range(runs + 1):
+        for way, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if run:
+                seconds[way].append(start.elapsed_time(end) / 1e3 / sets)
+    return seconds
+
+
+def copy_bandwidth(device: torch.device, runs: int = 10) -> float:
+    """Bytes a second, read and written, of a copy far larger than any cache."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device).normal_()
+    target = torch.empty_like(source)
+    if device.type == "cuda":
+        times = on_gpu({"copy": lambda k: target.copy_(source)}, 1, runs)["copy"]
+    else:
+        times = in_turns({"copy": lambda: target.copy_(source)}, runs)["copy"]
+    return 2 * source.numel() * source.element_size() / min(times)
+
+
+def input_sets(nbytes: int, device: torch.device) -> int:
+    """How many sets of inputs of `nbytes` it takes to leave nothing in the GPU's L2 cache."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, 2 * cache // nbytes + 1)
+
+
 def spread(times: list[float], unit: float) -> str:
     """Median, then fastest to slowest, in units of `unit` seconds."""
     low, middle, high = min(times), statistics.median(times), max(times)

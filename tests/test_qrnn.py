@@ -1,5 +1,7 @@
 """qrnn/: the recurrence against its definition, its gradients, the layers."""
 
+import warnings
+
 import pytest
 import references
 import torch
@@ -303,3 +305,22 @@ def test_under_autocast_the_carried_state_fits():
         output, last = layer(x, torch.randn(1, 4, 3))
         layer(x, last)
     assert output.dtype == torch.bfloat16
+
+
+def test_without_cupy_a_gpu_falls_back_with_one_warning(monkeypatch):
+    from qrnn import forget_mult as module
+    from qrnn import kernels
+
+    class OnGPU:
+        is_cuda = True
+
+    monkeypatch.setattr(kernels, "_import_cupy", lambda: ImportError("No module named 'cupy'"))
+    module._warn_without_kernels.cache_clear()
+    with pytest.warns(UserWarning, match=r"pip install cupy-cuda\d+x.*No module named 'cupy'"):
+        assert module._kernels_for(OnGPU()) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert module._kernels_for(OnGPU()) is None
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    assert module._kernels_for(OnGPU()) is kernels
+    assert module._kernels_for(torch.zeros(1)) is None

@@ -1,0 +1,392 @@
+// The QRNN recurrence (arXiv 1611.01576, section 2.1) forwards and backwards, alone (ForgetMult) or
+// fused with a layer's tanh, sigmoids, zoneout and output gate.
+//
+// With F here being one minus the paper's forget gate, a step of the walk is
+//
+//     c_s = f_s * z_s + (1 - f_s) * c_{s-1},        h_s = o_s * c_s   (o_s = 1 without a gate)
+//
+// and its reverse, with g the gradient that reaches c_s,
+//
+//     g = dh_s * o_s + carry,   do = dh_s * c_s,   dz = g * f_s,   df = g * (z_s - c_{s-1}),
+//     carry = g * (1 - f_s).
+//
+// Layout. Every tensor is a stack of rows, one per (time, column of the batch); row (t, b) begins
+// at (t * batch + b) * row, so a tensor may be a slice of a wider one: Z | F | O side by side, or
+// one direction's half of a bidirectional output. One thread owns one (b, j) column and walks
+// time; neighbouring threads own neighbouring j, so every access is coalesced.
+//
+// Traffic. The layer reads Z, F, O and writes H and C (5 N), then reads Z, F, O, C, dH and writes
+// dZ, dF, dO (8 N): 13 N elements. The gates are recomputed in the backward kernel, because a special
+// function costs less than a load. C is stored, because getting c_{s-1} back from c_s divides by
+// 1 - f, and from h_s by o: both lose every digit as the gate closes.
+//
+// Latency. 31,000 columns (batch 20, 1550 wide) are 7 warps on each multiprocessor of a large GPU,
+// far too few to hide memory latency by switching between them, so each thread fetches a whole chunk
+// of steps, with no use of them in between, while it computes the chunk before. About
+// 3 TB/s * 700 ns = 2.1 MB must be in flight: 31,000 threads with 8 steps of three float
+// streams are 3 MB, and between one and two chunks are always under way.
+//
+// Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16, without any header,
+// so that NVRTC needs no CUDA toolkit. All arithmetic is in State: double for double, else float.
+
+#ifndef SCALAR
+#error "define SCALAR as double, float, Float16 or BFloat16"
+#endif
+
+struct Float16 {
+    unsigned short bits;
+};
+
+struct BFloat16 {
+    unsigned short bits;
+};
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(bits));
+    return wide;
+}
+
+__device__ __forceinline__ unsigned short float_to_half(float wide) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(wide));
+    return bits;
+}
+
+__device__ __forceinline__ unsigned float_to_bits(float v) { return __float_as_uint(v); }
+
+__device__ __forceinline__ float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
+
+// One special-function instruction each: relative error at most 2^-22 and 2^-23.
+__device__ __forceinline__ float fast_exp2(float v) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+    return power;
+}
+
+__device__ __forceinline__ float fast_reciprocal(float v) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(v));
+    return inverse;
+}
+
+#endif  // whoever compiles this file as C++ supplies these six functions
+
+__device__ __forceinline__ double widen(double v) { return v; }
+
+__device__ __forceinline__ float widen(float v) { return v; }
+
+__device__ __forceinline__ float widen(Float16 v) { return half_to_float(v.bits); }
+
+__device__ __forceinline__ float widen(BFloat16 v) { return bits_to_float((unsigned)v.bits << 16); }
+
+__device__ __forceinline__ void narrow(double wide, double &v) { v = wide; }
+
+__device__ __forceinline__ void narrow(float wide, float &v) { v = wide; }
+
+__device__ __forceinline__ void narrow(float wide, Float16 &v) { v.bits = float_to_half(wide); }
+
+// By hand, to the nearest and ties to even, as the instruction for it begins with capability 8.0.
+__device__ __forceinline__ void narrow(float wide, BFloat16 &v) {
+    const unsigned bits = float_to_bits(wide);
+    const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    v.bits = (unsigned short)(wide == wide ? rounded : 0x7fc0u);
+}
+
+// 1 / (1 + 2^(-v log2 e)): two special functions. From the bounds above, the error is below 2.5e-7
+// for every v; where the power overflows, the reciprocal of infinity is the right answer, 0.
+__device__ __forceinline__ float sigmoid(float v) {
+    return fast_reciprocal(1.0f + fast_exp2(-1.4426950408889634f * v));
+}
+
+__device__ __forceinline__ double sigmoid(double v) { return 1.0 / (1.0 + exp(-v)); }
+
+// 1 - 2 / (1 + e^2|v|), also two special functions, would lose the relative precision of small
+// results; there an odd polynomial (a minimax fit to 4.4e-8 on |v| <= 0.5625) takes its place. Both
+// are computed and one is selected: a branch would keep the steps of a chunk from overlapping. The
+// error is below 3e-7. (The hardware's own tanh.approx is off by 5e-4.)
+__device__ __forceinline__ float tanh_of(float v) {
+    const float size = fabsf(v);
+    const float large = 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(2.8853900817779268f * size));
+    const float u = v * v;
+    const float p = ((0.016255677f * u - 0.052578982f) * u + 0.13319334f) * u - 0.3333289f;
+    return size > 0.5625f ? copysignf(large, v) : v + v * (u * p);
+}
+
+__device__ __forceinline__ double tanh_of(double v) { return tanh(v); }
+
+template <typename T>
+struct StateOf {
+    typedef float type;
+};
+
+template <>
+struct StateOf<double> {
+    typedef double type;
+};
+
+typedef SCALAR Scalar;
+typedef StateOf<Scalar>::type State;
+
+// Steps per chunk, by the streams a step reads: 30 to 40 values, of which two chunks fit the 128
+// registers of a thread. float64 is for checking gradients, not for speed.
+__device__ constexpr int chunk_steps(int streams) {
+    return sizeof(Scalar) == 8 ? 2 : streams <= 2 ? 16 : streams == 3 ? 12 : streams <= 5 ? 8 : 5;
+}
+
+// Where a thread stands in a stack of rows, in elements, and how far one step of its walk is.
+struct Cursor {
+    long long at, step;
+
+    __device__ __forceinline__ Cursor(long long t, long long b, long long j, long long batch,
+                                      long long row, int direction)
+        : at((t * batch + b) * row + j), step(direction * batch * row) {}
+};
+
+// The steps of the walk that lie inside the sequence of this thread's batch column.
+struct Window {
+    int begin, count;
+
+    // `from_end`: the walk meets the padding before the sequence, not after it.
+    __device__ __forceinline__ Window(const long long *lengths, long long b, int steps,
+                                      bool from_end) {
+        count = steps;
+        if (lengths) {
+            const long long length = lengths[b];
+            count = length < 0 ? 0 : (length < steps ? (int)length : steps);
+        }
+        begin = from_end ? steps - count : 0;
+    }
+
+    __device__ __forceinline__ bool contains(int s) const {
+        return (unsigned)(s - begin) < (unsigned)count;
+    }
+};
+
+template <int STEPS>
+struct Chunk {
+    Scalar values[STEPS];
+
+    // Outside `live` nothing is read and zeros are kept.
+    template <typename Live>
+    __device__ __forceinline__ void fetch(const Scalar *__restrict__ source, Cursor &cursor,
+                                          int first, Live live) {
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            Scalar value = {};
+            if (live(first + i)) value = source[cursor.at];
+            values[i] = value;
+            cursor.at += cursor.step;
+        }
+    }
+};
+
+// What both directions take first: Z, F, O as streams of one row size (ForgetMult: its x and f),
+// the initial state, the zoneout mask or scale, and the lengths of the batch columns (or null).
+#define INPUTS                                                                                     \
+    const Scalar *__restrict__ z, const Scalar *__restrict__ f, const Scalar *__restrict__ o,      \
+        long long in_row, const Scalar *__restrict__ c_init, const Scalar *__restrict__ mask,      \
+        double scale, const long long *__restrict__ lengths
+
+#define SIZES long long seq_len, long long batch, long long hidden, long long reverse
+
+// Writes every row of h, and with a gate of c (without one, h is c). Beyond a column's length h is
+// 0 and c keeps its value. c_last may be null.
+#define FORWARD_PARAMETERS                                                                         \
+    INPUTS, Scalar *__restrict__ h, long long h_row, Scalar *__restrict__ c,                       \
+        Scalar *__restrict__ c_last, SIZES
+
+// c is the forward kernel's c (without a gate its h). Both incoming gradients and grad_init may be
+// null. Writes every row of grad_z, grad_f and, with a gate, grad_o: zeros beyond a column's length.
+#define BACKWARD_PARAMETERS                                                                        \
+    INPUTS, const Scalar *__restrict__ c, long long c_row, const Scalar *__restrict__ grad_h,      \
+        long long grad_h_row, const Scalar *__restrict__ grad_last, Scalar *__restrict__ grad_z,   \
+        Scalar *__restrict__ grad_f, Scalar *__restrict__ grad_o, long long grad_row,              \
+        Scalar *__restrict__ grad_init, SIZES
+
+// One chunk of every stream; what a kernel does not read stays untouched.
+template <int STEPS>
+struct Streams {
+    Chunk<STEPS> z, f, o, mask, c, grad;
+};
+
+// WHOLE: no step of the chunk lies beyond the end, so none needs a branch around its stores, and the
+// steps overlap.
+template <bool WHOLE, bool FUSED, bool GATE, bool MASK, int STEPS>
+__device__ __forceinline__ void compute_forward(const Streams<STEPS> &now, int first, int steps,
+                                                const Window &window, State scale, State &state,
+                                                Scalar *__restrict__ h, Cursor &h_cursor,
+                                                Scalar *__restrict__ c, Cursor &c_cursor) {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
+        if (FUSED) {
+            x = tanh_of(x);
+            take = sigmoid(take) * (MASK ? widen(now.mask.values[i]) : scale);
+        }
+        const bool inside = window.contains(first + i);
+        const State moved = take * x + (State(1) - take) * state;
+        state = inside ? moved : state;
+        const State out = GATE ? sigmoid(widen(now.o.values[i])) * state : state;
+        if (WHOLE || first + i < steps) {
+            narrow(inside ? out : State(0), h[h_cursor.at]);
+            if (GATE) narrow(state, c[c_cursor.at]);
+        }
+        h_cursor.at += h_cursor.step;
+        c_cursor.at += c_cursor.step;
+    }
+}
+
+template <bool FUSED, bool GATE, bool MASK>
+__device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
+    constexpr int CHUNK = chunk_steps(2 + GATE + MASK);
+    const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= batch * hidden) return;
+    const long long b = column / hidden, j = column - b * hidden;
+    const int steps = (int)seq_len, direction = reverse ? -1 : 1;
+    const long long t = reverse ? seq_len - 1 : 0;
+    const Window window(lengths, b, steps, reverse != 0);
+    const auto live = [&](int s) { return window.contains(s); };
+
+    Cursor z_cursor(t, b, j, batch, in_row, direction), f_cursor = z_cursor, o_cursor = z_cursor;
+    Cursor m_cursor(t, b, j, batch, hidden, direction), c_cursor = m_cursor;
+    Cursor h_cursor(t, b, j, batch, h_row, direction);
+    Streams<CHUNK> now, next;
+    const auto fetch = [&](int first) {
+        next.z.fetch(z, z_cursor, first, live);
+        next.f.fetch(f, f_cursor, first, live);
+        if (GATE) next.o.fetch(o, o_cursor, first, live);
+        if (MASK) next.mask.fetch(mask, m_cursor, first, live);
+    };
+
+    const State factor = State(scale);
+    State state = c_init ? widen(c_init[column]) : State(0);
+    fetch(0);
+    for (int first = 0; first < steps; first += CHUNK) {
+        now.z = next.z;
+        now.f = next.f;
+        if (GATE) now.o = next.o;
+        if (MASK) now.mask = next.mask;
+        fetch(first + CHUNK);
+        if (first + CHUNK <= steps)
+            compute_forward<true, FUSED, GATE, MASK>(now, first, steps, window, factor, state, h,
+                                                     h_cursor, c, c_cursor);
+        else
+            compute_forward<false, FUSED, GATE, MASK>(now, first, steps, window, factor, state, h,
+                                                      h_cursor, c, c_cursor);
+    }
+    if (c_last) narrow(state, c_last[column]);
+}
+
+template <bool WHOLE, bool FUSED, bool GATE, bool MASK, int STEPS>
+__device__ __forceinline__ void compute_backward(const Streams<STEPS> &now, int first, int steps,
+                                                 const Window &window, State scale, State initial,
+                                                 State &carry, Scalar *__restrict__ grad_z,
+                                                 Scalar *__restrict__ grad_f,
+                                                 Scalar *__restrict__ grad_o, Cursor &cursor) {
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        const bool inside = window.contains(first + i);
+        const State before = window.contains(first + i + 1) ? widen(now.c.values[i]) : initial;
+        State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
+        State x_slope = State(1), take_slope = State(1);
+        if (FUSED) {
+            const State open = sigmoid(take);
+            x = tanh_of(x);
+            x_slope = State(1) - x * x;
+            take = open * (MASK ? widen(now.mask.values[i]) : scale);
+            take_slope = take * (State(1) - open);
+        }
+        State grad = widen(now.grad.values[i]), grad_gate = State(0);
+        if (GATE) {
+            const State gate = sigmoid(widen(now.o.values[i]));
+            const State state = take * x + (State(1) - take) * before;
+            grad_gate = grad * state * gate * (State(1) - gate);
+            grad *= gate;
+        }
+        grad += carry;
+        carry = inside ? grad * (State(1) - take) : carry;
+        if (WHOLE || first + i < steps) {
+            narrow(inside ? grad * take * x_slope : State(0), grad_z[cursor.at]);
+            narrow(inside ? grad * (x - before) * take_slope : State(0), grad_f[cursor.at]);
+            if (GATE) narrow(inside ? grad_gate : State(0), grad_o[cursor.at]);
+        }
+        cursor.at += cursor.step;
+    }
+}
+
+// Walks against the direction of the forward kernel, so that the state before a step is the next
+// one of this walk, except at its end, where it is the initial state.
+template <bool FUSED, bool GATE, bool MASK>
+__device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
+    constexpr int CHUNK = chunk_steps(4 + GATE + MASK);
+    const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= batch * hidden) return;
+    const long long b = column / hidden, j = column - b * hidden;
+    const int steps = (int)seq_len, direction = reverse ? 1 : -1;
+    const long long t = reverse ? 0 : seq_len - 1;
+    const Window window(lengths, b, steps, reverse == 0);
+    const auto live = [&](int s) { return window.contains(s); };
+    const auto has_before = [&](int s) { return window.contains(s) && window.contains(s + 1); };
+    const auto has_grad = [&](int s) { return grad_h && window.contains(s); };
+
+    Cursor z_cursor(t, b, j, batch, in_row, direction), f_cursor = z_cursor, o_cursor = z_cursor;
+    Cursor m_cursor(t, b, j, batch, hidden, direction);
+    Cursor c_cursor(t + direction, b, j, batch, c_row, direction);
+    Cursor g_cursor(t, b, j, batch, grad_h_row, direction);
+    Cursor out_cursor(t, b, j, batch, grad_row, direction);
+    Streams<CHUNK> now, next;
+    const auto fetch = [&](int first) {
+        next.z.fetch(z, z_cursor, first, live);
+        next.f.fetch(f, f_cursor, first, live);
+        if (GATE) next.o.fetch(o, o_cursor, first, live);
+        if (MASK) next.mask.fetch(mask, m_cursor, first, live);
+        next.c.fetch(c, c_cursor, first, has_before);
+        next.grad.fetch(grad_h, g_cursor, first, has_grad);
+    };
+
+    const State factor = State(scale);
+    const State initial = c_init ? widen(c_init[column]) : State(0);
+    State carry = grad_last ? widen(grad_last[column]) : State(0);
+    fetch(0);
+    for (int first = 0; first < steps; first += CHUNK) {
+        now.z = next.z;
+        now.f = next.f;
+        if (GATE) now.o = next.o;
+        if (MASK) now.mask = next.mask;
+        now.c = next.c;
+        now.grad = next.grad;
+        fetch(first + CHUNK);
+        if (first + CHUNK <= steps)
+            compute_backward<true, FUSED, GATE, MASK>(now, first, steps, window, factor, initial,
+                                                      carry, grad_z, grad_f, grad_o, out_cursor);
+        else
+            compute_backward<false, FUSED, GATE, MASK>(now, first, steps, window, factor, initial,
+                                                       carry, grad_z, grad_f, grad_o, out_cursor);
+    }
+    if (grad_init) narrow(carry, grad_init[column]);
+}
+
+// Blocks of at most 64 threads: 31,000 columns are 485 of them, work for every multiprocessor.
+// Eight resident blocks leave a thread 128 registers: enough for two chunks without spilling, and at
+// larger sizes enough warps to overlap one's arithmetic with another's loads.
+#define KERNEL extern "C" __global__ void __launch_bounds__(64, 8)
+
+#define KERNELS(NAME, ...)                                                                         \
+    KERNEL NAME##_forward(FORWARD_PARAMETERS) {                                                    \
+        walk_forward<__VA_ARGS__>(z, f, o, in_row, c_init, mask, scale, lengths, h, h_row, c,      \
+                                  c_last, seq_len, batch, hidden, reverse);                        \
+    }                                                                                              \
+    KERNEL NAME##_backward(BACKWARD_PARAMETERS) {                                                  \
+        walk_backward<__VA_ARGS__>(z, f, o, in_row, c_init, mask, scale, lengths, c, c_row,        \
+                                   grad_h, grad_h_row, grad_last, grad_z, grad_f, grad_o,          \
+                                   grad_row, grad_init, seq_len, batch, hidden, reverse);          \
+    }
+
+KERNELS(forget_mult, false, false, false)
+KERNELS(qrnn, true, false, false)
+KERNELS(qrnn_mask, true, false, true)
+KERNELS(qrnn_gate, true, true, false)
+KERNELS(qrnn_gate_mask, true, true, true)

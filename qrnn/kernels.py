@@ -1,0 +1,488 @@
+"""The CUDA kernels of the QRNN (`forget_mult.cu`): compilation, launch and autograd.
+
+"Quasi-Recurrent Neural Networks", arXiv 1611.01576, section 2.1. CuPy compiles the source at the
+first use of a dtype on a device, and launches on PyTorch's current stream, in memory from PyTorch's
+allocator. Importing this module imports neither CuPy nor anything else of CUDA.
+
+Everything here takes tensors of one dtype (float64, float32, float16 or bfloat16) on one device,
+and raises TypeError for another dtype, ValueError for a wrong shape or device, and
+KernelUnavailable where CuPy is missing or unusable.
+"""
+
+import functools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SOURCE = Path(__file__).with_name("forget_mult.cu")
+SCALARS = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.float16: "Float16",
+    torch.bfloat16: "BFloat16",
+}
+# By (output gate, mask given as a tensor).
+_STEMS = {
+    (False, False): "qrnn",
+    (False, True): "qrnn_mask",
+    (True, False): "qrnn_gate",
+    (True, True): "qrnn_gate_mask",
+}
+_FORWARD = {flags: f"{stem}_forward" for flags, stem in _STEMS.items()}
+_BACKWARD = {flags: f"{stem}_backward" for flags, stem in _STEMS.items()}
+KERNEL_NAMES = (
+    "forget_mult_forward",
+    "forget_mult_backward",
+    *_FORWARD.values(),
+    *_BACKWARD.values(),
+)
+BLOCK = 64  # threads, the kernels' launch bound
+_MAX_STEPS = 2**31 - 64  # the kernels count steps, and look one chunk ahead, in 32 bits
+
+
+class KernelUnavailable(RuntimeError):
+    """CuPy is missing or unusable; the message says what to install."""
+
+
+def available() -> bool:
+    """Whether CuPy can be imported and sees a GPU; it is tried once."""
+    return isinstance(_import_cupy(), ModuleType)
+
+
+def requirement() -> str:
+    """What to install where `available()` is False, and why it is not there now."""
+    return f"pip install {_package()} ({_import_cupy()})"
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile and load every kernel for `dtype` on `device` now, say before a graph capture.
+
+    Raises TypeError for an unsupported dtype and KernelUnavailable without CuPy.
+    """
+    if dtype not in SCALARS:
+        raise TypeError(f"the QRNN kernels take {_dtype_names()}, not {dtype}")
+    _kernels(torch.cuda.current_device() if device.index is None else device.index, dtype)
+
+
+def forget_mult_forward(
+    f: Tensor, x: Tensor, h0: Tensor | None = None, reverse: bool = False
+) -> Tensor:
+    """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` from `f` and `x`, both (seq_len, batch, hidden).
+
+    `h0` is (batch, hidden), or None for zeros. With `reverse`, time runs from the end and `h_{t+1}`
+    takes the place of `h_{t-1}`. Returns (seq_len, batch, hidden).
+    """
+    sizes = _sizes(x, 1)
+    inputs = _forget_mult_inputs(f, x, h0, sizes)
+    h = _empty(sizes, x)
+    _launch_columns("forget_mult_forward", x, sizes, reverse, (*inputs, h, sizes[2], None, None))
+    return h
+
+
+def forget_mult_backward(
+    grad_h: Tensor,
+    f: Tensor,
+    x: Tensor,
+    h: Tensor,
+    h0: Tensor | None = None,
+    reverse: bool = False,
+    need_h0: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `f`, `x` and, if `need_h0` and there is one, `h0`, from that of `h`.
+
+    `h` is the result of `forget_mult_forward`; `grad_h` has its shape, (seq_len, batch, hidden).
+    """
+    sizes = _sizes(x, 1)
+    inputs = _forget_mult_inputs(f, x, h0, sizes)
+    _check(x, ("h", h, sizes), ("grad_h", grad_h, sizes))
+    grad_f, grad_x = _empty(sizes, x), _empty(sizes, x)
+    grad_h0 = _empty(sizes[1:], x) if need_h0 and h0 is not None else None
+    incoming = (*_rows(h), *_rows(grad_h), None)
+    outputs = (grad_x, grad_f, None, sizes[2], grad_h0)
+    _launch_columns("forget_mult_backward", x, sizes, reverse, (*inputs, *incoming, *outputs))
+    return grad_f, grad_x, grad_h0
+
+
+def qrnn_forward(
+    y: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A QRNN layer from its linear map's output on, in one pass over memory.
+
+    `y` is (seq_len, batch, 3 * hidden), Z | F | O, or without `gate` (seq_len, batch, 2 * hidden),
+    Z | F; `c0` is (batch, hidden), or None for zeros. With `f = sigmoid(F) * mask` (zoneout in
+    training: zeros and ones, (seq_len, batch, hidden)) or `f = sigmoid(F) * scale` (in evaluation;
+    None is 1)
+
+        c_t = f_t * tanh(Z_t) + (1 - f_t) * c_{t-1},    h_t = sigmoid(O_t) * c_t,
+
+    without `gate` `h_t = c_t`. `reverse` walks time from the end. `lengths`, int64 or int32
+    (batch,), ends a batch column early: beyond its length `h` is 0 and nothing is read; a reverse
+    walk starts at the last valid step. `out`, (seq_len, batch, hidden), receives `h`; it may be a
+    slice of the columns of a wider tensor, as may `y`.
+
+    Returns `h` (seq_len, batch, hidden), `c` for the backward pass (the same shape, and without a
+    gate the same tensor), and the last state (batch, hidden).
+    """
+    y, sizes, inputs = _layer_inputs(y, c0, mask, scale, gate, lengths)
+    _check(y, ("out", out, sizes))
+    h, h_row = _rows(_empty(sizes, y) if out is None else out)
+    if out is not None and h is not out:
+        raise ValueError("out must be contiguous, or a slice of the columns of such a tensor")
+    c = _empty(sizes, y) if gate else h
+    c_last = _empty(sizes[1:], y)
+    outputs = (h, h_row, c if gate else None, c_last)
+    _launch_columns(_FORWARD[gate, mask is not None], y, sizes, reverse, (*inputs, *outputs))
+    return h, c, c_last
+
+
+def qrnn_backward(
+    grad_h: Tensor | None,
+    grad_c_last: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    need_c0: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `y` and, if `need_c0` and there is one, `c0`, for `qrnn_forward`.
+
+    `grad_h` (seq_len, batch, hidden) and `grad_c_last` (batch, hidden) may be None, which stands
+    for zeros; `c` is the second result of `qrnn_forward`. The gradient of `y` is contiguous.
+    """
+    y, sizes, inputs = _layer_inputs(y, c0, mask, scale, gate, lengths)
+    _check(y, ("c", c, sizes), ("grad_h", grad_h, sizes), ("grad_c_last", grad_c_last, sizes[1:]))
+    grad_y = _empty(y.shape, y)
+    grad_c0 = _empty(sizes[1:], y) if need_c0 and c0 is not None else None
+    incoming = (*_rows(c), *_rows(grad_h), _contiguous(grad_c_last))
+    outputs = (*_parts(grad_y, sizes[2], gate), y.size(2), grad_c0)
+    arguments = (*inputs, *incoming, *outputs)
+    _launch_columns(_BACKWARD[gate, mask is not None], y, sizes, reverse, arguments)
+    return grad_y, grad_c0
+
+
+class ForgetMultFunction(torch.autograd.Function):
+    """`ForgetMultFunction.apply(f, x, h0, reverse)`: `forget_mult_forward` with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool = False) -> Tensor:
+        h = forget_mult_forward(f, x, h0, reverse)
+        ctx.save_for_backward(f, x, h, h0)
+        ctx.reverse = reverse
+        ctx.set_materialize_grads(False)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_h is None:
+            return None, None, None, None
+        f, x, h, h0 = ctx.saved_tensors
+        need_h0 = ctx.needs_input_grad[2]
+        return *forget_mult_backward(grad_h, f, x, h, h0, ctx.reverse, need_h0), None
+
+
+class QRNNFunction(torch.autograd.Function):
+    """`QRNNFunction.apply(y, c0, mask, scale, gate, reverse, lengths)`: a differentiable layer.
+
+    The arguments are those of `qrnn_forward`; gradients reach `y` and `c0`. Returns `h`
+    (seq_len, batch, hidden) and the last state (batch, hidden).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        c0: Tensor | None,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        gate: bool = True,
+        reverse: bool = False,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        h, c, c_last = qrnn_forward(y, c0, mask, scale, gate, reverse, lengths)
+        ctx.save_for_backward(y, c, c0, mask, lengths)
+        ctx.options = scale, gate, reverse
+        ctx.set_materialize_grads(False)
+        return h, c_last
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_h: Tensor | None, grad_c_last: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_h is None and grad_c_last is None:
+            return (None,) * 7
+        y, c, c0, mask, lengths = ctx.saved_tensors
+        options = (mask, *ctx.options, lengths, ctx.needs_input_grad[1])
+        return *qrnn_backward(grad_h, grad_c_last, y, c, c0, *options), *(None,) * 5
+
+
+class BidirectionalQRNNFunction(torch.autograd.Function):
+    """Both directions of a layer, written side by side without a copy.
+
+    `BidirectionalQRNNFunction.apply(y, y_reverse, c0, mask, mask_reverse, scale, gate, lengths)`
+    takes each direction's `y` and mask as `qrnn_forward` does, and `c0` (2, batch, hidden),
+    forwards first, or None. Returns `h` (seq_len, batch, 2 * hidden) and the last states
+    (2, batch, hidden).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        y_reverse: Tensor,
+        c0: Tensor | None,
+        mask: Tensor | None = None,
+        mask_reverse: Tensor | None = None,
+        scale: float | None = None,
+        gate: bool = True,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        sizes = _sizes(y, 3 if gate else 2)
+        _check(y, ("c0", c0, torch.Size((2, *sizes[1:]))))
+        h = _empty(torch.Size((*sizes[:2], 2 * sizes[2])), y)
+        states, last_states = [], []
+        for reverse, source, keep in ((False, y, mask), (True, y_reverse, mask_reverse)):
+            initial = None if c0 is None else c0[int(reverse)]
+            half = h[..., reverse * sizes[2] : (reverse + 1) * sizes[2]]
+            _, c, c_last = qrnn_forward(source, initial, keep, scale, gate, reverse, lengths, half)
+            states.append(c if gate else None)
+            last_states.append(c_last)
+        # Without a gate the states are h itself, and a result is saved whole, not as its slices.
+        saved_h = None if gate else h
+        ctx.save_for_backward(y, y_reverse, c0, mask, mask_reverse, lengths, saved_h, *states)
+        ctx.options = scale, gate
+        ctx.set_materialize_grads(False)
+        return h, torch.stack(last_states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_h: Tensor | None, grad_c_last: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_h is None and grad_c_last is None:
+            return (None,) * 8
+        y, y_reverse, c0, mask, mask_reverse, lengths, h, *states = ctx.saved_tensors
+        if states[0] is None:
+            states = h.chunk(2, dim=2)
+        scale, gate = ctx.options
+        need_c0 = c0 is not None and ctx.needs_input_grad[2]
+        halves = (None, None) if grad_h is None else grad_h.chunk(2, dim=2)
+        grads_y, grads_c0 = [], []
+        for reverse, source, keep in ((False, y, mask), (True, y_reverse, mask_reverse)):
+            side = int(reverse)
+            last = None if grad_c_last is None else grad_c_last[side]
+            initial = None if c0 is None else c0[side]
+            options = (keep, scale, gate, reverse, lengths, need_c0)
+            grads = qrnn_backward(halves[side], last, source, states[side], initial, *options)
+            grads_y.append(grads[0])
+            grads_c0.append(grads[1])
+        return *grads_y, torch.stack(grads_c0) if need_c0 else None, *(None,) * 5
+
+
+def _forget_mult_inputs(f: Tensor, x: Tensor, h0: Tensor | None, sizes: torch.Size) -> tuple:
+    _check(x, ("f", f, sizes), ("h0", h0, sizes[1:]))
+    streams = (x.contiguous(), f.contiguous(), None, sizes[2])
+    return *streams, _contiguous(h0), None, 1.0, None
+
+
+def _layer_inputs(
+    y: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, torch.Size, tuple]:
+    """The checked `y`, (seq_len, batch, hidden), and the first arguments of both kernels."""
+    sizes = _sizes(y, 3 if gate else 2)
+    _check(y, ("c0", c0, sizes[1:]), ("mask", mask, sizes))
+    if mask is not None and scale is not None:
+        raise ValueError("zoneout takes a mask (training) or a scale (evaluation), not both")
+    if lengths is not None:
+        if lengths.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"lengths must be int64 or int32, not {lengths.dtype}")
+        if lengths.shape != sizes[1:2] or lengths.device != y.device:
+            raise ValueError(
+                f"lengths must have the shape {tuple(sizes[1:2])} (batch,) on {y.device}, "
+                f"not {tuple(lengths.shape)} on {lengths.device}"
+            )
+        lengths = lengths.to(torch.int64).contiguous()
+    y, y_row = _rows(y)
+    factors = (_contiguous(mask), 1.0 if scale is None else float(scale), lengths)
+    return y, sizes, (*_parts(y, sizes[2], gate), y_row, _contiguous(c0), *factors)
+
+
+def _parts(y: Tensor, hidden: int, gate: bool) -> tuple[int, int, int | None]:
+    """Addresses of Z, F and O in `y`: cheaper than slices, but `y` must outlive their use."""
+    z, size = y.data_ptr(), hidden * y.element_size()
+    return z, z + size, z + 2 * size if gate else None
+
+
+def _sizes(y: Tensor, parts: int) -> torch.Size:
+    """(seq_len, batch, hidden) of a tensor (seq_len, batch, parts * hidden), checked."""
+    if y.dtype not in SCALARS:
+        raise TypeError(f"the QRNN kernels take {_dtype_names()}, not {y.dtype}")
+    if y.dim() != 3 or 0 in y.shape or y.size(2) % parts or y.size(0) > _MAX_STEPS:
+        raise ValueError(
+            f"expected a non-empty tensor (seq_len, batch, {parts} * hidden), not {tuple(y.shape)}"
+        )
+    return torch.Size((y.size(0), y.size(1), y.size(2) // parts))
+
+
+def _check(like: Tensor, *tensors: tuple[str, Tensor | None, torch.Size]) -> None:
+    """Compare shape, dtype and device of named tensors, None aside, with what `like` implies."""
+    for name, tensor, shape in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype != like.dtype:
+            raise TypeError(
+                f"{name} must be {like.dtype} like the other tensors, not {tensor.dtype}"
+            )
+        if tensor.shape != shape or tensor.device != like.device:
+            raise ValueError(
+                f"{name} must have the shape {tuple(shape)} on {like.device}, "
+                f"not {tuple(tensor.shape)} on {tensor.device}"
+            )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
+    """A (seq_len, batch, hidden) tensor and the distance of its rows, in elements.
+
+    The tensor itself if its rows are dense and evenly spaced, which a slice of columns is, and
+    otherwise a contiguous copy: an expanded gradient, for instance, has a row distance of 0.
+    """
+    if tensor is None:
+        return None, 0
+    seq_len, batch, hidden = tensor.shape
+    time_stride, batch_stride, stride = tensor.stride()
+    # The stride of a dimension of size 1 means nothing.
+    row = batch_stride if batch > 1 else time_stride if seq_len > 1 else hidden
+    even = seq_len == 1 or time_stride == batch * row
+    if even and row >= hidden and (stride == 1 or hidden == 1):
+        return tensor, row
+    return tensor.contiguous(), hidden
+
+
+def _empty(shape: torch.Size, like: Tensor) -> Tensor:
+    return like.new_empty(shape)
+
+
+def _launch_columns(
+    name: str, like: Tensor, sizes: torch.Size, reverse: bool, arguments: tuple
+) -> None:
+    """Launch a kernel with one thread per batch column and feature.
+
+    Every argument reaches the kernel 64 bits wide, as its parameters are declared: tensors and
+    addresses as pointers, None as the null pointer, int as long long, float as double. `arguments`
+    keeps temporary tensors alive until the launch; from then on the stream's order protects them.
+    """
+    seq_len, batch, hidden = sizes
+    values = [_value(argument) for argument in arguments]
+    values += (seq_len, batch, hidden, int(reverse))
+    grid = ((batch * hidden + BLOCK - 1) // BLOCK,)
+    _launch(name, like.dtype, like.device, grid, (BLOCK,), values)
+
+
+def _value(argument: Tensor | float | None) -> int | float:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else argument
+
+
+def _launch(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    grid: tuple[int],
+    block: tuple[int],
+    arguments: list[int | float],
+) -> None:
+    """Launch on PyTorch's current stream: looked up at every call, as it may have changed."""
+    if device.type != "cuda":
+        raise ValueError(f"the QRNN kernels take CUDA tensors, not tensors on {device}")
+    kernel = _kernels(device.index, dtype)[name]
+    cupy = _import_cupy()
+    handle = torch.cuda.current_stream(device).cuda_stream
+    with torch.cuda.device(device), cupy.cuda.Device(device.index), _cupy_stream(cupy, handle):
+        kernel(grid, block, arguments)
+
+
+class _StreamHandle:
+    """PyTorch's stream in the CUDA stream protocol, which torch.cuda.Stream lacks before 2.10."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def _cupy_stream(cupy: ModuleType, handle: int) -> Any:
+    # CuPy 14 brings from_external and warns that ExternalStream is deprecated.
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_StreamHandle(handle))
+    return cupy.cuda.ExternalStream(handle)
+
+
+@functools.cache
+def _kernels(device_index: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernels for one dtype, compiled for and loaded on one device."""
+    cupy = _import_cupy()
+    if isinstance(cupy, Exception):
+        raise KernelUnavailable(f"the QRNN's CUDA kernels need CuPy: {requirement()}") from cupy
+    module = cupy.RawModule(
+        code=SOURCE.read_text(encoding="utf-8"),
+        options=(f"-DSCALAR={SCALARS[dtype]}",),
+        backend="nvrtc",
+    )
+    try:
+        with torch.cuda.device(device_index), cupy.cuda.Device(device_index):
+            return {name: module.get_function(name) for name in KERNEL_NAMES}
+    except (ImportError, OSError, RuntimeError) as error:
+        # What CuPy raises where it finds no NVRTC; an error in the source is a CompileException.
+        raise KernelUnavailable(
+            "CuPy could not compile the QRNN's CUDA kernels; NVRTC comes with the CUDA toolkit or "
+            f"with pip install nvidia-cuda-nvrtc ({error})"
+        ) from error
+
+
+@functools.cache
+def _import_cupy() -> ModuleType | Exception:
+    """CuPy, or the reason why there is none."""
+    try:
+        import cupy
+
+        if not cupy.cuda.is_available():
+            return RuntimeError("CuPy is installed but finds no usable GPU")
+    except (ImportError, OSError, RuntimeError) as error:
+        return error
+    return cupy
+
+
+def _package() -> str:
+    major = (torch.version.cuda or "13").split(".")[0]
+    return f"cupy-cuda{major}x, see requirements-gpu.txt"
+
+
+def _dtype_names() -> str:
+    return ", ".join(str(dtype) for dtype in SCALARS)

@@ -1,0 +1,83 @@
+// Runs every kernel over awkward shapes with each buffer exactly as large as it must be. Built with
+// -fsanitize=address,undefined, so that one element read or written outside a buffer ends it.
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include "cuda_shim.h"
+#include SOURCE
+
+struct Buffer {
+    std::unique_ptr<Scalar[]> data;
+
+    explicit Buffer(long long size) : data(new Scalar[size]()) {}
+
+    // Rows of `hidden` elements, `row` apart: nothing follows the last one.
+    Buffer(long long rows, long long row, long long hidden) : Buffer((rows - 1) * row + hidden) {}
+
+    operator Scalar *() const { return data.get(); }
+};
+
+static void run(decltype(&forget_mult_forward) forward, decltype(&forget_mult_backward) backward,
+                bool gate, bool mask, long long seq_len, long long batch, long long hidden,
+                bool reverse, bool bare, const long long *lengths) {
+    const long long rows = seq_len * batch, columns = batch * hidden;
+    const long long in_row = 3 * hidden + 2, h_row = hidden + 1, grad_h_row = hidden + 3;
+    const Buffer z(rows, in_row, hidden), f(rows, in_row, hidden), o(rows, in_row, hidden);
+    const Buffer initial(columns), keep(rows * hidden), h(rows, h_row, hidden), c(rows * hidden);
+    const Buffer last(columns), grad_h(rows, grad_h_row, hidden), grad_last(columns);
+    const Buffer grad_z(rows, in_row, hidden), grad_f(rows, in_row, hidden);
+    const Buffer grad_o(rows, in_row, hidden), grad_initial(columns);
+    Scalar *const none = nullptr;
+    const unsigned blocks = (unsigned)((columns + 63) / 64);
+    long long sizes[] = {seq_len, batch, hidden, reverse};
+
+    // The launch takes addresses of arguments, as the driver's does.
+    Scalar *z_at = z, *f_at = f, *o_at = gate ? (Scalar *)o : none;
+    Scalar *keep_at = mask ? (Scalar *)keep : none, *initial_at = bare ? none : initial;
+    Scalar *h_at = h, *c_at = gate ? (Scalar *)c : none, *last_at = bare ? none : last;
+    Scalar *states_at = gate ? (Scalar *)c : h;
+    Scalar *grad_h_at = bare ? none : grad_h, *grad_last_at = bare ? none : grad_last;
+    Scalar *grad_z_at = grad_z, *grad_f_at = grad_f, *grad_o_at = gate ? (Scalar *)grad_o : none;
+    Scalar *grad_initial_at = bare ? none : grad_initial;
+    long long in = in_row, h_step = h_row, grad_h_step = grad_h_row;
+    long long states_step = gate ? hidden : h_row;
+    double scale = 0.75;
+
+    void *forward_arguments[] = {&z_at,     &f_at,     &o_at,     &in,      &initial_at, &keep_at,
+                                 &scale,    &lengths,  &h_at,     &h_step,  &c_at,       &last_at,
+                                 &sizes[0], &sizes[1], &sizes[2], &sizes[3]};
+    launch(forward, blocks, 64, forward_arguments);
+    void *backward_arguments[] = {&z_at,      &f_at,        &o_at,         &in,
+                                  &initial_at, &keep_at,    &scale,        &lengths,
+                                  &states_at, &states_step, &grad_h_at,    &grad_h_step,
+                                  &grad_last_at, &grad_z_at, &grad_f_at,   &grad_o_at,
+                                  &in,        &grad_initial_at, &sizes[0], &sizes[1],
+                                  &sizes[2],  &sizes[3]};
+    launch(backward, blocks, 64, backward_arguments);
+}
+
+int main() {
+    const long long shapes[][3] = {{1, 1, 1},  {2, 1, 3},  {5, 3, 7},  {7, 2, 32}, {8, 1, 65},
+                                   {12, 1, 1}, {13, 2, 2}, {16, 1, 5}, {17, 3, 1}, {33, 1, 64}};
+    for (const auto &shape : shapes)
+        for (int options = 0; options < 8; ++options) {
+            const bool reverse = options & 1, bare = options & 2;
+            // Lengths outside [0, seq_len] too: the kernels may not follow them.
+            std::vector<long long> lengths;
+            for (long long b = 0; b < shape[1]; ++b)
+                lengths.push_back(b == 0 ? shape[0] / 2 : b == 1 ? -5 : shape[0] + 1000);
+            const long long *ends = options & 4 ? lengths.data() : nullptr;
+            const auto all = [&](decltype(&forget_mult_forward) forward,
+                                 decltype(&forget_mult_backward) backward, bool gate, bool mask) {
+                run(forward, backward, gate, mask, shape[0], shape[1], shape[2], reverse, bare,
+                    ends);
+            };
+            all(forget_mult_forward, forget_mult_backward, false, false);
+            all(qrnn_forward, qrnn_backward, false, false);
+            all(qrnn_mask_forward, qrnn_mask_backward, false, true);
+            all(qrnn_gate_forward, qrnn_gate_backward, true, false);
+            all(qrnn_gate_mask_forward, qrnn_gate_mask_backward, true, true);
+        }
+    std::puts("within bounds");
+}

@@ -1,0 +1,102 @@
+// Enough of CUDA C++ to compile forget_mult.cu as C++ and run it, one thread after another.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+
+static Dim3 threadIdx, blockIdx, blockDim;
+
+// The special functions err, up or down from one argument to the next, by as much as the hardware's
+// may, so that a tolerance that holds here holds there. Like them they flush subnormal results.
+inline float with_error(double exact, float argument, double bound) {
+    unsigned bits;
+    std::memcpy(&bits, &argument, sizeof bits);
+    const double sign = (bits * 2654435761u) >> 31 ? 1.0 : -1.0;
+    const float result = (float)(exact * (1.0 + sign * bound));
+    return std::fabs(result) < 1.17549435e-38f ? 0.0f : result;
+}
+
+inline float fast_exp2(float v) { return with_error(std::exp2((double)v), v, 0x1p-22); }
+
+inline float fast_reciprocal(float v) { return with_error(1.0 / (double)v, v, 0x1p-23); }
+
+inline unsigned float_to_bits(float v) {
+    unsigned bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+
+inline float bits_to_float(unsigned bits) {
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+inline float half_to_float(unsigned short bits) {
+    const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    float size;
+    if (exponent == 31)
+        size = fraction ? NAN : INFINITY;
+    else
+        size = std::ldexp((float)(exponent ? fraction + 1024 : fraction),
+                          (exponent ? exponent : 1) - 25);
+    return bits >> 15 ? -size : size;
+}
+
+inline unsigned short float_to_half(float v) {
+    const unsigned short sign = (unsigned short)((float_to_bits(v) >> 16) & 0x8000u);
+    const float size = std::fabs(v);
+    if (!(size == size)) return sign | 0x7e00;
+    if (size >= 65520.0f) return sign | 0x7c00;
+    if (size < 0x1p-14f) return (unsigned short)(sign | (int)std::nearbyint(size * 0x1p24f));
+    int exponent;
+    const float mantissa = std::frexp(size, &exponent);  // in [0.5, 1), times 2^exponent
+    // A mantissa that rounds up to 1 carries into the exponent, as it should.
+    const int fraction = (int)std::nearbyint(mantissa * 2048.0f) - 1024;
+    return (unsigned short)(sign | (((exponent + 14) << 10) + fraction));
+}
+
+// 'p' for a pointer, 'i' for long long, 'd' for double, as the host hands them over; else '?'.
+template <typename T>
+constexpr char kind_of() {
+    return std::is_pointer<T>::value                ? 'p'
+           : std::is_same<T, long long>::value      ? 'i'
+           : std::is_same<T, double>::value         ? 'd'
+                                                    : '?';
+}
+
+template <typename... Parameters>
+const char *parameter_kinds(void (*)(Parameters...)) {
+    static const char kinds[] = {kind_of<Parameters>()..., 0};
+    return kinds;
+}
+
+template <typename... Parameters, std::size_t... I>
+void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments,
+            std::index_sequence<I...>) {
+    blockDim = {block, 1, 1};
+    for (unsigned b = 0; b < grid; ++b)
+        for (unsigned t = 0; t < block; ++t) {
+            blockIdx = {b, 0, 0};
+            threadIdx = {t, 0, 0};
+            kernel(*static_cast<Parameters *>(arguments[I])...);
+        }
+}
+
+// As the driver does it: one address per parameter, read with the width of its declaration.
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments) {
+    launch(kernel, grid, block, arguments, std::index_sequence_for<Parameters...>());
+}

@@ -1,0 +1,802 @@
+"""The QRNN kernels without a GPU: compiled by NVRTC and nvcc, and run as C++ on the CPU.
+
+`qrnn.kernels` runs unchanged on CPU tensors but for its last step: the launch goes to
+forget_mult.cu compiled with tests/shim, one thread after another, so that argument order, widths,
+strides and the kernel's arithmetic are all under test.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from qrnn import kernels
+
+SHIM = Path(__file__).with_name("shim")
+DTYPES = list(kernels.SCALARS)
+# Largest error, relative to 1 + |reference|. The 16-bit types round each result once, by at most
+# 2^-11 (float16) and 2^-8 (bfloat16) of it; their gradients are also made of states rounded so.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+GRAD_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 4e-6,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+def compile_shim(program: str, output: Path, scalar: str, *options: str) -> None:
+    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [*options, f"-DSCALAR={scalar}", f'-DSOURCE="{kernels.SOURCE}"', "-o", str(output)]
+    result = subprocess.run([*command, str(SHIM / program)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+class ShimLauncher:
+    """Takes the place of `kernels._launch`, on CPU tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = {dtype: folder / f"{scalar}.so" for dtype, scalar in kernels.SCALARS.items()}
+
+        def build(dtype: torch.dtype) -> None:
+            scalar = kernels.SCALARS[dtype]
+            compile_shim("launch.cpp", paths[dtype], scalar, "-shared", "-fPIC")
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(build, paths))
+        self.libraries = {dtype: ctypes.CDLL(str(path)) for dtype, path in paths.items()}
+        self.kinds = {}
+        for library in self.libraries.values():
+            library.kernel_parameters.restype = ctypes.c_char_p
+            for backward in (0, 1):
+                self.kinds[backward] = library.kernel_parameters(backward).decode()
+        assert not set("".join(self.kinds.values())) - set("pid"), "a parameter is not 64 bits wide"
+        self.launched: list[str] = []
+
+    def __call__(self, name, dtype, device, grid, block, arguments) -> None:
+        assert device.type == "cpu"
+        assert len(grid) == len(block) == 1
+        assert 1 <= block[0] <= 64
+        backward = int(name.endswith("_backward"))
+        kinds = self.kinds[backward]
+        assert [type(argument) for argument in arguments] == [
+            float if kind == "d" else int for kind in kinds
+        ], (name, kinds, arguments)
+        values = [
+            (ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument)
+            for kind, argument in zip(kinds, arguments, strict=True)
+        ]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        library = self.libraries[dtype]
+        kernel = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+        library.launch_kernel(backward, kernel, grid[0], block[0], addresses)
+        self.launched.append(name)
+
+
+MARGIN = 70  # canary elements on each side: more than a block of threads
+
+
+class Canaries:
+    """Tensors with NaN on both sides, and a check that it is still there."""
+
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+
+    def empty(self, shape, like) -> torch.Tensor:
+        """NaN all over, so that an element that nobody writes shows in the result."""
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 2 * MARGIN,), torch.nan, dtype=like.dtype, device=like.device)
+        self.buffers.append(buffer)
+        return buffer[MARGIN : MARGIN + size].view(shape)
+
+    def copy(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """A guarded copy of an input: what is read beyond it spoils the result."""
+        if tensor is None:
+            return None
+        return self.empty(tensor.shape, tensor).copy_(tensor).requires_grad_(tensor.requires_grad)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert buffer[:MARGIN].isnan().all()
+            assert buffer[-MARGIN:].isnan().all()
+        self.buffers.clear()
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    return ShimLauncher(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def shim(launcher, monkeypatch):
+    """`qrnn.kernels` on CPU tensors; its results are guarded by canaries."""
+    canaries = Canaries()
+    launcher.launched.clear()
+    monkeypatch.setattr(kernels, "_launch", launcher)
+    monkeypatch.setattr(kernels, "_empty", canaries.empty)
+    yield SimpleNamespace(launched=launcher.launched, copy=canaries.copy, check=canaries.check)
+    canaries.check()
+
+
+def naive_forget_mult(f, x, h0, reverse):
+    steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
+    h = torch.zeros_like(x[0]) if h0 is None else h0
+    result = [None] * len(x)
+    for t in steps:
+        h = f[t] * x[t] + (1 - f[t]) * h
+        result[t] = h
+    return torch.stack(result)
+
+
+def naive_qrnn(y, c0, mask, scale, gate, reverse, lengths):
+    """Column by column and step by step, as the definition reads."""
+    hidden = y.size(2) // (3 if gate else 2)
+    z, f, *o = y.split(hidden, dim=2)
+    f = f.sigmoid() * (1 if mask is None else mask) * (1 if scale is None else scale)
+    h_columns, last_columns = [], []
+    for b in range(y.size(1)):
+        length = len(y) if lengths is None else int(lengths[b])
+        c = torch.zeros_like(z[0, 0]) if c0 is None else c0[b]
+        h = [torch.zeros_like(c)] * len(y)
+        for t in range(length - 1, -1, -1) if reverse else range(length):
+            c = f[t, b] * z[t, b].tanh() + (1 - f[t, b]) * c
+            h[t] = o[0][t, b].sigmoid() * c if gate else c
+        h_columns.append(torch.stack(h))
+        last_columns.append(c)
+    return torch.stack(h_columns, dim=1), torch.stack(last_columns)
+
+
+def assert_near(actual, expected, tolerance, what):
+    assert actual.shape == expected.shape, what
+    error = ((actual.double() - expected).abs() / (1 + expected.abs())).max().item()
+    assert error <= tolerance, f"{what}: off by {error:.2e}, more than {tolerance:.0e}"
+
+
+def wide(tensor):
+    """The reference's copy of an input: the same rounded values in float64, its own gradient."""
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def random_case(seed):
+    """Sizes around chunk and block boundaries, and every option at random."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    return SimpleNamespace(
+        seq_len=rng.choice([1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 24, 31, 33, 48]),
+        batch=rng.choice([1, 2, 3, 5]),
+        hidden=rng.choice([1, 2, 3, 21, 32, 33, 63, 64, 65, 130]),
+        dtype=rng.choice([torch.float32, torch.float32, *DTYPES]),
+        initial=rng.random() < 0.5,
+        gate=rng.random() < 0.7,
+        zoneout=rng.choice([None, "mask", 0.7, 0.0]),
+        reverse=rng.random() < 0.5,
+        lengths=rng.random() < 0.5,
+    )
+
+
+def check_qrnn(shim, case):
+    dtype = case.dtype
+    size = (case.seq_len, case.batch, case.hidden)
+    parts = 3 if case.gate else 2
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64).mul(1.5).to(dtype)
+
+    y = draw(*size[:2], parts * case.hidden).requires_grad_()
+    c0 = draw(*size[1:]).requires_grad_() if case.initial else None
+    mask = torch.rand(size).lt(0.6).to(dtype) if case.zoneout == "mask" else None
+    scale = case.zoneout if isinstance(case.zoneout, float) else None
+    lengths = None
+    if case.lengths:
+        lengths = torch.randint(0, case.seq_len + 1, size[1:2], dtype=torch.int64)
+        lengths[0].clamp_(min=1)  # so that something is left to differentiate
+        # What lies in the padding must not matter, whatever it is.
+        padding = torch.arange(case.seq_len)[:, None] >= lengths
+        with torch.no_grad():
+            y[padding] = torch.nan
+    options = (mask, scale, case.gate, case.reverse, lengths)
+    weight_h, weight_last = draw(*size), draw(*size[1:])
+
+    inputs = (shim.copy(y), shim.copy(c0))
+    h, last = kernels.QRNNFunction.apply(*inputs, shim.copy(mask), *options[1:])
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    grads = torch.autograd.grad([h, last], wanted, [shim.copy(weight_h), shim.copy(weight_last)])
+
+    reference = (wide(y), wide(c0))
+    true_h, true_last = naive_qrnn(*reference, wide(mask), *options[1:])
+    true_wanted = [tensor for tensor in reference if tensor is not None]
+    true_grads = torch.autograd.grad(
+        [true_h, true_last], true_wanted, [wide(weight_h), wide(weight_last)], allow_unused=True
+    )
+
+    assert h.dtype == last.dtype == dtype
+    assert_near(h, true_h, TOLERANCE[dtype], f"h, {case}")
+    assert_near(last, true_last, TOLERANCE[dtype], f"last state, {case}")
+    for name, grad, true_grad in zip(("y", "c0"), grads, true_grads, strict=False):
+        true_grad = torch.zeros_like(grad).double() if true_grad is None else true_grad
+        if name == "y" and lengths is not None:
+            assert (grad[padding] == 0).all(), f"gradient in the padding, {case}"
+            true_grad = true_grad.masked_fill(padding[..., None], 0)
+        assert_near(grad, true_grad, GRAD_TOLERANCE[dtype], f"gradient of {name}, {case}")
+    shim.check()
+
+
+def check_forget_mult(shim, case):
+    dtype, size = case.dtype, (case.seq_len, case.batch, case.hidden)
+    f = torch.rand(size, dtype=torch.float64).to(dtype).requires_grad_()
+    x = torch.randn(size, dtype=torch.float64).to(dtype).requires_grad_()
+    h0 = torch.randn(size[1:], dtype=torch.float64).to(dtype).requires_grad_()
+    if not case.initial:
+        h0 = None
+    weight = torch.randn(size, dtype=torch.float64).to(dtype)
+
+    inputs = [shim.copy(f), shim.copy(x), shim.copy(h0)]
+    h = kernels.ForgetMultFunction.apply(*inputs, case.reverse)
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    grads = torch.autograd.grad(h, wanted, shim.copy(weight))
+
+    reference = [wide(f), wide(x), wide(h0)]
+    true_h = naive_forget_mult(*reference, case.reverse)
+    true_wanted = [tensor for tensor in reference if tensor is not None]
+    true_grads = torch.autograd.grad(true_h, true_wanted, wide(weight))
+
+    assert_near(h, true_h, TOLERANCE[dtype], f"h, {case}")
+    for name, grad, true_grad in zip(("f", "x", "h0"), grads, true_grads, strict=False):
+        assert_near(grad, true_grad, GRAD_TOLERANCE[dtype], f"gradient of {name}, {case}")
+    shim.check()
+
+
+@needs_compiler
+class TestAgainstTheDefinition:
+    @pytest.mark.parametrize("seeds", [range(0, 100), range(100, 200)])
+    def test_layer(self, shim, seeds):
+        for seed in seeds:
+            check_qrnn(shim, random_case(seed))
+
+    def test_forget_mult(self, shim):
+        for seed in range(100):
+            check_forget_mult(shim, random_case(seed))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_one_by_one_by_one(self, shim, dtype):
+        options = itertools.product(
+            (True, False), (None, "mask", 0.7), (True, False), (True, False)
+        )
+        for gate, zoneout, reverse, initial in options:
+            case = random_case(0)
+            case.__dict__.update(seq_len=1, batch=1, hidden=1, dtype=dtype, initial=initial)
+            case.__dict__.update(gate=gate, zoneout=zoneout, reverse=reverse, lengths=False)
+            check_qrnn(shim, case)
+            check_forget_mult(shim, case)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_long_sequence(self, shim, dtype):
+        case = random_case(1)
+        case.__dict__.update(seq_len=700, batch=2, hidden=3, dtype=dtype, gate=True, lengths=True)
+        check_qrnn(shim, case)
+        check_forget_mult(shim, case)
+
+    @pytest.mark.slow
+    def test_many_more_cases(self, shim):
+        for seed in range(1000, 2000):
+            check_qrnn(shim, random_case(seed))
+            check_forget_mult(shim, random_case(seed))
+
+    def test_every_kernel_is_reached(self, shim):
+        for gate, zoneout in itertools.product((True, False), ("mask", 0.7)):
+            case = random_case(2)
+            case.__dict__.update(gate=gate, zoneout=zoneout)
+            check_qrnn(shim, case)
+        check_forget_mult(shim, random_case(2))
+        assert set(shim.launched) == set(kernels.KERNEL_NAMES)
+
+    def test_saturated_gates(self, shim):
+        """Far from 0 the gates are open or shut, with no NaN from a power that overflows."""
+        y = torch.tensor([100.0, -100.0, 1e30, -1e30]).repeat(2, 1, 3).requires_grad_()
+        h, _ = kernels.QRNNFunction.apply(y, None)
+        h.sum().backward()
+        expected, _ = naive_qrnn(y.detach().double(), None, None, None, True, False, None)
+        assert_near(h, expected, 1e-6, "h")
+        assert_near(y.grad, torch.zeros_like(y).double(), 1e-6, "gradient")
+
+    def test_small_values_keep_their_relative_precision(self, shim):
+        z = torch.logspace(-30, 2, 2000).repeat(1, 1, 1)
+        shut = torch.full_like(z, 100.0)
+        _, _, last = kernels.qrnn_forward(torch.cat([z, shut], dim=2), None, None, None, False)
+        torch.testing.assert_close(last, z[0].double().tanh().float(), rtol=5e-7, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_rounding_to_sixteen_bits(self, shim, dtype):
+        """Every finite value passes through, ties go to even, NaN and infinity stay themselves."""
+        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+        every = every[~every.isnan()].view(1, 1, -1)
+        ones, zeros = torch.ones_like(every), torch.zeros_like(every)
+        finite = every.isfinite()
+        assert torch.equal(kernels.forget_mult_forward(ones, every)[finite], every[finite])
+        half = torch.full_like(every, 0.5)
+        mean = kernels.forget_mult_forward(half, every, every.roll(1, dims=2)[0])
+        expected = (0.5 * every.float() + 0.5 * every.roll(1, dims=2).float()).to(dtype)
+        assert torch.equal(mean.isnan(), expected.isnan())
+        assert torch.equal(mean.nan_to_num(7), expected.nan_to_num(7))
+        assert kernels.forget_mult_forward(ones, zeros + torch.nan).isnan().all()
+        # The NaN of GPU arithmetic has all its bits set: rounded like a number it would become -0.
+        (full_nan,) = struct.unpack("d", struct.pack("q", 2**63 - 1))
+        h, _, _ = kernels.qrnn_forward(torch.ones(1, 1, 6).to(dtype), None, None, full_nan, True)
+        assert h.isnan().all()
+
+
+@needs_compiler
+class TestGradients:
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_forget_mult_against_finite_differences(self, shim, reverse):
+        torch.manual_seed(0)
+        f = torch.rand(5, 2, 3, dtype=torch.float64).requires_grad_()
+        x = torch.randn(5, 2, 3, dtype=torch.float64).requires_grad_()
+        h0 = torch.randn(2, 3, dtype=torch.float64).requires_grad_()
+        function = kernels.ForgetMultFunction.apply
+        assert torch.autograd.gradcheck(lambda *args: function(*args, reverse), (f, x, h0))
+        assert torch.autograd.gradcheck(lambda *args: function(*args, None, reverse), (f, x))
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("gate", [False, True])
+    @pytest.mark.parametrize("zoneout", [None, "mask", 0.7])
+    def test_layer_against_finite_differences(self, shim, gate, zoneout, reverse):
+        torch.manual_seed(0)
+        y = torch.randn(5, 3, 6 if gate else 4, dtype=torch.float64).requires_grad_()
+        c0 = torch.randn(3, 2, dtype=torch.float64).requires_grad_()
+        mask = torch.rand(5, 3, 2).lt(0.6).double() if zoneout == "mask" else None
+        scale = zoneout if zoneout == 0.7 else None
+        for lengths in (None, torch.tensor([5, 3, 0])):
+            options = (mask, scale, gate, reverse, lengths)
+
+            def layer(*inputs, options=options):
+                return kernels.QRNNFunction.apply(*inputs, *options)
+
+            assert torch.autograd.gradcheck(layer, (y, c0))
+            assert torch.autograd.gradcheck(lambda y, layer=layer: layer(y, None), (y,))
+
+    @pytest.mark.parametrize("gate", [False, True])
+    def test_either_result_alone(self, shim, gate):
+        """A missing gradient counts as zero and is not read."""
+        torch.manual_seed(0)
+        y = torch.randn(9, 2, 15 if gate else 10, dtype=torch.float64).requires_grad_()
+        c0 = torch.randn(2, 5, dtype=torch.float64).requires_grad_()
+        for result in (0, 1):
+            grads = torch.autograd.grad(
+                kernels.QRNNFunction.apply(y, c0, None, None, gate)[result].sum(), (y, c0)
+            )
+            expected = torch.autograd.grad(
+                naive_qrnn(y, c0, None, None, gate, False, None)[result].sum(), (y, c0)
+            )
+            torch.testing.assert_close(grads, expected)
+
+    def test_only_what_is_needed(self, shim):
+        y = torch.randn(3, 2, 6)
+        c0 = torch.randn(2, 2)
+        h, last = kernels.QRNNFunction.apply(y.requires_grad_(), c0)
+        (h.sum() + last.sum()).backward()
+        assert c0.grad is None
+        f = torch.rand(3, 2, 2, requires_grad=True)
+        kernels.ForgetMultFunction.apply(f, y[..., :2].detach(), c0, False).sum().backward()
+        assert c0.grad is None
+        assert f.grad is not None
+
+    def test_expanded_and_strided_gradients(self, shim):
+        torch.manual_seed(0)
+        y = torch.randn(9, 4, 15, requires_grad=True)
+        expected = None
+        h, _ = kernels.QRNNFunction.apply(y, None)
+        weight = torch.randn(4, 5)
+        for grad in (
+            weight.expand(9, 4, 5).contiguous(),
+            weight.expand(9, 4, 5),
+            weight.t().contiguous().t().expand(9, 4, 5),
+            torch.cat([weight, weight], dim=1).expand(9, 4, 10).contiguous()[..., 5:],
+            weight.repeat_interleave(2, dim=1).expand(9, 4, 10).contiguous()[..., ::2],
+            weight.expand(9, 4, 5).transpose(0, 1).contiguous().transpose(0, 1),
+        ):
+            (actual,) = torch.autograd.grad(h, y, grad, retain_graph=True)
+            expected = actual if expected is None else expected
+            assert torch.equal(actual, expected)
+        f, x = torch.rand(9, 4, 5, requires_grad=True), torch.randn(9, 4, 5, requires_grad=True)
+        true = torch.autograd.grad(naive_forget_mult(f, x, None, False).sum(), (f, x))
+        actual = torch.autograd.grad(kernels.ForgetMultFunction.apply(f, x, None).sum(), (f, x))
+        torch.testing.assert_close(actual, true)
+
+    def test_second_derivatives_are_refused(self, shim):
+        y = torch.randn(3, 2, 6, requires_grad=True)
+        h, _ = kernels.QRNNFunction.apply(y, None)
+        (grad,) = torch.autograd.grad(h.square().sum(), y, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+@needs_compiler
+class TestStridesAndDirections:
+    @pytest.mark.parametrize("gate", [False, True])
+    def test_slices_of_wider_tensors(self, shim, gate):
+        """`y` and `out` as columns of a wider tensor: in place, with the rest left alone."""
+        torch.manual_seed(0)
+        width = 21 if gate else 14
+        y = torch.randn(9, 3, 2 * width)
+        out = torch.full((9, 3, 20), 7.0)
+        for side in (0, 1):
+            part = y[..., side * width : (side + 1) * width]
+            target = out[..., 3 + 7 * side : 10 + 7 * side]
+            h, _, last = kernels.qrnn_forward(part, None, None, None, gate, side == 1, None, target)
+            expected = kernels.qrnn_forward(part.contiguous(), None, None, None, gate, side == 1)
+            assert h is target
+            assert torch.equal(target, expected[0])
+            assert torch.equal(last, expected[2])
+            c = expected[1] if gate else target
+            weight = torch.randn(9, 3, 7)
+            options = (None, None, None, gate, side == 1)
+            grad, _ = kernels.qrnn_backward(weight, None, part, c, *options)
+            true_grad, _ = kernels.qrnn_backward(
+                weight, None, part.contiguous(), c.contiguous(), *options
+            )
+            assert torch.equal(grad, true_grad)
+        assert (out[..., :3] == 7).all()
+        assert (out[..., 17:] == 7).all()
+
+    def test_out_of_one_batch_column(self, shim):
+        """A dimension of size 1 may have any stride; that is no reason to refuse a tensor."""
+        y = torch.randn(4, 1, 6)
+        out = torch.zeros(1, 4, 9).transpose(0, 1)[..., :2]
+        h, _, _ = kernels.qrnn_forward(y, None, None, None, True, out=out)
+        assert h is out
+        assert torch.equal(out, kernels.qrnn_forward(y, None, None, None, True)[0])
+
+    @pytest.mark.parametrize("shape", [(1, 4, 6), (4, 1, 6), (1, 1, 6), (4, 3, 3), (2, 2, 3)])
+    def test_strides_of_single_dimensions_mean_nothing(self, shim, shape):
+        torch.manual_seed(0)
+        plain = torch.randn(shape)
+        padded = torch.randn(shape[0], shape[1], shape[2] + 5)
+        padded[..., : shape[2]] = plain
+        transposed = plain.transpose(0, 1).contiguous().transpose(0, 1)
+        expected = kernels.qrnn_forward(plain, None, None, None, True)
+        for y in (padded[..., : shape[2]], transposed, plain[::1]):
+            for actual, true in zip(
+                kernels.qrnn_forward(y, None, None, None, True), expected, strict=True
+            ):
+                assert torch.equal(actual, true)
+
+    def test_reverse_is_a_flip(self, shim):
+        torch.manual_seed(0)
+        y, mask = torch.randn(19, 3, 21), torch.rand(19, 3, 7).lt(0.5).float()
+        c0 = torch.randn(3, 7)
+        h, _, last = kernels.qrnn_forward(y, c0, mask, None, True, reverse=True)
+        flipped, _, flipped_last = kernels.qrnn_forward(y.flip(0), c0, mask.flip(0), None, True)
+        assert torch.equal(h, flipped.flip(0))
+        assert torch.equal(last, flipped_last)
+
+    def test_lengths_are_sequences_of_their_own(self, shim):
+        torch.manual_seed(0)
+        y, c0 = torch.randn(19, 4, 21), torch.randn(4, 7)
+        for integer, reverse in itertools.product((torch.int32, torch.int64), (False, True)):
+            lengths = torch.tensor([19, 1, 0, 12], dtype=integer)
+            h, _, last = kernels.qrnn_forward(y, c0, None, None, True, reverse, lengths)
+            assert torch.equal(last[2], c0[2])
+            for b, length in enumerate(lengths.tolist()):
+                assert (h[length:, b] == 0).all()
+                if length:
+                    alone = (y[:length, b : b + 1], c0[b : b + 1], None, None, True, reverse)
+                    expected, _, expected_last = kernels.qrnn_forward(*alone)
+                    assert torch.equal(h[:length, b : b + 1], expected)
+                    assert torch.equal(last[b : b + 1], expected_last)
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_padding_is_zero_whatever_the_initial_state(self, shim, reverse):
+        y = torch.randn(9, 2, 6, requires_grad=True)
+        c0 = torch.full((2, 2), torch.inf)
+        lengths = torch.tensor([0, 0])
+        h, last = kernels.QRNNFunction.apply(y, c0, None, None, True, reverse, lengths)
+        (h.sum() + last.sum()).backward()
+        assert torch.equal(h, torch.zeros_like(h))
+        assert torch.equal(last, c0)
+        assert torch.equal(y.grad, torch.zeros_like(y))
+
+    @pytest.mark.parametrize("gate", [False, True])
+    @pytest.mark.parametrize("zoneout", [None, "mask", 0.7])
+    def test_bidirectional(self, shim, gate, zoneout):
+        torch.manual_seed(0)
+        width = 15 if gate else 10
+        size = {"dtype": torch.float64, "requires_grad": True}
+        y, y_reverse = torch.randn(9, 3, width, **size), torch.randn(9, 3, width, **size)
+        c0 = torch.randn(2, 3, 5, **size)
+        masks = [None, None]
+        if zoneout == "mask":
+            masks = [torch.rand(9, 3, 5).lt(0.5).double() for _ in range(2)]
+        scale = zoneout if zoneout == 0.7 else None
+        for lengths, initial in itertools.product((None, torch.tensor([9, 4, 1])), (c0, None)):
+            inputs = [y, y_reverse] + ([] if initial is None else [initial])
+            both = kernels.BidirectionalQRNNFunction.apply(
+                y, y_reverse, initial, *masks, scale, gate, lengths
+            )
+            expected = []
+            for side, source in enumerate((y, y_reverse)):
+                state = None if initial is None else initial[side]
+                options = (masks[side], scale, gate, side == 1, lengths)
+                expected.append(naive_qrnn(source, state, *options))
+            expected = (
+                torch.cat([h for h, _ in expected], dim=2),
+                torch.stack([last for _, last in expected]),
+            )
+            weights = [torch.randn_like(result) for result in expected]
+            torch.testing.assert_close(both, expected)
+            for used in ((0, 1), (0,), (1,)):
+                pick = [([r[i] for i in used]) for r in (both, expected, weights)]
+                actual = torch.autograd.grad(pick[0], inputs, pick[2], retain_graph=True)
+                true = torch.autograd.grad(pick[1], inputs, pick[2], retain_graph=True)
+                torch.testing.assert_close(actual, true)
+
+
+class TestErrors:
+    """A wrong call is one clear sentence, whether or not anything could run."""
+
+    def test_dtype(self):
+        x, y = torch.randn(2, 2, 3), torch.zeros(2, 2, 6)
+        with pytest.raises(TypeError, match=r"take torch.float64, .* not torch.int32"):
+            kernels.qrnn_forward(y.int(), None, None, None, True)
+        with pytest.raises(TypeError, match=r"h0 must be torch.float32 .* not torch.float64"):
+            kernels.forget_mult_forward(x, x, x[0].double())
+        with pytest.raises(TypeError, match=r"mask must be torch.float16 .* not torch.bool"):
+            kernels.qrnn_forward(y.half(), None, y[..., :2].bool(), None, True)
+        with pytest.raises(TypeError, match=r"lengths must be int64 or int32, not torch.float32"):
+            kernels.qrnn_forward(y, None, None, None, True, lengths=torch.ones(2))
+        with pytest.raises(TypeError, match=r"not torch.int8"):
+            kernels.warm_up(torch.device("cuda", 0), torch.int8)
+
+    @pytest.mark.parametrize(
+        ("shape", "gate"),
+        [((2, 6), True), ((2, 2, 7), True), ((2, 2, 3), False), ((2, 0, 6), True)],
+    )
+    def test_shape_of_the_input(self, shape, gate):
+        with pytest.raises(ValueError, match=r"\(seq_len, batch, [23] \* hidden\), not \("):
+            kernels.qrnn_forward(torch.zeros(shape), None, None, None, gate)
+
+    def test_shapes_of_the_rest(self):
+        y = torch.zeros(4, 2, 6)
+        h, c = torch.zeros(4, 2, 2), torch.zeros(2, 2)
+        bad = torch.zeros(4, 3, 2)
+        transposed = torch.zeros(2, 4, 2).transpose(0, 1)
+        three = torch.tensor([1, 2, 3])
+        with pytest.raises(
+            ValueError, match=r"c0 must have the shape \(2, 2\) on cpu, not \(3, 2\)"
+        ):
+            kernels.qrnn_forward(y, bad[0], None, None, True)
+        with pytest.raises(ValueError, match="mask must have the shape"):
+            kernels.qrnn_forward(y, None, bad, None, True)
+        with pytest.raises(ValueError, match="out must have the shape"):
+            kernels.qrnn_forward(y, None, None, None, True, out=bad)
+        with pytest.raises(ValueError, match="out must be contiguous"):
+            kernels.qrnn_forward(y, None, None, None, True, out=transposed)
+        with pytest.raises(ValueError, match="out must be contiguous"):
+            kernels.qrnn_forward(y, None, None, None, True, out=c[0].expand(4, 2, 2))
+        with pytest.raises(ValueError, match=r"lengths must have the shape \(2,\) \(batch,\) on"):
+            kernels.qrnn_forward(y, None, None, None, True, lengths=three)
+        with pytest.raises(ValueError, match=r"a mask .* or a scale .*, not both"):
+            kernels.qrnn_forward(y, None, h, 0.5, True)
+        with pytest.raises(ValueError, match="grad_h must have the shape"):
+            kernels.qrnn_backward(bad, None, y, h, c, None, None, True)
+        with pytest.raises(ValueError, match="grad_c_last must have the shape"):
+            kernels.qrnn_backward(h, bad[0], y, h, c, None, None, True)
+        with pytest.raises(ValueError, match="f must have the shape"):
+            kernels.forget_mult_forward(bad, h)
+        with pytest.raises(ValueError, match=r"c0 must have the shape \(2, 2, 2\)"):
+            kernels.BidirectionalQRNNFunction.apply(y, y, torch.zeros(3, 2, 2))
+
+    def test_device(self):
+        y = torch.zeros(2, 2, 6)
+        with pytest.raises(ValueError, match="take CUDA tensors, not tensors on cpu"):
+            kernels.qrnn_forward(y, None, None, None, True)
+        with pytest.raises(ValueError, match=r"c0 must have the shape .* on cpu, not .* on meta"):
+            kernels.qrnn_forward(y, torch.zeros(2, 2, device="meta"), None, None, True)
+
+    def test_import_touches_no_cuda_library(self):
+        code = (
+            "import sys, qrnn.kernels; print([m for m in ('cupy', 'pynvrtc') if m in sys.modules])"
+        )
+        root = Path(__file__).resolve().parent.parent
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def no_memory_of_cupy():
+    """The cached import and kernels are forgotten before and after."""
+    kernels._import_cupy.cache_clear()
+    kernels._kernels.cache_clear()
+    yield
+    kernels._import_cupy.cache_clear()
+    kernels._kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("no_memory_of_cupy")
+class TestLaunch:
+    """The real launch path, on a stand-in for CuPy."""
+
+    def test_without_cupy(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cupy", None)
+        assert not kernels.available()
+        with pytest.raises(kernels.KernelUnavailable, match=r"pip install cupy-cuda1\dx"):
+            kernels.warm_up(torch.device("cuda", 0), torch.float32)
+
+    def test_without_nvrtc(self, monkeypatch):
+        def get_function(name):
+            raise RuntimeError("CuPy failed to load libnvrtc.so.13")
+
+        cupy = ModuleType("cupy")
+        cupy.RawModule = lambda **_: SimpleNamespace(get_function=get_function)
+        cupy.cuda = SimpleNamespace(
+            is_available=lambda: True, Device=lambda _: contextlib.nullcontext()
+        )
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        with pytest.raises(kernels.KernelUnavailable, match=r"NVRTC comes with .*libnvrtc.so.13"):
+            kernels.warm_up(torch.device("cuda", 0), torch.float32)
+
+    def test_with_cupy_but_no_gpu(self, monkeypatch):
+        cupy = ModuleType("cupy")
+        cupy.cuda = SimpleNamespace(is_available=lambda: False)
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        assert not kernels.available()
+        with pytest.raises(kernels.KernelUnavailable, match="finds no usable GPU"):
+            kernels.warm_up(torch.device("cuda", 0), torch.float32)
+
+    @pytest.mark.parametrize("version", [13, 14])
+    @needs_compiler
+    def test_with_cupy(self, launcher, monkeypatch, version):
+        log = []
+
+        @contextlib.contextmanager
+        def logged(*entry):
+            log.append(entry)
+            yield
+
+        class RawModule:
+            def __init__(self, *, code, options, backend):
+                assert "walk_forward" in code
+                assert backend == "nvrtc"
+                log.append(("compile", *options))
+
+            def get_function(self, name):
+                def kernel(grid, block, arguments):
+                    log.append(("launch", name))
+                    launcher(name, torch.float32, torch.device("cpu"), grid, block, arguments)
+
+                return kernel
+
+        def from_external(stream):
+            return logged("stream", *stream.__cuda_stream__())
+
+        new = SimpleNamespace(from_external=from_external)
+        cupy = ModuleType("cupy")
+        cupy.RawModule = RawModule
+        cupy.cuda = SimpleNamespace(
+            is_available=lambda: True,
+            Device=lambda index: logged("cupy device", index),
+            Stream=new if version == 14 else SimpleNamespace(),
+            ExternalStream=lambda handle: logged("stream", 0, handle),
+        )
+        handles = iter((111, 222))
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: logged("device", str(device)))
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=next(handles))
+        )
+        launch, device = kernels._launch, torch.device("cuda", 1)
+
+        def on_cuda(name, dtype, _, grid, block, arguments):
+            launch(name, dtype, device, grid, block, arguments)
+
+        monkeypatch.setattr(kernels, "_launch", on_cuda)
+        assert kernels.available()
+        kernels.warm_up(device, torch.float32)
+        warm = [("compile", "-DSCALAR=float"), ("device", "1"), ("cupy device", 1)]
+        assert log == warm
+        f, x = torch.rand(3, 2, 5), torch.randn(3, 2, 5)
+        for handle in (111, 222):
+            log.clear()
+            h = kernels.forget_mult_forward(f, x)
+            torch.testing.assert_close(h, naive_forget_mult(f, x, None, False))
+            assert log == [
+                ("device", "cuda:1"),
+                ("cupy device", 1),
+                ("stream", 0, handle),
+                ("launch", "forget_mult_forward"),
+            ]
+
+
+@needs_compiler
+def test_nothing_outside_a_buffer_is_touched(tmp_path):
+    """Under the address sanitizer, with buffers of exactly the size they need."""
+    program = tmp_path / "bounds"
+    options = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    try:
+        compile_shim("bounds.cpp", program, "float", *options)
+    except AssertionError as error:
+        if "cannot find" in str(error):
+            pytest.skip("this g++ has no sanitizer libraries")
+        raise
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.stdout.strip() == "within bounds", result.stderr
+
+
+def nvrtc_library() -> Path | None:
+    """libnvrtc from the wheel nvidia-cuda-nvrtc."""
+    nvidia = find_spec("nvidia")
+    for folder in nvidia.submodule_search_locations if nvidia else ():
+        for library in sorted(Path(folder).glob("**/libnvrtc.so*")):
+            return library
+    return None
+
+
+def supported_architectures(library: Path) -> set[int]:
+    nvrtc = ctypes.CDLL(str(library))
+    count = ctypes.c_int()
+    assert nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)) == 0
+    architectures = (ctypes.c_int * count.value)()
+    assert nvrtc.nvrtcGetSupportedArchs(architectures) == 0
+    return set(architectures)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", [70, 80, 90, 100, 120])
+def test_nvrtc_compiles(architecture, dtype):
+    compiler = pytest.importorskip("pynvrtc.compiler")
+    library = nvrtc_library()
+    if library is None:
+        pytest.skip("the wheel nvidia-cuda-nvrtc is not installed")
+    if architecture not in supported_architectures(library):
+        pytest.skip(f"this NVRTC no longer, or does not yet, know compute_{architecture}")
+    source = kernels.SOURCE.read_text(encoding="utf-8")
+    program = compiler.Program(source, "forget_mult.cu", lib_name=str(library))
+    # CuPy 13's default standard, the oldest in use.
+    options = ["--std=c++14", f"--gpu-architecture=compute_{architecture}"]
+    ptx = program.compile([*options, f"-DSCALAR={kernels.SCALARS[dtype]}"])
+    assert set(re.findall(r"\.entry (\w+)\(", ptx)) == set(kernels.KERNEL_NAMES)
+    assert ".local" not in ptx
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_no_local_memory_or_spills(architecture, tmp_path):
+    def report(scalar: str) -> str:
+        command = ["nvcc", "-std=c++14", f"-arch=sm_{architecture}", f"-DSCALAR={scalar}"]
+        command += ["-cubin", "-Xptxas", "-v", "-o", str(tmp_path / f"{scalar}.cubin")]
+        result = subprocess.run([*command, str(kernels.SOURCE)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        scalars = list(kernels.SCALARS.values())
+        reports = dict(zip(scalars, pool.map(report, scalars), strict=True))
+    pattern = re.compile(
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    for scalar, text in reports.items():
+        found = {name: tuple(map(int, numbers)) for name, *numbers in pattern.findall(text)}
+        assert set(found) == set(kernels.KERNEL_NAMES)
+        for name, (*memory, registers) in found.items():
+            assert memory == [0, 0, 0], f"{name} for {scalar} uses local memory: {memory}"
+            assert registers <= 128, f"{name} for {scalar} uses {registers} registers"

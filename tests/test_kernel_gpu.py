@@ -1,0 +1,267 @@
+"""The QRNN kernels on a GPU, through CuPy, against loops on the CPU."""
+
+import itertools
+
+import pytest
+import torch
+
+from qrnn import kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() and not kernels.available(), reason="CuPy is missing or unusable"
+    ),
+]
+
+DTYPES = list(kernels.SCALARS)
+# Relative to 1 + |reference|; see test_kernel_cpu.py.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+GRAD_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 4e-6,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+SHAPES = [(1, 1, 1), (7, 3, 65), (13, 2, 130), (70, 20, 155), (33, 5, 64), (700, 2, 33)]
+
+
+def naive_forget_mult(f, x, h0, reverse):
+    """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` (`h_{t+1}` in reverse), step by step."""
+    h = torch.zeros_like(x[0]) if h0 is None else h0
+    result = [None] * len(x)
+    for t in range(len(x) - 1, -1, -1) if reverse else range(len(x)):
+        h = f[t] * x[t] + (1 - f[t]) * h
+        result[t] = h
+    return torch.stack(result)
+
+
+def naive_qrnn(y, c0, mask, scale, gate, reverse, lengths):
+    """A layer from its linear map's output, step by step; columns past their length keep c."""
+    hidden = y.size(2) // (3 if gate else 2)
+    z, f, *o = y.split(hidden, dim=2)
+    f = f.sigmoid() * (1 if mask is None else mask) * (1 if scale is None else scale)
+    c = torch.zeros_like(z[0]) if c0 is None else c0
+    h = [None] * len(y)
+    for t in range(len(y) - 1, -1, -1) if reverse else range(len(y)):
+        inside = torch.ones(y.size(1), 1) if lengths is None else (lengths > t)[:, None]
+        inside = inside.to(y.dtype)
+        c = inside * (f[t] * z[t].tanh() + (1 - f[t]) * c) + (1 - inside) * c
+        h[t] = inside * (o[0][t].sigmoid() * c if gate else c)
+    return torch.stack(h), c
+
+
+def assert_near(actual, expected, tolerance, what):
+    error = ((actual.double().cpu() - expected).abs() / (1 + expected.abs())).max().item()
+    assert error <= tolerance, f"{what}: off by {error:.2e}, more than {tolerance:.0e}"
+
+
+def pair(tensor, requires_grad=True):
+    """A CPU tensor on the GPU, and its rounded values in float64 on the CPU."""
+    if tensor is None:
+        return None, None
+    on_gpu = tensor.cuda().requires_grad_(requires_grad)
+    return on_gpu, tensor.double().requires_grad_(requires_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forget_mult(shape, dtype):
+    torch.manual_seed(0)
+    for initial, reverse in itertools.product((True, False), (True, False)):
+        f, f_true = pair(torch.rand(shape).to(dtype))
+        x, x_true = pair(torch.randn(shape).to(dtype))
+        h0, h0_true = pair(torch.randn(shape[1:]).to(dtype) if initial else None)
+        weight, weight_true = pair(torch.randn(shape).to(dtype), requires_grad=False)
+        h = kernels.ForgetMultFunction.apply(f, x, h0, reverse)
+        true = naive_forget_mult(f_true, x_true, h0_true, reverse)
+        what = f"{shape}, initial {initial}, reverse {reverse}"
+        assert_near(h, true, TOLERANCE[dtype], f"h, {what}")
+        h.backward(weight)
+        true.backward(weight_true)
+        for ours, reference in ((f, f_true), (x, x_true), (h0, h0_true)):
+            if ours is not None:
+                assert_near(ours.grad, reference.grad, GRAD_TOLERANCE[dtype], f"gradient, {what}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gate", [True, False])
+def test_layer(shape, gate, dtype):
+    torch.manual_seed(0)
+    options = itertools.product((True, False), (None, "mask", 0.7), (True, False), (True, False))
+    for initial, zoneout, reverse, ragged in options:
+        y, y_true = pair(torch.randn(*shape[:2], (3 if gate else 2) * shape[2]).to(dtype))
+        c0, c0_true = pair(torch.randn(shape[1:]).to(dtype) if initial else None)
+        mask, mask_true = None, None
+        if zoneout == "mask":
+            mask, mask_true = pair(torch.rand(shape).lt(0.6).to(dtype), requires_grad=False)
+        scale = 0.7 if zoneout == 0.7 else None
+        lengths = torch.randint(0, shape[0] + 1, shape[1:2]) if ragged else None
+        on_gpu = lengths.cuda() if ragged else None
+        weights = [torch.randn(shape).to(dtype), torch.randn(shape[1:]).to(dtype)]
+        results = kernels.QRNNFunction.apply(y, c0, mask, scale, gate, reverse, on_gpu)
+        true = naive_qrnn(y_true, c0_true, mask_true, scale, gate, reverse, lengths)
+        what = f"{shape}, {initial}, {zoneout}, reverse {reverse}, lengths {ragged}"
+        for result, reference in zip(results, true, strict=True):
+            assert_near(result, reference, TOLERANCE[dtype], what)
+        torch.autograd.backward(results, [weight.cuda() for weight in weights])
+        torch.autograd.backward(true, [weight.double() for weight in weights])
+        for ours, reference in ((y, y_true), (c0, c0_true)):
+            if ours is not None:
+                assert_near(ours.grad, reference.grad, GRAD_TOLERANCE[dtype], f"gradient, {what}")
+
+
+def test_more_columns_than_a_32_bit_offset_reaches():
+    """2^31 elements and more, where a GPU has the memory for it: offsets are 64 bits wide."""
+    shape = (33, 4, 2**24)
+    if torch.cuda.mem_get_info()[0] < 4 * 33 * 4 * 2**24 * 2 + 2**30:
+        pytest.skip("not enough GPU memory")
+    f = torch.full(shape, 0.5, dtype=torch.float16, device="cuda")
+    x = torch.ones(shape, dtype=torch.float16, device="cuda")
+    h = kernels.forget_mult_forward(f, x)
+    expected = torch.tensor([1 - 0.5 ** (t + 1) for t in range(33)]).half()
+    assert torch.equal(h[:, -1, -1].cpu(), expected)
+    assert torch.equal(h[:, 0, 0].cpu(), expected)
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    factory = {"dtype": torch.float64, "device": "cuda", "requires_grad": True}
+    f = torch.rand(5, 2, 3, **factory)
+    x, h0 = torch.randn(5, 2, 3, **factory), torch.randn(2, 3, **factory)
+    assert torch.autograd.gradcheck(kernels.ForgetMultFunction.apply, (f, x, h0))
+    mask = torch.rand(5, 2, 3, device="cuda").lt(0.5).double()
+    lengths = torch.tensor([5, 2], device="cuda")
+    for gate, keep, reverse, ends in itertools.product(
+        (True, False), (mask, None), (True, False), (lengths, None)
+    ):
+        y = torch.randn(5, 2, 9 if gate else 6, **factory)
+
+        def layer(y, h0, options=(keep, None, gate, reverse, ends)):
+            return kernels.QRNNFunction.apply(y, h0, *options)
+
+        assert torch.autograd.gradcheck(layer, (y, h0))
+
+
+def test_bidirectional_is_two_layers():
+    torch.manual_seed(0)
+    y = torch.randn(2, 9, 3, 21, device="cuda", requires_grad=True)
+    c0 = torch.randn(2, 3, 7, device="cuda", requires_grad=True)
+    lengths = torch.tensor([9, 4, 1], device="cuda")
+    both, last = kernels.BidirectionalQRNNFunction.apply(
+        y[0], y[1], c0, None, None, 0.7, True, lengths
+    )
+    sides = [
+        kernels.QRNNFunction.apply(y[side], c0[side], None, 0.7, True, side == 1, lengths)
+        for side in (0, 1)
+    ]
+    assert torch.equal(both, torch.cat([h for h, _ in sides], dim=2))
+    assert torch.equal(last, torch.stack([state for _, state in sides]))
+    weight = torch.randn_like(both)
+    actual = torch.autograd.grad([both, last], (y, c0), [weight, torch.ones_like(last)])
+    results = [result for side in sides for result in side]
+    halves = weight.chunk(2, dim=2)
+    ones = torch.ones_like(c0[0])
+    expected = torch.autograd.grad(results, (y, c0), [halves[0], ones, halves[1], ones])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_expanded_and_strided_gradients():
+    torch.manual_seed(0)
+    y = torch.randn(9, 4, 15, device="cuda", requires_grad=True)
+    h, _ = kernels.QRNNFunction.apply(y, None)
+    weight = torch.randn(4, 5, device="cuda")
+    (expected,) = torch.autograd.grad(h, y, weight.expand(9, 4, 5).contiguous(), retain_graph=True)
+    for grad in (
+        weight.expand(9, 4, 5),
+        torch.cat([weight, weight], dim=1).expand(9, 4, 10).contiguous()[..., 5:],
+        weight.expand(9, 4, 5).transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        assert torch.equal(torch.autograd.grad(h, y, grad, retain_graph=True)[0], expected)
+    (summed,) = torch.autograd.grad(h.sum(), y)
+    h, _ = kernels.QRNNFunction.apply(y, None)
+    (ones,) = torch.autograd.grad(h, y, torch.ones_like(h))
+    assert torch.equal(summed, ones)
+
+
+def test_side_stream():
+    """Launched on the current stream: behind work that is still queued there, in every call."""
+    torch.manual_seed(0)
+    y = torch.randn(70, 20, 3 * 64, device="cuda")
+    expected, _, _ = kernels.qrnn_forward(y, None, None, None, True)
+    torch.cuda.synchronize()
+    noise = torch.randn(2000, 2000, device="cuda")
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            late = torch.zeros_like(y)
+            for _ in range(20):
+                noise = noise @ noise / noise.norm()
+            late.copy_(y)
+            h, _, _ = kernels.qrnn_forward(late, None, None, None, True)
+        stream.synchronize()
+        assert torch.equal(h, expected)
+
+
+def test_two_devices():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    torch.manual_seed(0)
+    y = torch.randn(9, 4, 15)
+    results = []
+    for index in (1, 0):
+        source = y.to(f"cuda:{index}").requires_grad_()
+        h, last = kernels.QRNNFunction.apply(source, None)
+        (h.sum() + last.sum()).backward()
+        assert h.device == last.device == source.grad.device == torch.device("cuda", index)
+        results.append([tensor.detach().cpu() for tensor in (h, last, source.grad)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"c0 must have the shape .* on cuda:0, not .* on cuda:1"):
+        kernels.qrnn_forward(y.to("cuda:0"), torch.zeros(4, 5).to("cuda:1"), None, None, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_capture_in_a_graph(dtype):
+    """After `warm_up`, forward and backward can be captured, and a replay sees new inputs."""
+    torch.manual_seed(0)
+    kernels.warm_up(torch.device("cuda"), dtype)
+    y = torch.randn(13, 3, 30, device="cuda").to(dtype).requires_grad_()
+    c0 = torch.randn(3, 10, device="cuda").to(dtype).requires_grad_()
+    weight = torch.randn(13, 3, 10, device="cuda").to(dtype)
+
+    def step():
+        h, last = kernels.QRNNFunction.apply(y, c0)
+        return h, last, *torch.autograd.grad([h, last], (y, c0), [weight, torch.ones_like(last)])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            y.copy_(torch.randn(13, 3, 30))
+            c0.copy_(torch.randn(3, 10))
+        graph.replay()
+        for replayed, expected in zip(captured, step(), strict=True):
+            assert torch.equal(replayed, expected)
+
+
+def test_errors():
+    y = torch.randn(4, 2, 6, device="cuda")
+    with pytest.raises(TypeError, match=r"take torch.float64, .* not torch.int32"):
+        kernels.qrnn_forward(y.int(), None, None, None, True)
+    with pytest.raises(TypeError, match=r"c0 must be torch.float32 .* not torch.float16"):
+        kernels.qrnn_forward(y, y[0, :, :2].half(), None, None, True)
+    with pytest.raises(ValueError, match=r"c0 must have the shape .* on cuda:0, not .* on cpu"):
+        kernels.qrnn_forward(y, torch.zeros(2, 2), None, None, True)
+    with pytest.raises(ValueError, match="lengths must have the shape"):
+        kernels.qrnn_forward(y, None, None, None, True, lengths=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="take CUDA tensors, not tensors on cpu"):
+        kernels.qrnn_forward(y.cpu(), None, None, None, True)
