@@ -12,7 +12,7 @@ from model import RNNModel
 from utils import ToolkitError, batch_line, get_batch, repackage_hidden
 
 
-def draw_seq_len(rng: np.random.Generator, bptt: int, max_seq_len: int | None = None) -> int:
+def draw_seq_len(rng: np.random.RandomState, bptt: int, max_seq_len: int | None = None) -> int:
     """A random sequence length: about `bptt`, one time in twenty about half of it.
 
     arXiv 1708.02182, section 4.1. At least 5 and, if given, at most `max_seq_len`.
@@ -47,7 +47,7 @@ def train_epoch(
     clip: float,
     alpha: float,
     beta: float,
-    rng: np.random.Generator,
+    rng: np.random.RandomState,
     max_seq_len: int | None = None,
     max_batches: int | None = None,
     log_interval: int = 200,

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 
@@ -22,8 +21,10 @@ from utils import (
     check_length,
     end_line,
     epoch_line,
+    rng_state,
     seed_everything,
     select_device,
+    set_rng_state,
 )
 
 EVAL_BATCH_SIZE = 10
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trigger.losses = list(state["valid_losses"])
         first_epoch = state["epoch"] + 1
         best = dataclasses.replace(resumed, args=options.plain(args))
-        rng.bit_generator.state = json.loads(state["rng"])
+        set_rng_state(rng, state["rng"])
         checkpoint.set_random_states(state["random_states"])
     print("Args:", options.plain(args))
     print("Model total parameters:", sum(p.numel() for p in params))
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "criterion": checkpoint.snapshot(criterion),
             "optimizer": optimizer.state_dict(),
             "valid_losses": trigger.losses,
-            "rng": json.dumps(rng.bit_generator.state),
+            "rng": rng_state(rng),
             "random_states": checkpoint.random_states(),
         }
 

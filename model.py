@@ -6,6 +6,7 @@ of Neural Language Modeling at Multiple Scales", arXiv 1803.08240.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from embed_regularize import embedded_dropout
@@ -64,9 +65,15 @@ class RNNModel(nn.Module):
         self.rnns = nn.ModuleList(
             self._make_layer(i, sizes[i], sizes[i + 1]) for i in range(nlayers)
         )
-        self.decoder = nn.Linear(sizes[-1], ntoken)
         if tie_weights:
+            self.decoder = nn.Linear(1, ntoken)
+            self.decoder.in_features = ninp
             self.decoder.weight = self.encoder.weight
+            # The original makes a weight (ntoken, nhid) here before it ties it away: one column has
+            # been drawn above. With the others, a seed gives the initial weights it gave there.
+            _draw((nhid - 1) * ntoken, self.encoder.weight.device)
+        else:
+            self.decoder = nn.Linear(nhid, ntoken)
         self.init_weights()
 
     def _make_layer(self, number: int, n_in: int, n_out: int) -> nn.Module:
@@ -81,9 +88,9 @@ class RNNModel(nn.Module):
     def init_weights(self) -> None:
         """Embedding and decoder uniform in [-0.1, 0.1], bias 0; the cells keep PyTorch's own."""
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
-        if not self.tie_weights:
-            nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
+        # Also when it is tied, and so drawn a second time: as in the original, seed for seed.
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
 
     def init_hidden(self, bsz: int) -> Hidden:
         """Zero states, one a layer: a pair of (1, bsz, size) for the LSTM, else one such tensor."""
@@ -120,3 +127,12 @@ class RNNModel(nn.Module):
         if return_h:
             return result, new_hidden, raw_outputs, outputs
         return result, new_hidden
+
+
+def _draw(count: int, device: torch.device) -> None:
+    """Draw `count` uniform numbers and forget them, in blocks: they may be hundreds of millions."""
+    if device.type == "meta":
+        return
+    block = torch.empty(min(count, 2**20), device=device)
+    for start in range(0, count, len(block)):
+        block[: count - start].uniform_()

@@ -126,7 +126,7 @@ def natural(text: str) -> int:
 
 def seed(text: str) -> int:
     """A seed that PyTorch and numpy both take."""
-    return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
+    return _number(text, int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
 def positive(text: str) -> float:

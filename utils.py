@@ -1,6 +1,7 @@
 """Small things every stage needs: batches, hidden state, seeds, device, log lines."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -91,10 +92,25 @@ def repackage_hidden(hidden: Any) -> Any:
     return type(hidden)(repackage_hidden(part) for part in hidden)
 
 
-def seed_everything(seed: int) -> np.random.Generator:
-    """Seed PyTorch on every device; the generator returned draws the sequence lengths."""
+def seed_everything(seed: int) -> np.random.RandomState:
+    """Seed PyTorch on every device; the generator returned draws the sequence lengths.
+
+    It is numpy's older generator, so that a seed gives the lengths it gave in the original.
+    """
     torch.manual_seed(seed)
-    return np.random.default_rng(seed)
+    return np.random.RandomState(seed)
+
+
+def rng_state(rng: np.random.RandomState) -> str:
+    """The state of a generator of sequence lengths as text."""
+    name, key, *rest = rng.get_state()
+    return json.dumps([name, key.tolist(), *rest])
+
+
+def set_rng_state(rng: np.random.RandomState, state: str) -> None:
+    """Go on from what `rng_state` returned."""
+    name, key, *rest = json.loads(state)
+    rng.set_state((name, np.array(key, dtype=np.uint32), *rest))
 
 
 def select_device(cuda: bool | None) -> torch.device:

@@ -30,7 +30,7 @@ def make(rnn_type="LSTM", splits=(), **rates):
 
 
 def stream(rows, bsz, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(40, size=(rows, bsz))).int()
+    return torch.from_numpy(np.random.RandomState(seed).randint(40, size=(rows, bsz))).int()
 
 
 def test_batchify():
@@ -65,7 +65,7 @@ def test_check_length():
 
 
 def test_sequence_lengths():
-    rng = np.random.default_rng(0)
+    rng = np.random.RandomState(0)
     drawn = np.array([engine.draw_seq_len(rng, 70) for _ in range(20000)])
     short = drawn < 52
     assert abs(short.mean() - 0.05) < 0.01
@@ -110,10 +110,10 @@ def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
     optimizer.start_averaging()
     mean_loss = engine.train_epoch(
         model, criterion, optimizer, source, epoch=1, bptt=12, clip=clip, alpha=alpha, beta=beta,
-        rng=np.random.default_rng(5),
+        rng=np.random.RandomState(5),
     )  # fmt: skip
 
-    rng = np.random.default_rng(5)
+    rng = np.random.RandomState(5)
     params = [*twin.parameters(), *twin_criterion.parameters()]
     iterates = []
     total = tokens = i = 0
@@ -181,7 +181,7 @@ def test_evaluation_records_no_gradient_and_training_goes_on_after_it():
 
 
 def train(model, criterion, optimizer, source, **options):
-    rng = np.random.default_rng(0)
+    rng = np.random.RandomState(0)
     settings = {"epoch": 1, "bptt": 6, "clip": 0.25, "alpha": 0, "beta": 0, "rng": rng}
     return engine.train_epoch(model, criterion, optimizer, source, **{**settings, **options})
 
@@ -242,8 +242,8 @@ def test_no_clipping():
     twin = copy.deepcopy(model)
     source = stream(9, 3)
     train(model, criterion, NTASGD(model.parameters(), 60.0), source, clip=0, bptt=1000,
-          rng=np.random.default_rng(1))  # fmt: skip
-    seq_len = engine.draw_seq_len(np.random.default_rng(1), 1000)
+          rng=np.random.RandomState(1))  # fmt: skip
+    seq_len = engine.draw_seq_len(np.random.RandomState(1), 1000)
     output, _ = twin(source[:-1], twin.init_hidden(3))
     logits = output @ twin.decoder.weight.t() + twin.decoder.bias
     functional.cross_entropy(logits, source[1:].flatten().long()).backward()
@@ -261,3 +261,26 @@ def test_devices(monkeypatch):
     assert utils.select_device(None).type == "cuda"
     assert utils.select_device(True).type == "cuda"
     assert utils.select_device(False).type == "cpu"
+
+
+def test_a_seed_gives_the_lengths_it_gave_in_the_original():
+    # The original seeds numpy's global generator and draws from it in this order.
+    state = np.random.get_state()
+    try:
+        np.random.seed(141)
+        expected = []
+        for _ in range(200):
+            base = 70 if np.random.random() < 0.95 else 70 / 2.0
+            expected.append(max(5, int(np.random.normal(base, 5))))
+    finally:
+        np.random.set_state(state)
+    rng = utils.seed_everything(141)
+    assert [engine.draw_seq_len(rng, 70) for _ in range(200)] == expected
+
+
+def test_the_state_of_the_lengths_is_text_and_complete():
+    rng = np.random.RandomState(3)
+    rng.normal()  # leaves a second normal number waiting
+    twin = np.random.RandomState(4)
+    utils.set_rng_state(twin, utils.rng_state(rng))
+    assert [twin.normal() for _ in range(5)] == [rng.normal() for _ in range(5)]

@@ -176,3 +176,21 @@ def test_unknown_cell_and_silence(capsys):
         make("RNN_TANH")
     make("QRNN", wdrop=0.5)
     assert capsys.readouterr().out == ""
+
+
+def test_a_seed_gives_the_initial_weights_it_gave_in_the_original():
+    # What the original draws, in its order: embedding, cells, the decoder it ties away, then both
+    # weights, which are one, afresh.
+    torch.manual_seed(5)
+    torch.nn.Embedding(50, 8)
+    cells = [torch.nn.LSTM(8, 12), torch.nn.LSTM(12, 8)]
+    torch.nn.Linear(12, 50)
+    weight = torch.empty(50, 8)
+    for _ in range(2):
+        weight.uniform_(-0.1, 0.1)
+    torch.manual_seed(5)
+    model = RNNModel("LSTM", 50, 8, 12, 2, tie_weights=True)
+    assert torch.equal(model.encoder.weight, weight)
+    for cell, ours in zip(cells, model.rnns, strict=True):
+        for name, value in cell.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
