@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model import RNN_TYPES
-from utils import ToolkitError
+from utils import ToolkitError, keep_memory
 
 # The flags of the original, script by script. What was an unambiguous abbreviation among them stays
 # one, however many flags are added.
@@ -76,6 +76,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's `main`; a ToolkitError becomes one line on stderr and exit status 1."""
     # Log lines reach a file or a pipe as they are made.
     sys.stdout.reconfigure(line_buffering=True)
+    keep_memory()
     try:
         main()
     except ToolkitError as error:

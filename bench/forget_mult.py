@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.common import copy_bandwidth, in_turns, input_sets, on_gpu, print_heading, spread
 from qrnn.forget_mult import forget_mult, forget_mult_loop
-from utils import select_device
+from utils import keep_memory, select_device
 
 SHAPES = [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 1, 1550)]
 # What each way must move at least: forward reads f and x and writes h, backward reads f, x, h and
@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--no-cuda", action="store_true", help="stay on the CPU")
     args = parser.parse_args(argv)
+    keep_memory()  # as the scripts do
     device = select_device(False if args.no_cuda else None)
     bandwidth = copy_bandwidth(device)
     print_heading(

@@ -225,8 +225,10 @@ class _ForgetMult(torch.autograd.Function):
         before, _ = _split(states, ctx.reverse)
         # A copy: the incoming gradient may be expanded, and is not ours to change.
         grad = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_output)
-        grad_init = _scan_backward(grad, 1 - f, ctx.reverse)
-        grad_f = (x - before).mul_(grad)
+        keep = 1 - f
+        grad_init = _scan_backward(grad, keep, ctx.reverse)
+        # In the place of `keep`, which has served: fresh memory costs more than the arithmetic.
+        grad_f = torch.sub(x, before, out=keep).mul_(grad)
         return grad_f, grad.mul_(f), grad_init if ctx.needs_input_grad[2] else None, None
 
 
@@ -270,20 +272,24 @@ class _QRNNPool(torch.autograd.Function):
         grad_z, grad_f, *grad_o = grad_y.chunk(3 if ctx.output_gate else 2, dim=2)
         if valid is not None:
             grad_h = grad_h * valid
+        # Until their own values are due, the three parts of the result hold what is needed on the
+        # way: fresh memory costs more than the arithmetic.
+        grad, keep = grad_z, grad_f
         if ctx.output_gate:
             torch.mul(grad_h, after, out=grad_o[0])
             _sigmoid_backward(grad_o[0], o[0], grad_input=grad_o[0])
-            grad = grad_h * o[0]
+            torch.mul(grad_h, o[0], out=grad)
         else:
-            grad = grad_h.clone(memory_format=torch.contiguous_format)
+            grad.copy_(grad_h)
         grad[0 if ctx.reverse else -1] += grad_last[0]
         effective = f if zoneout is None else f * zoneout
-        grad_init = _scan_backward(grad, 1 - effective, ctx.reverse)
-        torch.mul(grad, effective, out=grad_z)
-        _tanh_backward(grad_z, z, grad_input=grad_z)
+        torch.sub(effective.new_ones(()), effective, out=keep)
+        grad_init = _scan_backward(grad, keep, ctx.reverse)
         torch.sub(z, before, out=grad_f)
         grad_f.mul_(grad)
         if zoneout is not None:
             grad_f.mul_(zoneout)
         _sigmoid_backward(grad_f, f, grad_input=grad_f)
+        grad_z.mul_(effective)
+        _tanh_backward(grad_z, z, grad_input=grad_z)
         return grad_y, grad_init if ctx.needs_input_grad[1] else None, None, None, None, None
