@@ -20,36 +20,8 @@ def build_parser() -> options.Parser:
     options.add_data(parser, "data/penn")
     options.add_model(parser)
     options.add_save(parser, "model file to score")
-    parser.add_argument(
-        "--bptt",
-        type=options.positive_int,
-        default=5000,
-        help="tokens computed at a time; the result does not depend on it",
-    )
-    group = parser.add_argument_group("cache")
-    group.add_argument(
-        "--window",
-        type=options.positive_int,
-        default=3785,
-        help="positions the cache looks back over",
-    )
-    group.add_argument(
-        "--theta",
-        type=options.non_negative,
-        default=0.6625523432485668,
-        help="sharpness of the cache's attention: 0 is uniform over the window",
-    )
-    group.add_argument(
-        "--lambdasm",
-        type=options.probability,
-        default=0.12785920428335693,
-        help="weight of the cache in the mixture with the vocabulary's softmax",
-    )
-    group.add_argument(
-        "--cache-from-start",
-        action="store_true",
-        help="use the cache from the second token on and not only once the window is full",
-    )
+    options.add_chunk(parser, 5000)
+    options.add_cache(parser)
     options.add_device(parser)
     options.add_max_batches(parser, "chunks of --bptt tokens of each file")
     return parser
