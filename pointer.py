@@ -162,8 +162,8 @@ def draw_words(found: Sequence[Change], n: int, path: str) -> None:
         labels = [f"{change.word} ({change.count})".replace("$", r"\$") for change in some]
         ax.set_yticks(range(len(some)), labels)
         ax.set_ylim(rows - 0.4, -0.6)
-        ax.set_title(f"words the cache {what} most (occurrences)")
-        ax.set_xlabel(f"nats {unit}, summed over valid.txt")
+        ax.set_title(f"words the cache {what} most")
+        ax.set_xlabel(f"nats {unit} over all occurrences (their number)")
         ax.grid(axis="x", alpha=0.3)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
