@@ -10,6 +10,7 @@ from torch import Tensor
 import checkpoint
 import options
 from model import RNNModel
+from progress import Bar
 from splitcross import SplitCrossEntropyLoss
 from utils import ToolkitError, replacing, seed_everything, select_device, unwritable
 
@@ -110,12 +111,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     words = sample(model, criterion, prompt, args.temperature, args.top_k)
     pieces = []
-    for number in range(1, args.words + 1):
-        pieces.append(dictionary.idx2word[next(words)])
-        pieces.append("\n" if number % WORDS_PER_LINE == 0 else " ")
-        # On standard output the text itself shows how far it is.
-        if number % args.log_interval == 0 and args.outf != "-":
-            print(f"| Generated {number}/{args.words} words")
+    with Bar(args.words, "generating", "word") as bar:
+        for number in range(1, args.words + 1):
+            pieces.append(dictionary.idx2word[next(words)])
+            pieces.append("\n" if number % WORDS_PER_LINE == 0 else " ")
+            bar.update(1)
+            # Standard output holds the text and nothing else.
+            if number % args.log_interval == 0 and args.outf != "-":
+                bar.line(f"| Generated {number}/{args.words} words")
     text = "".join(pieces)
     if args.outf == "-":
         sys.stdout.write(text.rstrip() + "\n")

@@ -1,4 +1,4 @@
-"""Command lines: the flags several scripts share, which of them were given, and how errors end."""
+"""Command lines: shared flags and presets, which flags were given, and how errors end."""
 
 import argparse
 import math
@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from model import RNN_TYPES
 from utils import ToolkitError, keep_memory
+
+VERSION = "0.1.0"
 
 # The flags of the original, script by script. What was an unambiguous abbreviation among them stays
 # one, however many flags are added.
@@ -28,22 +32,119 @@ CLASSIC = {
     """.split(),
 }
 
+# The published commands, stage by stage, as flags. What is missing was never published.
+_PTB_QRNN = """
+    --model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400
+    --dropouth 0.3 --dropouti 0.4 --data data/penn --save PTB.pt
+"""
+_WT2_QRNN = """
+    --epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550
+    --nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt
+"""
+_PTB_LSTM = """
+    --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epochs 500
+    --save PTB.pt
+"""
+_WT2_LSTM = "--epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882"
+_PTB_CACHE = "--data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000"
+_WT2_CACHE = """
+    --save WT2.pt --lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --data data/wikitext-2
+"""
+PRESETS = {
+    "main": {
+        "ptb-lstm": _PTB_LSTM,
+        "ptb-qrnn": _PTB_QRNN + "--seed 9001 --epochs 550",
+        "wt2-lstm": _WT2_LSTM,
+        "wt2-qrnn": _WT2_QRNN,
+        "ptbc": """
+            --epochs 500 --nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0
+            --dropouth 0.25 --dropouti 0.1 --dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150
+            --batch_size 128 --optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt
+            --when 300 400
+        """,
+        "enwik8": """
+            --epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0
+            --dropouth 0.1 --dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200
+            --batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt
+            --when 25 35
+        """,
+        "wt103": """
+            --epochs 14 --nlayers 4 --emsize 400 --nhid 2500 --alpha 0 --beta 0 --dropoute 0
+            --dropouth 0.1 --dropouti 0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140
+            --batch_size 60 --optimizer adam --lr 1e-3 --data data/wikitext-103
+            --save WT103.12hr.QRNN.pt --when 12 --model QRNN
+        """,
+    },
+    "finetune": {
+        "ptb-lstm": _PTB_LSTM,
+        "ptb-qrnn": _PTB_QRNN + "--seed 404 --epochs 300",
+        "wt2-lstm": _WT2_LSTM,
+        "wt2-qrnn": _WT2_QRNN,
+    },
+    "pointer": {
+        "ptb-lstm": _PTB_CACHE,
+        "ptb-qrnn": _PTB_CACHE + " --model QRNN",
+        "wt2-lstm": _WT2_CACHE,
+        "wt2-qrnn": _WT2_CACHE + "--model QRNN",
+    },
+}
+# What a preset fills in but does not insist on: a resumed run keeps its own.
+_PRESET_DEFAULTS = {"data", "save", "seed"}
+
 # Which flag sets which part of a model's configuration.
 ARCHITECTURE = {"model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers"}
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False) or action.default == [-1]:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that says an error in one line and keeps the classic abbreviations.
 
-    `classic` is the list of the original's flags.
+    `classic` is the list of the original's flags. Where it is that of a stage with published
+    commands there is a `--preset`.
     """
 
-    def __init__(self, classic: Sequence[str], description: str) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+    def __init__(self, classic: Sequence[str], description: str | None) -> None:
+        super().__init__(description=description, formatter_class=_Formatter)
         self.classic = classic
+        self._groups: dict[str, Any] = {}
+        stage = next((name for name, flags in CLASSIC.items() if flags == classic), "")
+        self.presets: Mapping[str, str] = PRESETS.get(stage, {})
+        self.add_argument(
+            "--version", action="version", version=f"%(prog)s {VERSION} (torch {torch.__version__})"
+        )
+        if self.presets:
+            self.add_argument(
+                "--preset",
+                type=self._preset,
+                metavar="NAME",
+                help=f"take the published flags: {', '.join(self.presets)}; any flag given beside "
+                "it counts instead",
+            )
+
+    def group(self, title: str) -> Any:
+        """The group of flags under `title` in the help, made when first asked for."""
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+        return self._groups[title]
+
+    def _preset(self, name: str) -> str:
+        if name not in self.presets:
+            known = ", ".join(self.presets)
+            if any(name in presets for presets in PRESETS.values()):
+                raise argparse.ArgumentTypeError(
+                    f"nothing was published for {name} at this stage, only for {known}"
+                )
+            raise argparse.ArgumentTypeError(f"must be one of {known}, not {name!r}")
+        return name
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
@@ -61,15 +162,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(build_parser: Callable[[], Parser], argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and add `given`: the set of flags that stood on the command line."""
+    """Parse, with the flags of a preset, and add `given`: the flags that stood on the command line.
+
+    A preset's flags, which any other flag overrides, are printed; they count as given, so that an
+    architecture that contradicts a model file is an error, but for --data, --save and --seed, which
+    a resumed run takes from the run it goes on from.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
+    args.given = _given(build_parser, argv, args)
+    if getattr(args, "preset", None) is None:
+        return args
+    flags = build_parser().presets[args.preset].split()
+    given = args.given
+    args = build_parser().parse_args([*flags, *argv])
+    preset = _given(build_parser, flags, args)
+    args.given = given | (preset - _PRESET_DEFAULTS)
+    values = {name: getattr(args, name) for name in sorted(preset - given)}
+    said = " ".join(f"--{name} {_as_flag(value)}" for name, value in values.items())
+    sys.stdout.write(f"--preset {args.preset}: {said}\n")
+    return args
+
+
+def _given(
+    build_parser: Callable[[], Parser], argv: Sequence[str], args: argparse.Namespace
+) -> set[str]:
+    """The names, among those in `args`, that `argv` sets."""
     parser = build_parser()
     # Not a string: argparse would convert that as if it had been given.
     absent = object()
-    parser.set_defaults(**dict.fromkeys(vars(args), absent))
-    given = vars(parser.parse_args(argv))
-    args.given = {name for name, value in given.items() if value is not absent}
-    return args
+    parser.set_defaults(**dict.fromkeys((name for name in vars(args) if name != "given"), absent))
+    parsed = vars(parser.parse_args(argv))
+    return {name for name, value in parsed.items() if value is not absent}
+
+
+def _as_flag(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -157,74 +285,245 @@ def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], 
 
 def add_data(parser: Parser, default: str) -> None:
     """--data."""
-    parser.add_argument(
-        "--data", default=default, help="folder of the corpus: train.txt, valid.txt and test.txt"
+    parser.group("files").add_argument(
+        "--data",
+        default=default,
+        metavar="FOLDER",
+        help="the corpus: train.txt, valid.txt and test.txt, tokens apart by white space",
     )
 
 
 def add_model(parser: Parser) -> None:
     """--model."""
-    parser.add_argument(
+    parser.group("network").add_argument(
         "--model",
         default="LSTM",
         choices=RNN_TYPES,
-        help="type of recurrent cell; later stages take it from the model file",
+        help="recurrent cell; later stages take it from the model file",
     )
 
 
 def add_sizes(parser: Parser) -> None:
     """The sizes of the network."""
-    group = parser.add_argument_group("network")
-    group.add_argument("--emsize", type=positive_int, default=400, help="size of word embeddings")
-    group.add_argument("--nhid", type=positive_int, default=1150, help="hidden units per layer")
-    group.add_argument("--nlayers", type=positive_int, default=3, help="number of layers")
+    add = parser.group("network").add_argument
+    add(
+        "--emsize",
+        type=positive_int,
+        default=400,
+        metavar="N",
+        help="size of a word's embedding, and of the last layer, whose weights are tied to it; "
+        "published: 400, PTB characters 200",
+    )
+    add(
+        "--nhid",
+        type=positive_int,
+        default=1150,
+        metavar="N",
+        help="hidden units of every layer but the last; published: LSTM 1150, QRNN 1550, "
+        "PTB characters 1000, enwik8 1840, WikiText-103 2500",
+    )
+    add(
+        "--nlayers",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="recurrent layers; published: LSTM 3, QRNN 4",
+    )
 
 
 def add_training(parser: Parser) -> None:
     """Optimisation and what is said of it."""
-    group = parser.add_argument_group("training")
-    add = group.add_argument
-    add("--lr", type=positive, default=30.0, help="initial learning rate")
-    add("--clip", type=non_negative, default=0.25, help="gradient norm to clip at, 0 for none")
-    add("--epochs", type=positive_int, default=8000, help="upper epoch limit")
-    add("--batch_size", type=positive_int, default=80, metavar="N", help="columns of a batch")
-    add("--bptt", type=positive_int, default=70, help="base sequence length, in tokens")
-    add("--nonmono", type=natural, default=5, help="epochs the NT-ASGD trigger looks back past")
-    add("--log-interval", type=positive_int, default=200, metavar="N", help="batches per log line")
-    group.add_argument(
-        "--max-seq-len", type=positive_int, metavar="N", help="cap on the random sequence length"
+    add = parser.group("training").add_argument
+    add(
+        "--lr",
+        type=positive,
+        default=30.0,
+        metavar="RATE",
+        help="learning rate, scaled for each batch by its length over --bptt; published: SGD 30, "
+        "Adam 1e-3, PTB characters 2e-3",
+    )
+    add(
+        "--clip",
+        type=non_negative,
+        default=0.25,
+        metavar="NORM",
+        help="gradient norm to clip at, 0 for none; published: 0.25, PTB QRNN 0.2",
+    )
+    add(
+        "--epochs",
+        type=positive_int,
+        default=8000,
+        metavar="N",
+        help="passes over train.txt at most; published: PTB LSTM 500, WikiText-2 LSTM 750, "
+        "QRNN 550 and 500",
+    )
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=80,
+        metavar="N",
+        help="columns of a batch, each a stream of text of its own; published: PTB 20, WikiText-2 "
+        "LSTM 80, QRNN 40, characters 128, WikiText-103 60",
+    )
+    add(
+        "--bptt",
+        type=positive_int,
+        default=70,
+        metavar="N",
+        help="base of the random sequence length, in tokens (variable length backpropagation "
+        "sequences); published: 70, PTB characters 150, enwik8 200, WikiText-103 140",
+    )
+    add(
+        "--nonmono",
+        type=natural,
+        default=5,
+        metavar="N",
+        help="epochs whose losses NT-ASGD's trigger leaves out (the paper's n, the non-monotone "
+        "interval): averaging starts when validation is worse than the best before them; "
+        "published: 5",
+    )
+    add(
+        "--log-interval",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="batches from one log line to the next",
+    )
+    add(
+        "--max-seq-len",
+        type=positive_int,
+        metavar="N",
+        help="cap on the random sequence length, in tokens",
     )
 
 
 def add_regularisers(parser: Parser) -> None:
     """Dropouts, activation penalties and weight decay."""
-    group = parser.add_argument_group("regularisation")
-    add = group.add_argument
-    add("--dropout", type=probability, default=0.4, help="dropout on the last layer's output")
-    add("--dropouth", type=probability, default=0.3, help="dropout between layers")
-    add("--dropouti", type=probability, default=0.65, help="dropout on the embedded input")
-    add("--dropoute", type=probability, default=0.1, help="dropout of whole words, embedding rows")
-    add("--wdrop", type=probability, default=0.5, help="weight drop on the recurrent weights")
+    add = parser.group("regularisation").add_argument
     add(
-        "--alpha", type=non_negative, default=2.0, help="activation regularisation (AR), 0 for none"
+        "--dropout",
+        type=probability,
+        default=0.4,
+        metavar="P",
+        help="variational (locked) dropout on the last layer's output; published: 0.4, PTB "
+        "characters and WikiText-103 0.1",
     )
-    add("--beta", type=non_negative, default=1.0, help="temporal AR (TAR), 0 for none")
-    add("--wdecay", type=non_negative, default=1.2e-6, help="weight decay on every parameter")
+    add(
+        "--dropouth",
+        type=probability,
+        default=0.3,
+        metavar="P",
+        help="variational dropout between layers; published: PTB LSTM 0.25, QRNN 0.3, "
+        "WikiText-2 0.2",
+    )
+    add(
+        "--dropouti",
+        type=probability,
+        default=0.65,
+        metavar="P",
+        help="variational dropout on the word vectors; published: WikiText-2 LSTM 0.65, "
+        "PTB and WikiText-2 QRNN 0.4, characters 0.1",
+    )
+    add(
+        "--dropoute",
+        type=probability,
+        default=0.1,
+        metavar="P",
+        help="embedding dropout: a word is gone from the whole batch; published: 0.1, characters "
+        "and WikiText-103 0",
+    )
+    add(
+        "--wdrop",
+        type=probability,
+        default=0.5,
+        metavar="P",
+        help="weight drop (DropConnect) on the hidden-to-hidden weights, for the QRNN on its "
+        "linear map; published: LSTM 0.5, QRNN 0.1, enwik8 0.2, WikiText-103 0",
+    )
+    add(
+        "--alpha",
+        type=non_negative,
+        default=2.0,
+        metavar="X",
+        help="activation regularisation (AR): times the mean square of the last layer's dropped "
+        "output, 0 for none; published: 2, characters and WikiText-103 0",
+    )
+    add(
+        "--beta",
+        type=non_negative,
+        default=1.0,
+        metavar="X",
+        help="temporal activation regularisation (TAR): times the mean square of its change from "
+        "step to step, 0 for none; published: 1, characters and WikiText-103 0",
+    )
+    add(
+        "--wdecay",
+        type=non_negative,
+        default=1.2e-6,
+        metavar="X",
+        help="weight decay (L2) on every parameter; published: 1.2e-6, WikiText-103 0",
+    )
+
+
+def add_chunk(parser: Parser, default: int) -> None:
+    """--bptt where nothing is trained."""
+    parser.group("running").add_argument(
+        "--bptt",
+        type=positive_int,
+        default=default,
+        metavar="N",
+        help="tokens computed at a time; the result does not depend on it",
+    )
+
+
+def add_cache(parser: Parser) -> None:
+    """The continuous cache."""
+    add = parser.group("cache").add_argument
+    add(
+        "--window",
+        type=positive_int,
+        default=3785,
+        metavar="N",
+        help="positions the cache looks back over, in tokens; published: PTB 500, WikiText-2 3785",
+    )
+    add(
+        "--theta",
+        type=non_negative,
+        default=0.6625523432485668,
+        metavar="X",
+        help="sharpness of the cache's attention (the cache paper's theta), 0 is uniform over the "
+        "window; published: PTB 1.0, WikiText-2 0.662",
+    )
+    add(
+        "--lambdasm",
+        type=probability,
+        default=0.12785920428335693,
+        metavar="P",
+        help="weight of the cache in the mixture with the vocabulary's softmax (the cache paper's "
+        "lambda); published: PTB 0.1, WikiText-2 0.1279",
+    )
+    add(
+        "--cache-from-start",
+        action="store_true",
+        help="use the cache from the second token on and not only once the window is full",
+    )
 
 
 def add_save(parser: Parser, help: str) -> None:
     """--save."""
-    parser.add_argument("--save", default="model.pt", help=help)
+    parser.group("files").add_argument("--save", default="model.pt", metavar="FILE", help=help)
 
 
 def add_seed(parser: Parser) -> None:
     """--seed."""
-    parser.add_argument("--seed", type=seed, default=1111, help="random seed")
+    parser.group("running").add_argument(
+        "--seed", type=seed, default=1111, metavar="N", help="random seed"
+    )
 
 
 def add_device(parser: Parser) -> None:
     """--cuda and --no-cuda."""
-    parser.add_argument(
+    parser.group("running").add_argument(
         "--cuda",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -234,6 +533,6 @@ def add_device(parser: Parser) -> None:
 
 def add_max_batches(parser: Parser, what: str) -> None:
     """--max-batches."""
-    parser.add_argument(
+    parser.group("running").add_argument(
         "--max-batches", type=positive_int, metavar="N", help=f"stop after N {what}, for a trial"
     )

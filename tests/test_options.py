@@ -1,8 +1,13 @@
 """options.py: every flag's default, the classic abbreviations, refusals in one line."""
 
 import importlib
+import re
+import shlex
 
 import pytest
+import torch
+from conftest import ROOT, TINY
+from test_readme import PUBLISHED
 
 import options
 
@@ -141,6 +146,9 @@ pointer --window 0
 pointer --lambdasm 1
 pointer --theta -1
 pointer --bptt -5
+main --preset ptb
+finetune --preset ptbc
+pointer --preset wt103
 generate --temperature 0
 generate --words 0
 generate --top-k 0
@@ -166,3 +174,103 @@ def test_help_names_every_flag_and_its_default(name, script):
     for flag in options.CLASSIC[name]:
         assert flag in out
     assert str(DEFAULTS[name].get("nhid", "model.pt")) in out
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_help_is_for_people(name, script):
+    _, out, _ = script(name, "--help")
+    for silly in ("default: None", "default: )", "default: False", "default: [-1]"):
+        assert silly not in out
+    if name in ("main", "finetune"):
+        for title in ("files:", "network:", "training:", "regularisation:", "running:"):
+            assert f"\n{title}\n" in out
+        assert "published: PTB LSTM 0.25, QRNN 0.3" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_version(name, script):
+    status, out, _ = script(name, "--version")
+    assert status == 0
+    assert f" {options.VERSION} (torch {torch.__version__})\n" in out
+    assert f'version = "{options.VERSION}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+PRESETS = {
+    "PTB LSTM": "ptb-lstm",
+    "PTB QRNN": "ptb-qrnn",
+    "WikiText-2 LSTM": "wt2-lstm",
+    "WikiText-2 QRNN": "wt2-qrnn",
+    "PTB characters LSTM": "ptbc",
+    "enwik8 LSTM": "enwik8",
+    "WikiText-103 QRNN": "wt103",
+}
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_a_preset_is_the_published_command(row, capsys):
+    stages = set()
+    for command in PUBLISHED[row]:
+        name, *published = shlex.split(command.replace(".py", "", 1))
+        stages.add(name)
+        given = options.parse(lambda name=name: parser_of(name), published)
+        preset = options.parse(lambda name=name: parser_of(name), ["--preset", PRESETS[row]])
+        assert preset.preset == PRESETS[row]
+        expected = {**options.plain(given), "preset": PRESETS[row]}
+        if row == "PTB QRNN" and name != "pointer":
+            expected["data"] = "data/penn"  # said in the preset, a default in the command
+        assert options.plain(preset) == expected
+        assert preset.given >= given.given - {"data", "save", "seed"}
+        assert preset.given - given.given <= {"preset"}
+        # What it printed are the flags it stands for.
+        (said,) = capsys.readouterr().out.splitlines()
+        assert said.startswith(f"--preset {PRESETS[row]}: --")
+        spelled = shlex.split(said.split(": ", 1)[1])
+        spelled = options.parse(lambda name=name: parser_of(name), spelled)
+        assert {**options.plain(spelled), "preset": PRESETS[row]} == options.plain(preset)
+    # There is one for just the stages that have a command.
+    with_preset = {stage for stage in options.PRESETS if PRESETS[row] in options.PRESETS[stage]}
+    assert with_preset == stages
+
+
+def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
+    for argv in (
+        ["--preset", "ptbc", "--lr", "0.5", "--when", "7"],
+        ["--lr=0.5", "--when", "7", "--preset=ptbc"],
+        ["--lr", "0.5", "--when", "7", "--pre", "ptbc"],
+    ):
+        args = options.parse(lambda: parser_of("main"), argv)
+        assert (args.lr, args.when, args.nhid) == (0.5, [7], 1000)
+        out = capsys.readouterr().out
+        assert "--nhid 1000" in out
+        assert "--lr" not in out
+        assert "--when" not in out
+    assert {"lr", "nhid", "dropouth"} <= args.given
+    # Those a resumed run takes from the run it goes on from.
+    assert not {"data", "save", "seed"} & args.given
+    assert options.given_dropouts(args)["dropouti"] == 0.1
+
+
+def test_a_preset_that_contradicts_the_model_is_an_error(script, trained, corpus_dir):
+    argv = ["--save", trained["GRU"], "--data", corpus_dir]
+    status, _, err = script("pointer", "--preset", "wt2-qrnn", *argv)
+    assert status == 1
+    assert "--model QRNN contradicts" in err
+    status, _, err = script("finetune", "--preset", "ptb-qrnn", "--model", "GRU", *argv)
+    assert status == 1
+    assert re.search("--(emsize|nhid) .* contradicts", err)
+
+
+def test_a_run_with_a_preset_and_its_resumption(script, corpus_dir, tmp_path):
+    path = tmp_path / "m.pt"
+    argv = ["--preset", "ptb-lstm", *TINY, "--data", corpus_dir, "--max-batches", 3]
+    status, out, err = script("main", *argv, "--lr", 5, "--epochs", 1, "--save", path)
+    assert (status, err) == (0, "")
+    assert out.startswith("--preset ptb-lstm: ")
+    assert "'seed': 7" in out
+    size = ["--emsize", 12, "--nhid", 16, "--nlayers", 2]
+    argv = ["--preset", "ptb-lstm", *size, "--resume", path, "--epochs", 2, "--max-batches", 3]
+    status, out, err = script("main", *argv)
+    assert (status, err) == (0, "")
+    assert "'seed': 7" in out
+    assert f"'data': '{corpus_dir}'" in out
+    assert "end of epoch   2" in out

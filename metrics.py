@@ -1,0 +1,192 @@
+"""A run's numbers for programs: DIR/metrics.jsonl, and TensorBoard events where that is installed.
+
+metrics.jsonl has one JSON object a line. The first, and one more for each time the run is resumed:
+
+    {"command": [...], "flags": {...}, "versions": {...}, "device": "...", "commit": "..." or null}
+
+Then one for each log line, in order, told apart by "kind":
+
+    {"kind": "batch", "epoch", "batch", "step", "lr", "loss", "tokens_per_second", ...}
+    {"kind": "epoch", "epoch", "step", "time", "valid_loss", ...}
+    {"kind": "switch", "epoch", "step"}        averaging starts after this epoch
+    {"kind": "test", "step", "test_loss"}
+
+Losses are in nats a token; perplexity and bits are added to each, as `ppl` and `bpc` are to `loss`.
+`time` is the seconds that the epoch took. A number that is not finite is null.
+"""
+
+import importlib
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from utils import ToolkitError, bits, perplexity
+
+NAME = "metrics.jsonl"
+KINDS = ("batch", "epoch", "switch", "test")
+
+
+def versions() -> dict[str, str]:
+    """Python's and PyTorch's."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def commit() -> str | None:
+    """The commit of this folder, with a + where files differ from it; None outside git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class MetricsWriter:
+    """Appends to `folder`/metrics.jsonl; a line is in the file as soon as it is written.
+
+    `command` are the words of the command line, `flags` all of its values, `device` the device in
+    words. Where tensorboard or tensorboardX is installed, events are written beside it;
+    `no_events` says, in a sentence, why not. Raises ToolkitError if the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        command: Sequence[str],
+        flags: Mapping[str, Any],
+        device: str,
+    ) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.folder / NAME, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise ToolkitError(
+                f"cannot write {self.folder / NAME} ({os.strerror(error.errno)}): pass another "
+                "--logdir"
+            ) from error
+        self.no_events = None
+        self._events = _events(self.folder)
+        if self._events is None:
+            self.no_events = (
+                "TensorBoard events need the package tensorboard, which is not installed: "
+                f"{NAME} alone is written"
+            )
+        self._append(
+            {
+                "command": list(command),
+                "flags": dict(flags),
+                "versions": versions(),
+                "device": device,
+                "commit": commit(),
+            }
+        )
+
+    def write(self, kind: str, *, step: int, **values: Any) -> None:
+        """Append a line of `kind`; `step` counts batches over the whole run.
+
+        To `loss` the perplexity `ppl` and bits a token `bpc` are added, to `valid_loss` `valid_ppl`
+        and `valid_bpc`, and so on. Raises ValueError for an unknown kind.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        for name, value in list(values.items()):
+            prefix = name.removesuffix("loss")
+            if prefix != name:
+                values[f"{prefix}ppl"] = perplexity(value)
+                values[f"{prefix}bpc"] = bits(value)
+        self._append({"kind": kind, "step": step, **values})
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and name not in ("epoch", "batch"):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
+            if kind == "switch":
+                self._events.add_text("switch", "averaging starts", step)
+
+    def _append(self, values: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(_finite(values), ensure_ascii=False, default=str) + "\n")
+        except OSError as error:
+            raise ToolkitError(
+                f"cannot write {self.folder / NAME} ({os.strerror(error.errno)}): free the disk or "
+                "leave --logdir out"
+            ) from error
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line that was cut off is left out.
+
+    Raises ToolkitError for a file that cannot be read or holds anything else.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ToolkitError(
+            f"cannot read {path} ({os.strerror(error.errno)}): name a run's --logdir"
+        ) from error
+    except UnicodeDecodeError:
+        raise ToolkitError(f"{path} is not UTF-8: name a run's --logdir") from None
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines) > 1:  # the run was killed, or is at it
+                break
+            found = None
+        if not isinstance(found, dict):
+            raise ToolkitError(
+                f"line {number} of {path} is not a JSON object: name a run's --logdir"
+            )
+        objects.append(found)
+    return objects
+
+
+def _events(folder: Path) -> Any:
+    """TensorBoard's writer, or None where there is none."""
+    for module in ("torch.utils.tensorboard", "tensorboardX"):
+        try:
+            return importlib.import_module(module).SummaryWriter(str(folder))
+        except ImportError:
+            continue
+    return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value

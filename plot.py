@@ -1,0 +1,185 @@
+"""Draw the validation perplexity of runs over epochs and over time.
+
+A RUN is the log of main.py or finetune.py (what they print, in a file), a metrics.jsonl, or the
+folder that holds one. The switch to averaged SGD is marked.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import metrics
+import options
+import plotting
+from utils import ToolkitError, perplexity
+
+_EPOCH = re.compile(
+    r"\| end of epoch +(\d+) \| time: +(\d+\.\d+)s \| valid loss +\S+ \| "
+    r"valid ppl +(\d+\.\d+|inf|nan)"
+)
+_SWITCH = "Switching to averaged SGD"
+
+
+@dataclass
+class Curve:
+    """A run: perplexity by epoch, hours since the start by epoch, the epochs ending in a switch."""
+
+    name: str
+    ppl: dict[int, float] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    switch: int | None = None
+
+    def add(self, epoch: int, seconds: float, ppl: float) -> None:
+        """One epoch; of an epoch that was run twice, before and after resuming, the last counts."""
+        self.ppl[epoch] = math.inf if math.isnan(ppl) else ppl
+        self.seconds[epoch] = seconds
+
+    def hours(self) -> list[float]:
+        """Hours of training and evaluation up to the end of each epoch, in order."""
+        total, result = 0.0, []
+        for epoch in sorted(self.ppl):
+            total += self.seconds[epoch]
+            result.append(total / 3600)
+        return result
+
+
+def build_parser() -> options.Parser:
+    """The command line of plot.py."""
+    parser = options.Parser((), __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="log file, metrics.jsonl or folder")
+    parser.add_argument(
+        "--out", default="curves.png", metavar="FILE", help="picture to write: .png, .pdf or .svg"
+    )
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="names for the runs, instead of their files'"
+    )
+    parser.add_argument(
+        "--max-ppl",
+        type=options.positive,
+        metavar="PPL",
+        help="top of the picture; without it, what leaves the first epochs of a long run outside",
+    )
+    return parser
+
+
+def from_log(text: str, name: str) -> Curve:
+    """The curve in a log with the classic lines; empty if there are none."""
+    curve = Curve(name)
+    epoch = None
+    for line in text.splitlines():
+        match = _EPOCH.search(line)
+        if match:
+            epoch = int(match[1])
+            curve.add(epoch, float(match[2]), float(match[3]))
+        elif line.startswith(_SWITCH) and epoch is not None:
+            curve.switch = epoch
+    return curve
+
+
+def from_metrics(path: Path, name: str) -> Curve:
+    """The curve in a metrics.jsonl; raises ToolkitError if a line lacks its numbers."""
+    curve = Curve(name)
+    for number, line in enumerate(metrics.read(path), start=1):
+        try:
+            if line.get("kind") == "epoch":
+                loss = line["valid_loss"]
+                ppl = math.inf if loss is None else perplexity(loss)
+                curve.add(int(line["epoch"]), float(line["time"]), ppl)
+            elif line.get("kind") == "switch":
+                curve.switch = int(line["epoch"])
+        except (KeyError, TypeError, ValueError):
+            raise ToolkitError(
+                f"line {number} of {path} lacks the numbers of its kind: name a run's --logdir"
+            ) from None
+    return curve
+
+
+def read_run(run: str, name: str | None) -> Curve:
+    """The curve of a RUN; raises ToolkitError if it cannot be read or has no finished epoch."""
+    path = Path(run)
+    if path.is_dir():
+        path = path / metrics.NAME
+    if path.suffix == ".jsonl":
+        curve = from_metrics(path, name or (path.parent.name or run))
+    else:
+        try:
+            curve = from_log(path.read_text(encoding="utf-8", errors="replace"), name or path.stem)
+        except OSError as error:
+            raise ToolkitError(
+                f"cannot read {run} ({error.strerror}): name a log file or a run's --logdir"
+            ) from error
+    if not curve.ppl:
+        raise ToolkitError(
+            f"{run} has no line of a finished epoch: name the log of main.py or finetune.py, or "
+            "its --logdir"
+        )
+    return curve
+
+
+def default_top(curves: Sequence[Curve]) -> float:
+    """A top of the picture that leaves room for the part of the curves that tells them apart."""
+    best = max(min(curve.ppl.values()) for curve in curves)
+    worst = max(max(curve.ppl.values()) for curve in curves)
+    return min(worst * 1.03, best * 2) if max(len(c.ppl) for c in curves) > 10 else worst * 1.03
+
+
+def draw(curves: Sequence[Curve], out: str, max_ppl: float | None) -> None:
+    """Write the picture; raises ToolkitError if it cannot be drawn."""
+    figure = plotting.figure_class()(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    longest = max(curve.hours()[-1] for curve in curves)
+    unit, scale = ("hours", 1) if longest >= 2 else ("minutes", 60)
+    for number, curve in enumerate(curves):
+        epochs = sorted(curve.ppl)
+        ppl = [curve.ppl[epoch] for epoch in epochs]
+        times = [hours * scale for hours in curve.hours()]
+        best = min(ppl)
+        # A name that starts with _ would be left out of the legend, a dollar would start a formula.
+        label = f"{curve.name} (best {best:.2f})".replace("$", r"\$").replace("_", "\u200b_", 1)
+        few = "." if len(epochs) <= 60 else None
+        for ax, x in ((left, epochs), (right, times)):
+            (line,) = ax.plot(x, ppl, marker=few, label=label, color=f"C{number % 10}", lw=1.5)
+            if curve.switch in epochs:
+                at = epochs.index(curve.switch)
+                ax.plot(x[at], ppl[at], "D", color=line.get_color(), ms=8, mec="black", zorder=3)
+                ax.axvline(x[at], color=line.get_color(), ls=":", lw=1)
+    if any(curve.switch in curve.ppl for curve in curves):
+        left.plot([], [], "D", color="white", mec="black", ms=8, label="averaging starts")
+    left.set_xlabel("epochs")
+    left.set_ylabel("validation perplexity")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    right.set_xlabel(f"{unit} of training and evaluation")
+    top = max_ppl or default_top(curves)
+    bottom = min(min(curve.ppl.values()) for curve in curves)
+    if math.isfinite(top) and top > bottom:
+        left.set_ylim(bottom - 0.05 * (top - bottom), top)
+    left.legend(frameon=False)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    plotting.save(figure, out, "--out")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the runs; raises ToolkitError for what the user can mend."""
+    args = options.parse(build_parser, argv)
+    names = args.names or [None] * len(args.runs)
+    if len(names) != len(args.runs):
+        build_parser().error(f"--names has {len(names)} names for {len(args.runs)} runs")
+    plotting.check(args.out, "--out")
+    curves = [read_run(run, name) for run, name in zip(args.runs, names, strict=True)]
+    draw(curves, args.out, args.max_ppl)
+    for curve in curves:
+        best = min(curve.ppl, key=lambda epoch, curve=curve: curve.ppl[epoch])
+        switch = "" if curve.switch is None else f" | averaging after epoch {curve.switch}"
+        print(
+            f"| {curve.name}: {len(curve.ppl)} epochs, {60 * curve.hours()[-1]:.1f} minutes | "
+            f"best valid ppl {curve.ppl[best]:.2f} after epoch {best}{switch}"
+        )
+    print(f"Wrote {args.out}")
+
+
+if __name__ == "__main__":
+    options.run(main)

@@ -1,0 +1,49 @@
+"""Pictures, with matplotlib where it is installed."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from utils import ToolkitError, replacing, unwritable
+
+# What matplotlib can write without anything else installed.
+FORMATS = ("png", "pdf", "svg")
+
+
+def check(path: str | os.PathLike[str], flag: str) -> None:
+    """Raise ToolkitError if no picture can be written to `path`, the value of `flag`."""
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in FORMATS:
+        raise ToolkitError(
+            f"cannot draw {path}: give {flag} a name that ends in .{', .'.join(FORMATS)}"
+        )
+    problem = unwritable(path)
+    if problem:
+        raise ToolkitError(f"cannot write {path} ({problem}): pass another {flag}")
+    figure_class()
+
+
+def figure_class() -> Any:
+    """matplotlib's figure class, which draws to a file and needs no window.
+
+    Raises ToolkitError if matplotlib is not installed.
+    """
+    try:
+        return importlib.import_module("matplotlib.figure").Figure
+    except ImportError:
+        raise ToolkitError(
+            "pictures need matplotlib, which is not installed: pip install matplotlib"
+        ) from None
+
+
+def save(figure: Any, path: str | os.PathLike[str], flag: str) -> None:
+    """Write a figure in the format that the name of `path` ends in; raises ToolkitError."""
+    kind = Path(path).suffix.removeprefix(".").lower()
+    try:
+        with replacing(path) as file:
+            figure.savefig(file, format=kind, dpi=120)
+    except OSError as error:
+        raise ToolkitError(
+            f"cannot write {path} ({os.strerror(error.errno)}): pass another {flag}"
+        ) from error

@@ -1,0 +1,62 @@
+"""A progress bar for whoever watches: on a terminal only, and only where tqdm is installed."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+
+class Bar:
+    """A bar on standard error that counts `total` units; silent unless that is a terminal.
+
+    Used as a context manager. In a file or a pipe, and without tqdm, nothing is drawn and the
+    log lines are all there is.
+    """
+
+    def __init__(self, total: int | None, what: str, unit: str = "tok") -> None:
+        self._bar: Any = None
+        if not sys.stderr.isatty():
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        self._bar = tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            unit_scale=True,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def shown(self) -> bool:
+        """Whether anything is drawn; numbers that cost time need be made only then."""
+        return self._bar is not None
+
+    def update(self, n: int, **numbers: str) -> None:
+        """Go on by `n` units; `numbers` stand behind the bar, such as `loss="4.61"`."""
+        if self._bar is not None:
+            if numbers:
+                self._bar.set_postfix(numbers, refresh=False)
+            self._bar.update(n)
+
+    def line(self, text: str) -> None:
+        """Write a line to standard output, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            sys.stdout.write(f"{text}\n")

@@ -1,0 +1,211 @@
+"""cache_search.py and pointer.py --search, --by-word, --plot against per-token references."""
+
+import itertools
+import math
+import re
+import sys
+
+import pytest
+import references
+import torch
+
+import cache_search
+import pointer
+from cache_search import Setting
+from continuous_cache import ContinuousCache
+from scoring import Piece
+
+
+def stream(n, size=5, vocabulary=6, scale=1.0):
+    torch.manual_seed(0)
+    words = torch.randint(vocabulary, (n,))
+    table = torch.randn(n, vocabulary).log_softmax(dim=1)
+    return torch.randn(n, size) * scale, words, table
+
+
+def piece_of(outputs, words, table):
+    return Piece(outputs, words, table.gather(1, words.unsqueeze(1)).squeeze(1))
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 500])
+@pytest.mark.parametrize("n", [1, 2, 60])
+def test_every_window_and_theta(n, block, monkeypatch):
+    monkeypatch.setattr(cache_search, "_BLOCK", block)
+    outputs, words, _ = stream(n)
+    windows, thetas = [30, 1, 5, 59, 60, 400], [0.0, 0.7, 3.0]
+    done = []
+    probs = cache_search.target_probs(outputs, words, windows, thetas, done.append)
+    assert probs.shape == (6, 3, n)
+    assert sum(done) == n
+    for w, window in enumerate(windows):
+        for k, theta in enumerate(thetas):
+            expected = torch.zeros(n)
+            for t in range(1, n):
+                past = range(max(0, t - window), t)
+                attention = (theta * (outputs[list(past)] @ outputs[t])).softmax(dim=0)
+                expected[t] = sum(
+                    a for a, i in zip(attention, past, strict=True) if words[i] == words[t]
+                )
+            torch.testing.assert_close(probs[w, k], expected, atol=1e-6, rtol=1e-5)
+            cache = ContinuousCache(window, theta, from_start=True)
+            torch.testing.assert_close(
+                probs[w, k], cache.target_prob(outputs, words)[0], atol=1e-6, rtol=1e-5
+            )
+
+
+def test_scores_far_above_those_of_a_window(monkeypatch):
+    # At these scores the exponentials of a small window vanish beside those of the widest.
+    monkeypatch.setattr(cache_search, "_BLOCK", 16)
+    outputs, words, _ = stream(60, scale=30.0)
+    probs = cache_search.target_probs(outputs, words, [2, 10, 50], [0.5, 20.0])
+    for (w, window), (k, theta) in itertools.product(enumerate([2, 10, 50]), enumerate([0.5, 20])):
+        cache = ContinuousCache(window, theta, from_start=True)
+        expected = cache.target_prob(outputs, words)[0]
+        torch.testing.assert_close(probs[w, k], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_best_lambda():
+    outputs, words, table = stream(200)
+    logprob = piece_of(outputs, words, table).logprob
+    for p_cache in (torch.rand(200), torch.rand(200) ** 3, torch.rand(200) * (words == 2)):
+        lambdasm, gain = cache_search.best_lambda(logprob, p_cache)
+
+        def total(x, p_cache=p_cache):
+            mixed = x * p_cache.double() + (1 - x) * logprob.double().exp()
+            return (mixed.log() - logprob.double()).sum().item()
+
+        best = max(range(1000), key=lambda i: total(i / 1000))
+        assert lambdasm == pytest.approx(best / 1000, abs=0.0011)
+        assert gain == pytest.approx(total(lambdasm), abs=1e-6)
+    # A cache that always knows, one that never does, no position, a word the model rules out.
+    assert cache_search.best_lambda(logprob, torch.ones(200))[0] == 0.999
+    assert cache_search.best_lambda(logprob, torch.zeros(200)) == (0.0, 0.0)
+    assert cache_search.best_lambda(logprob[:0], logprob[:0]) == (0.0, 0.0)
+    lambdasm, gain = cache_search.best_lambda(torch.full((9,), -1e4), torch.full((9,), 0.5))
+    assert lambdasm == 0.999
+    assert math.isfinite(gain)
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+def test_grid_has_each_setting_at_its_best(from_start):
+    outputs, words, table = stream(80)
+    piece = piece_of(outputs, words, table)
+    for setting in cache_search.grid(piece, [5, 30, 90], [0.3, 1.0], from_start):
+
+        def loss(x, setting=setting):
+            args = (outputs, words, table.exp(), setting.window, setting.theta, x, from_start)
+            losses = references.pointer_losses(*args)
+            return sum(losses) / len(losses)
+
+        assert setting.loss == pytest.approx(loss(setting.lambdasm), abs=1e-5)
+        assert setting.loss <= min(loss(x / 20) for x in range(20)) + 1e-6
+        assert cache_search.loss_at(piece, setting, from_start) == pytest.approx(
+            setting.loss, abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+def test_search_is_at_least_as_good_as_what_was_given(from_start):
+    # Words that do follow similar outputs.
+    torch.manual_seed(1)
+    words = torch.randint(6, (300,))
+    outputs = torch.randn(6, 8)[words] + 0.5 * torch.randn(300, 8)
+    table = torch.randn(300, 6).log_softmax(dim=1)
+    piece = piece_of(outputs, words, table)
+    for window, theta, lambdasm in ((7, 0.9, 0.5), (500, 0.0, 0.0), (100, 3.0, 0.9)):
+        given = Setting(window, theta, lambdasm, math.nan)
+        table_, best = cache_search.search(piece, given, from_start)
+        assert (window, theta) in {setting[:2] for setting in table_}
+        assert best.loss <= cache_search.loss_at(piece, given, from_start)
+        assert best.loss == cache_search.loss_at(piece, best, from_start)
+        assert best.loss <= min(setting.loss for setting in table_) + 1e-5
+
+
+def test_around():
+    assert cache_search.around([1, 8, 64], 8) == pytest.approx([2, 4, 16, 32])
+    assert cache_search.around([8, 64], 8) == pytest.approx(
+        [2, 8 / 4 ** (2 / 3), 8 / 4 ** (1 / 3), 16, 32]
+    )
+    assert cache_search.around([0, 3], 0) == pytest.approx([1, 2])
+    assert cache_search.around([0], 0) == []
+    assert min(cache_search.around([0, 3], 3)) > 0
+
+
+def test_changes_by_word():
+    gain = torch.tensor([1.0, -2.0, 0.5, 0.25, 0.0])
+    words = torch.tensor([2, 0, 2, 3, 1])
+    found = pointer.changes(gain, words, ["a", "b", "c", "d", "e"])
+    assert found == [("c", 1.5, 2), ("d", 0.25, 1), ("b", 0.0, 1), ("a", -2.0, 1)]
+    helped, hurt = pointer.extremes(found, 5)
+    assert [change.word for change in helped] == ["c", "d"]
+    assert [change.word for change in hurt] == ["a"]
+    assert [change.word for change in pointer.extremes(found, 1)[0]] == ["c"]
+
+
+END = re.compile(r"\| End of pointer \| (val|test) loss +\S+ \| \1 ppl +(\S+)")
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+def test_search_by_the_command_line(from_start, script, trained, corpus_dir):
+    flags = ["--data", corpus_dir, "--save", trained["LSTM"], "--no-cuda"]
+    flags += ["--cache-from-start"] if from_start else []
+    given = ["--window", 40, "--theta", 1, "--lambdasm", 0.05]
+    status, plain, err = script("pointer", *flags, *given)
+    assert (status, err) == (0, "")
+    status, out, err = script("pointer", *flags, *given, "--search", "--bptt", 33)
+    assert (status, err) == (0, "")
+    assert out == script("pointer", *flags, *given, "--search", "--bptt", 1000)[1]
+    assert float(dict(END.findall(out))["val"]) <= float(dict(END.findall(plain))["val"])
+    ((said, ppl),) = re.findall(r"\| best: (.*) \| val ppl (\S+)", out)
+    assert dict(END.findall(out))["val"] == ppl
+    # The best setting, given as it was printed, has the same scores.
+    assert END.findall(script("pointer", *flags, *said.split())[1]) == END.findall(out)
+    ((_, ppl),) = re.findall(r"\| given: (.*) \| val ppl (\S+)", out)
+    assert dict(END.findall(plain))["val"] == ppl
+
+
+def test_by_word_and_plot(script, trained, corpus_dir, tmp_path):
+    flags = ["--data", corpus_dir, "--save", trained["GRU"], "--no-cuda", "--window", 40]
+    flags += ["--theta", 1, "--lambdasm", 0.3]
+    plain = script("pointer", *flags)[1]
+    status, out, err = script("pointer", *flags, "--by-word", 3)
+    assert (status, err) == (0, "")
+    assert out.endswith(plain)
+    rows = re.findall(r"^\| +(-?[\d.]+) \| +(-?[\d.]+) \| +(\d+) \| (\S+)$", out, re.MULTILINE)
+    assert len(rows) == 6
+    sums = [float(row[0]) for row in rows]
+    assert sums[:3] == sorted(sums[:3], reverse=True)
+    assert sums[3:] == sorted(sums[3:])
+    assert sums[2] > 0 > sums[5]
+    valid = (corpus_dir / "valid.txt").read_text().replace("\n", " <eos> ").split()[1:]
+    for total, mean, count, word in rows:
+        assert valid.count(word) == int(count)
+        assert float(mean) == pytest.approx(float(total) / int(count), abs=0.006)
+
+    pytest.importorskip("matplotlib")
+    for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        path = tmp_path / f"words.{kind}"
+        status, out, err = script("pointer", *flags, "--max-batches", 1, "--plot", path)
+        assert (status, err) == (0, "")
+        assert path.read_bytes().startswith(magic)
+        assert "words of valid.txt" not in out
+
+
+BAD_INPUT = {
+    "no extension": (["--plot", "words"], r"cannot draw words: .* \.png"),
+    "other extension": (["--plot", "words.txt"], r"cannot draw words\.txt"),
+    "no folder": (["--plot", "none/words.png"], "cannot write none/words.png"),
+    "no matplotlib": (["--plot", "words.png"], "matplotlib"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, script, trained, corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it now fails
+    argv, message = BAD_INPUT[case]
+    status, out, err = script("pointer", "--data", corpus_dir, "--save", trained["LSTM"], *argv)
+    assert (status, out) == (1, "")
+    assert re.search(message, err)
+    assert len(err.splitlines()) == 1

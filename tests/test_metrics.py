@@ -1,0 +1,135 @@
+"""metrics.py: the format of metrics.jsonl, events where there are any, bad folders and files."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+import metrics
+from utils import ToolkitError
+
+MODULES = ("tensorboard", "torch.utils.tensorboard", "tensorboardX")
+
+
+@pytest.fixture
+def no_tensorboard(monkeypatch):
+    for name in MODULES:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it now fails
+
+
+def writer(folder, **flags):
+    return metrics.MetricsWriter(
+        folder, command=["main.py", "--lr", "3"], flags=flags, device="cpu"
+    )
+
+
+@pytest.mark.usefixtures("no_tensorboard")
+def test_lines(tmp_path):
+    with writer(tmp_path / "a" / "b", lr=3.0, when=[-1], clip=math.inf) as metrics_writer:
+        assert "tensorboard" in metrics_writer.no_events
+        metrics_writer.write("batch", step=200, epoch=1, batch=200, lr=3.0, loss=math.log(8))
+        # In the file at once, for whoever follows the run.
+        path = tmp_path / "a" / "b" / metrics.NAME
+        assert len(path.read_text().splitlines()) == 2
+        metrics_writer.write("epoch", step=663, epoch=1, time=1.5, valid_loss=0.0)
+        metrics_writer.write("switch", step=663, epoch=1)
+        metrics_writer.write("test", step=663, test_loss=math.nan)
+    header, batch, epoch, switch, test = map(json.loads, path.read_text().splitlines())
+    assert header.keys() == {"command", "flags", "versions", "device", "commit"}
+    assert header["command"] == ["main.py", "--lr", "3"]
+    assert header["flags"] == {"lr": 3.0, "when": [-1], "clip": None}
+    assert header["versions"]["torch"] == torch.__version__
+    assert batch["kind"] == "batch"
+    assert batch["ppl"] == pytest.approx(8)
+    assert batch["bpc"] == pytest.approx(3)
+    assert epoch == {
+        "kind": "epoch",
+        "step": 663,
+        "epoch": 1,
+        "time": 1.5,
+        "valid_loss": 0.0,
+        "valid_ppl": 1.0,
+        "valid_bpc": 0.0,
+    }
+    assert switch == {"kind": "switch", "step": 663, "epoch": 1}
+    assert test == {
+        "kind": "test",
+        "step": 663,
+        "test_loss": None,
+        "test_ppl": None,
+        "test_bpc": None,
+    }
+    assert metrics.read(path) == [header, batch, epoch, switch, test]
+
+
+@pytest.mark.usefixtures("no_tensorboard")
+def test_a_resumed_run_goes_on_in_the_same_file(tmp_path):
+    for epoch in (1, 2):
+        with writer(tmp_path) as metrics_writer:
+            metrics_writer.write("epoch", step=epoch, epoch=epoch, time=1.0, valid_loss=1.0)
+    assert ["command" in line for line in metrics.read(tmp_path / metrics.NAME)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_events_where_tensorboard_is_installed(tmp_path, monkeypatch):
+    calls = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            calls.append(folder)
+
+        def add_scalar(self, name, value, step):
+            calls.append((name, value, step))
+
+        def add_text(self, name, value, step):
+            calls.append((name, step))
+
+        def close(self):
+            calls.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+    with writer(tmp_path) as metrics_writer:
+        assert metrics_writer.no_events is None
+        metrics_writer.write("epoch", step=7, epoch=1, time=1.5, valid_loss=0.0)
+        metrics_writer.write("switch", step=7, epoch=1)
+    assert calls == [
+        str(tmp_path),
+        ("epoch/time", 1.5, 7),
+        ("epoch/valid_loss", 0.0, 7),
+        ("epoch/valid_ppl", 1.0, 7),
+        ("epoch/valid_bpc", 0.0, 7),
+        ("switch", 7),
+        "closed",
+    ]
+
+
+@pytest.mark.usefixtures("no_tensorboard")
+def test_refusals(tmp_path):
+    with writer(tmp_path) as metrics_writer, pytest.raises(ValueError, match="kind must be one"):
+        metrics_writer.write("eopch", step=1)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ToolkitError, match="pass another --logdir"):
+        writer(tmp_path / "file")
+    path = tmp_path / "m.jsonl"
+    for raw in (b"no json\n", b'{"kind": "epoch"}\nx\n{}\n', b"3\n", b"\xff\n"):
+        path.write_bytes(raw)
+        with pytest.raises(ToolkitError, match="name a run's --logdir"):
+            metrics.read(path)
+    path.write_text('{"command": []}\n{"kind": "ba')
+    assert metrics.read(path) == [{"command": []}]
+
+
+def test_commit(monkeypatch):
+    found = metrics.commit()
+    assert found is None or len(found.removesuffix("+")) == 40
+    monkeypatch.setenv("PATH", "")
+    assert metrics.commit() is None

@@ -1,0 +1,114 @@
+"""plot.py: what it reads from logs and from metrics.jsonl, what it draws, and bad input."""
+
+import math
+import re
+import sys
+
+import pytest
+
+import metrics
+import plot
+from utils import end_line, epoch_line
+
+LOSSES = [6.0, 5.0, 5.2, 4.8]
+
+
+def log_of(losses, switch=2, first=1):
+    lines = ["Args: {}"]
+    for epoch, loss in enumerate(losses, start=first):
+        lines += ["-" * 89, epoch_line(epoch, 36.0, loss), "-" * 89]
+        if epoch == switch:
+            lines.append("Switching to averaged SGD")
+    return "\n".join([*lines, end_line("training", "test", 5.0)]) + "\n"
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    for name in ("tensorboard", "torch.utils.tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = tmp_path / "a$b_run"
+    with metrics.MetricsWriter(folder, command=["main.py"], flags={}, device="cpu") as writer:
+        for epoch, loss in enumerate(LOSSES, start=1):
+            writer.write("batch", step=epoch, epoch=epoch, batch=1, loss=9.0)
+            writer.write("epoch", step=epoch, epoch=epoch, time=36.0, valid_loss=loss)
+            if epoch == 2:
+                writer.write("switch", step=epoch, epoch=epoch)
+        writer.write("test", step=4, test_loss=5.0)
+    return folder
+
+
+def test_both_kinds_of_input_give_one_curve(run_dir, tmp_path):
+    (tmp_path / "x.log").write_text(log_of(LOSSES))
+    for run in (tmp_path / "x.log", run_dir, run_dir / "metrics.jsonl"):
+        curve = plot.read_run(str(run), None)
+        assert curve.name == ("x" if run.suffix == ".log" else "a$b_run")
+        assert list(curve.ppl) == [1, 2, 3, 4]
+        assert list(curve.ppl.values()) == pytest.approx([math.exp(x) for x in LOSSES], abs=0.006)
+        assert curve.hours() == pytest.approx([0.01, 0.02, 0.03, 0.04])
+        assert curve.switch == 2
+
+
+def test_a_resumed_log_and_numbers_that_are_not_finite():
+    text = log_of([6.0, 5.0, 4.0], None) + log_of([5.5, math.nan, 999.0], 3, first=2)
+    curve = plot.from_log(text, "x")
+    assert list(curve.ppl) == [1, 2, 3, 4]
+    assert curve.ppl[2] == pytest.approx(math.exp(5.5), abs=0.006)
+    assert curve.ppl[3] == curve.ppl[4] == math.inf
+    assert curve.switch == 3
+    assert not plot.from_log("| end of epoch 1 | time: 1.2.3s | valid loss x", "x").ppl
+
+
+def test_pictures(run_dir, tmp_path, script):
+    pytest.importorskip("matplotlib")
+    log = tmp_path / "_x_$y.log"
+    log.write_text(log_of([*[9.0 - 0.1 * i for i in range(30)], math.inf], switch=12))
+    for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        out = tmp_path / f"curves.{kind}"
+        status, said, err = script("plot", run_dir, log, "--out", out)
+        assert (status, err) == (0, "")
+        assert out.read_bytes().startswith(magic)
+    assert "| a$b_run: 4 epochs, 2.4 minutes | best valid ppl 121.51 after epoch 4 |" in said
+    assert "averaging after epoch 12" in said
+    status, said, _ = script("plot", log, "--names", "mine", "--max-ppl", 900, "--out", out)
+    assert status == 0
+    assert "| mine: 31 epochs" in said
+
+
+BAD_INPUT = {
+    "no file": (["none.log"], 1, r"cannot read none\.log"),
+    "no metrics": (["."], 1, r"cannot read metrics\.jsonl"),
+    "no epochs": (["empty.log"], 1, r"empty\.log has no line of a finished epoch"),
+    "other JSON": (["bad.jsonl"], 1, r"line 1 of bad\.jsonl lacks the numbers"),
+    "no JSON": (["text.jsonl"], 1, r"line 1 of text\.jsonl is not a JSON object"),
+    "names": (["x.log", "--names", "a", "b"], 2, "--names has 2 names for 1 runs"),
+    "extension": (["x.log", "--out", "x.txt"], 1, r"cannot draw x\.txt"),
+    "no folder": (["x.log", "--out", "none/x.png"], 1, "cannot write none/x.png"),
+    "no run": ([], 2, "RUN"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, script, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.log").write_text("nothing\n")
+    (tmp_path / "x.log").write_text(log_of(LOSSES))
+    (tmp_path / "bad.jsonl").write_text('{"kind": "epoch"}\n')
+    (tmp_path / "text.jsonl").write_text("text\n")
+    argv, expected, message = BAD_INPUT[case]
+    status, out, err = script("plot", *argv)
+    assert (status, out) == (expected, "")
+    assert re.search(message, err), err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_without_matplotlib(script, tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "x.log").write_text(log_of(LOSSES))
+    status, out, err = script("plot", tmp_path / "x.log", "--out", tmp_path / "x.png")
+    assert (status, out) == (1, "")
+    assert err.endswith(
+        "error: pictures need matplotlib, which is not installed: pip install matplotlib\n"
+    )

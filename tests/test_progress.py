@@ -1,0 +1,45 @@
+"""progress.py: drawn on a terminal with tqdm, silent everywhere else."""
+
+import io
+import sys
+
+import pytest
+
+from progress import Bar
+
+
+class Terminal(io.StringIO):
+    """What a terminal is sent."""
+
+    def isatty(self):
+        return True
+
+
+def use(bar):
+    with bar:
+        bar.update(30, loss="4.61")
+        bar.line("| a line")
+        bar.update(70)
+    return bar
+
+
+def test_silent_in_a_file_or_pipe(capsys):
+    assert not use(Bar(100, "scoring")).shown
+    assert capsys.readouterr() == ("| a line\n", "")
+
+
+def test_silent_without_tqdm(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # importing it now fails
+    assert not use(Bar(100, "scoring")).shown
+    assert sys.stderr.getvalue() == ""
+    assert capsys.readouterr().out == "| a line\n"
+
+
+def test_drawn_on_a_terminal(capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert use(Bar(100, "scoring")).shown
+    assert "scoring" in sys.stderr.getvalue()
+    assert "100" in sys.stderr.getvalue()
+    assert capsys.readouterr().out == "| a line\n"

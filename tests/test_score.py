@@ -1,0 +1,351 @@
+"""score.py against a naive reference, against main.py's test score, and on bad input."""
+
+import html.parser
+import io
+import json
+import math
+import re
+import sys
+
+import pytest
+import references
+import torch
+from conftest import CORPORA, TINY
+
+import checkpoint
+import engine
+import score
+from data import Dictionary
+from model import RNN_TYPES
+from utils import batchify
+
+
+def tokens_of(text):
+    return [word for line in text.splitlines() for word in [*line.split(), "<eos>"]]
+
+
+def naive_logprobs(path, ids, window=None, theta=0.0, lambdasm=0.0, from_start=False):
+    """`log p` of every one of `ids` but the first, from one call and the full distribution."""
+    loaded = checkpoint.load(path)
+    model, criterion = checkpoint.rebuild(loaded, torch.device("cpu"))
+    model.eval()
+    with torch.no_grad():
+        data = torch.tensor(ids[:-1]).unsqueeze(1)
+        output, _, raw, _ = model(data, model.init_hidden(1), return_h=True)
+        logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output).double()
+    words = torch.tensor(ids[1:])
+    if window is None:
+        return [logprob[t, word].item() for t, word in enumerate(words)]
+    args = (raw[-1].squeeze(1), words, logprob.exp(), window, theta, lambdasm, from_start)
+    return [-loss for loss in references.pointer_losses(*args)]
+
+
+def ids_of(path, words):
+    known = checkpoint.load(path).dictionary.word2idx
+    return [known[word] for word in words]
+
+
+def scored(script, path, *argv):
+    """The JSON objects that score.py prints."""
+    status, out, err = script("score", "--checkpoint", path, "--no-cuda", "--json", *argv)
+    assert (status, err) == (0, "")
+    return [json.loads(line) for line in out.splitlines()]
+
+
+TEXT = "w1 w3  w9\n\n w27 w1\nw4"
+
+
+@pytest.mark.parametrize("cell", RNN_TYPES)
+@pytest.mark.parametrize("bptt", [1, 3, 1000])
+def test_every_token(cell, bptt, script, trained):
+    objects = scored(script, trained[cell], "--text", TEXT, "--tokens", "--lines", "--bptt", bptt)
+    tokens = [o for o in objects if o["kind"] == "token"]
+    lines = [o for o in objects if o["kind"] == "line"]
+    (total,) = (o for o in objects if o["kind"] == "total")
+    assert objects[-1] is total
+    words = tokens_of(TEXT)
+    assert [t["word"] for t in tokens] == words
+    assert [t["line"] for t in tokens] == [1, 1, 1, 1, 2, 3, 3, 3, 4, 4]
+    expected = naive_logprobs(trained[cell], ids_of(trained[cell], ["<eos>", *words]))
+    assert [t["logprob"] for t in tokens] == pytest.approx(expected, abs=1e-5)
+
+    assert total["tokens"] == len(words)
+    assert total["logprob"] == pytest.approx(sum(expected), abs=1e-4)
+    assert total["ppl"] == pytest.approx(math.exp(-sum(expected) / len(words)), rel=1e-5)
+    # One space between words, none at the ends, one newline a line.
+    assert total["chars"] == len("w1 w3 w9\n\nw27 w1\nw4\n") == sum(t["chars"] for t in tokens)
+    in_bits = -sum(expected) / math.log(2)
+    assert total["bits_per_char"] == pytest.approx(in_bits / total["chars"], rel=1e-5)
+    assert total["bits_per_token"] == pytest.approx(in_bits / len(words), rel=1e-5)
+    assert [line["tokens"] for line in lines] == [4, 1, 3, 2]
+    for line in lines:
+        part = sum(t["logprob"] for t in tokens if t["line"] == line["line"])
+        assert line["logprob"] == pytest.approx(part)
+
+
+@pytest.mark.parametrize("cell", RNN_TYPES)
+def test_independent_lines(cell, script, trained):
+    argv = ["--tokens", "--independent"]
+    objects = scored(script, trained[cell], "--text", TEXT, *argv)
+    expected = []
+    for line in TEXT.split("\n"):
+        ids = ids_of(trained[cell], ["<eos>", *line.split(), "<eos>"])
+        expected += naive_logprobs(trained[cell], ids)
+    found = [o["logprob"] for o in objects if o["kind"] == "token"]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("as_corpus", [False, True])
+@pytest.mark.parametrize("from_start", [False, True])
+@pytest.mark.parametrize("window", [3, 40])
+def test_cache(window, from_start, as_corpus, script, trained, corpus_dir):
+    text = "\n".join((corpus_dir / "test.txt").read_text().splitlines()[:12])
+    argv = ["--tokens", "--cache", "--window", window, "--theta", 2, "--lambdasm", 0.3]
+    argv += ["--bptt", 7]
+    argv += ["--cache-from-start"] if from_start else []
+    argv += ["--as-corpus"] if as_corpus else []
+    objects = scored(script, trained["QRNN"], "--text", text, *argv)
+    ids = ids_of(trained["QRNN"], [*([] if as_corpus else ["<eos>"]), *tokens_of(text)])
+    expected = naive_logprobs(trained["QRNN"], ids, window, 2.0, 0.3, from_start)
+    found = [o["logprob"] for o in objects if o["kind"] == "token"]
+    if as_corpus:
+        assert found.pop(0) is None
+    assert found == pytest.approx(expected, abs=1e-4)
+    speaks = len(expected) - (1 if from_start else window + 1)
+    assert f"speaks at {speaks} of {len(expected)} tokens" in objects[-1]["notes"]["cache"]
+
+
+def test_a_cache_that_never_speaks_says_so(script, trained):
+    total = scored(script, trained["LSTM"], "--text", "w1 w3", "--cache")[-1]
+    assert "--cache-from-start" in total["notes"]["cache"]
+
+
+@pytest.mark.parametrize("cell", [*RNN_TYPES, "split"])
+def test_as_corpus_is_the_test_score_of_main(cell, script, corpus_dir, tmp_path, monkeypatch):
+    import main
+
+    if cell == "split":
+        monkeypatch.setattr(main, "default_splits", lambda ntoken: [10, 25, 40])
+    losses = []
+    evaluate = engine.evaluate
+
+    def recorded(*args, **kwargs):
+        losses.append(evaluate(*args, **kwargs))
+        return losses[-1]
+
+    monkeypatch.setattr(engine, "evaluate", recorded)
+    path = tmp_path / "m.pt"
+    argv = ["--data", corpus_dir, *TINY, "--lr", 5, "--epochs", 1, "--save", path]
+    assert script("main", *argv, "--model", "LSTM" if cell == "split" else cell)[0] == 0
+    total = scored(script, path, corpus_dir / "test.txt", "--as-corpus")[-1]
+    assert total["ppl"] == pytest.approx(math.exp(losses[-1]), abs=1e-4)
+    words = tokens_of((corpus_dir / "test.txt").read_text())
+    assert total["tokens"] == len(words) - 1
+    # Perplexity after one <eos> has one word more.
+    assert scored(script, path, corpus_dir / "test.txt")[-1]["tokens"] == len(words)
+
+
+@pytest.mark.corpora
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", RNN_TYPES)
+def test_as_corpus_on_penn(cell, script, tmp_path):
+    if not CORPORA.is_dir():
+        pytest.skip(f"the full corpora are not in {CORPORA}")
+    path = tmp_path / "m.pt"
+    test = CORPORA / "penn" / "test.txt"
+    text = tmp_path / "test.txt"
+    text.write_text("".join(test.read_text("utf-8").splitlines(keepends=True)[:500]), "utf-8")
+    argv = ["--data", CORPORA / "penn", *TINY, "--lr", 5, "--epochs", 1, "--max-batches", 30]
+    assert script("main", *argv, "--model", cell, "--save", path)[0] == 0
+    model, criterion = checkpoint.rebuild(checkpoint.load(path), torch.device("cpu"))
+    ids = ids_of(path, tokens_of(text.read_text("utf-8")))
+    loss = engine.evaluate(model, criterion, batchify(torch.tensor(ids), 1), 70)
+    total = scored(script, path, text, "--as-corpus")[-1]
+    assert total["ppl"] == pytest.approx(math.exp(loss), abs=1e-4)
+
+
+@pytest.fixture
+def with_unk(trained, tmp_path):
+    """The trained LSTM with one of its words renamed to <unk>, and its file."""
+    loaded = checkpoint.load(trained["LSTM"])
+    loaded.vocabulary["words"] = ["<unk>" if w == "w5" else w for w in loaded.vocabulary["words"]]
+    checkpoint.save(tmp_path / "unk.pt", loaded)
+    return tmp_path / "unk.pt"
+
+
+def test_words_outside_the_vocabulary(script, trained, with_unk):
+    *tokens, total = scored(script, with_unk, "--text", "w1 zebra w3 zebra gnu <unk>", "--tokens")
+    assert [t["unknown"] for t in tokens] == [False, True, False, True, True, False, False]
+    assert total["unknown"] == 3
+    assert total["notes"]["outside_the_vocabulary"] == (
+        "3 of 7 tokens (2 distinct words), scored as <unk>"
+    )
+    mapped = ids_of(with_unk, "<eos> w1 <unk> w3 <unk> <unk> <unk> <eos>".split())
+    expected = naive_logprobs(with_unk, mapped)
+    assert [t["logprob"] for t in tokens] == pytest.approx(expected, abs=1e-5)
+    # The characters are those of the words as written.
+    assert total["chars"] == len("w1 zebra w3 zebra gnu <unk>\n")
+
+    status, out, err = script("score", "--checkpoint", trained["LSTM"], "--text", "w1 zebra gnu")
+    assert (status, out) == (1, "")
+    assert "2 tokens of 4 (2 distinct words, such as 'zebra', 'gnu')" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a", "b", "<eos>", "<unk>", "_", "<", ">"], True),
+        (["104", "101", "<eos>", "32"], True),
+        (["104", "256", "<eos>"], False),
+        (["a", "the", "<eos>"], False),
+        (["a", "12", "<eos>"], False),
+    ],
+)
+def test_character_vocabularies(words, expected):
+    dictionary = Dictionary.from_words(words)
+    assert score.is_character_level(dictionary) is expected
+    tokens, _ = score.tokenize(f"{words[0]} {words[1]}\n", dictionary)
+    if expected:
+        assert [t.chars for t in tokens] == [1, 1, 1]
+    else:
+        assert [t.chars for t in tokens] == [len(words[0]), len(words[1]) + 1, 1]
+
+
+def test_text_from_everywhere(script, trained, tmp_path, monkeypatch):
+    path = tmp_path / "t.txt"
+    expected = scored(script, trained["GRU"], "--text", "w1 w3\nw9\n")[-1]
+    for raw in (b"w1 w3\nw9", b"w1 w3\r\nw9\r\n", b"\xef\xbb\xbfw1\tw3\rw9\n"):
+        path.write_bytes(raw)
+        assert scored(script, trained["GRU"], path)[-1] == expected
+        for argv in ([], ["-"]):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+            assert scored(script, trained["GRU"], *argv)[-1] == expected
+
+
+def test_report_for_people(script, trained):
+    argv = ["--checkpoint", trained["LSTM"], "--text", "w1 w3\n\nw4", "--as-corpus"]
+    status, out, err = script("score", *argv, "--lines", "--tokens")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert "not scored" in lines[0]
+    assert lines[0].endswith("| w1")
+    assert sum("bits/char" in line for line in lines) == 4
+    assert "'w1' is an input only" in out
+    match = re.search(r"\| End of scoring \| 5 tokens \| log p +(\S+) .* \| ppl +(\S+)", out)
+    total = scored(script, trained["LSTM"], "--text", "w1 w3\n\nw4", "--as-corpus")[-1]
+    assert [float(x) for x in match.groups()] == pytest.approx(
+        [total["logprob"], total["ppl"]], abs=0.006
+    )
+    # A line of which nothing is scored.
+    argv = ["--checkpoint", trained["LSTM"], "--text", "\nw4", "--as-corpus", "--lines"]
+    status, out, _ = script("score", *argv)
+    assert status == 0
+    assert re.search(r"line 1 \| 0 tokens \| .* ppl +- ", out)
+    first = scored(script, trained["LSTM"], *argv[2:])[0]
+    assert (first["tokens"], first["ppl"], first["bits_per_char"]) == (0, None, None)
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would show of the tokens: text, class and tooltip of each."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tokens, self.links, self.open = [], [], []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [attrs[name] for name in ("src", "href") if name in attrs]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        if tag == "b":
+            self.tokens.append(["", attrs["class"], attrs["title"]])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "b":
+            self.tokens[-1][0] += data
+
+
+def test_html(script, with_unk, tmp_path):
+    path = tmp_path / "t.html"
+    text = 'w1 <b>&"</b> w3'
+    status, _, err = script(
+        "score", "--checkpoint", with_unk, "--text", text, "--html", path, "--as-corpus"
+    )
+    assert (status, err) == (0, "")
+    page = Page(path.read_text("utf-8"))
+    assert page.open == page.links == []
+    assert [token[0] for token in page.tokens] == [*text.split(), "↵"]
+    classes = [token[1].split() for token in page.tokens]
+    assert classes[0] == ["n"]
+    assert "u" in classes[1]
+    assert "e" in classes[3]
+    assert page.tokens[0][2] == "w1: not scored"
+    objects = scored(script, with_unk, "--text", text, "--as-corpus", "--tokens")
+    full = score.full_bits(checkpoint.load(with_unk).config["ntoken"])
+    for (_, kinds, tip), token in zip(page.tokens[1:], objects[1:-1], strict=True):
+        surprisal = -token["logprob"] / math.log(2)
+        assert tip.startswith(token["word"])
+        assert f": {surprisal:.2f} bits" in tip
+        assert f"s{score.level_of(surprisal, full)}" in kinds.split()
+
+
+def test_colours_follow_surprisal():
+    levels = [score.level_of(bits / 4, 10) for bits in range(60)]
+    assert levels == sorted(levels)
+    assert set(levels) == set(range(15))
+    assert score.level_of(math.inf, 10) == 14
+    lightness = [
+        sum(int(score._colour(level)[i : i + 2], 16) * w for i, w in ((1, 3), (3, 6), (5, 1)))
+        for level in range(15)
+    ]
+    # In print without colours the order can still be seen.
+    assert lightness == sorted(lightness, reverse=True)
+
+
+BAD_INPUT = {
+    "no file": (["none.txt"], 1, "cannot read none.txt"),
+    "a folder": (["."], 1, r"cannot read \."),
+    "empty": (["empty.txt"], 1, r"empty\.txt is empty"),
+    "empty --text": (["--text", ""], 1, "--text is empty"),
+    "not UTF-8": (["latin.txt"], 1, r"line 2 of latin\.txt is not UTF-8"),
+    "file and text": (["t.txt", "--text", "w1"], 2, "not both"),
+    "one token": (["--text", "\n", "--as-corpus"], 1, "one token"),
+    "two ways": (["t.txt", "--as-corpus", "--independent"], 2, "give one"),
+    "no cache": (["t.txt", "--theta", "1"], 2, "--theta is for the cache"),
+    "no cache, from start": (["t.txt", "--cache-from-start"], 2, "--cache-from-start is for the"),
+    "no model": (["t.txt", "--checkpoint", "none.pt"], 1, r"no model file none\.pt"),
+    "not a model": (["t.txt", "--checkpoint", "t.txt"], 1, r"t\.txt is no model file"),
+    "no folder for --html": (["t.txt", "--html", "none/x.html"], 1, "cannot write none/x.html"),
+    "a folder for --html": (["t.txt", "--html", "."], 1, r"cannot write \."),
+    "bad window": (["t.txt", "--cache", "--window", "0"], 2, "--window"),
+    "bad bptt": (["t.txt", "--bptt", "0"], 2, "--bptt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, script, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "t.txt").write_text("w1 w3\n")
+    (tmp_path / "latin.txt").write_bytes(b"w1\ncaf\xe9\n")
+    argv, expected, message = BAD_INPUT[case]
+    if "--checkpoint" not in argv:
+        argv = [*argv, "--checkpoint", trained["LSTM"]]
+    status, out, err = script("score", *argv)
+    assert (status, out) == (expected, "")
+    assert re.search(message, err), err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_vocabulary_without_end_of_line(script, trained, tmp_path):
+    loaded = checkpoint.load(trained["LSTM"])
+    loaded.vocabulary["words"] = [w.replace("<eos>", "end") for w in loaded.vocabulary["words"]]
+    checkpoint.save(tmp_path / "m.pt", loaded)
+    status, _, err = script("score", "--checkpoint", tmp_path / "m.pt", "--text", "w1")
+    assert status == 1
+    assert "has no <eos>" in err
