@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -195,31 +196,72 @@ def test_averaged_weights_are_saved_and_raw_ones_trained_on(script, corpus_dir, 
     assert any(a.shape == raw.shape and not torch.equal(a, raw) for a in stored)
 
 
-def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_path, monkeypatch):
-    path = tmp_path / "m.pt"
+def send(monkeypatch, signum, evaluation):
+    """Send this process a signal at the start of a run's n-th evaluation."""
     evaluate, calls = engine.evaluate, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == evaluation:
+            signal.raise_signal(signum)
         return evaluate(*args, **kwargs)
 
     monkeypatch.setattr(engine, "evaluate", interrupted)
-    out = train(script, corpus_dir, path, "--epochs", 9)
+
+
+def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_path, monkeypatch):
+    path, whole = tmp_path / "m.pt", tmp_path / "whole.pt"
+    train(script, corpus_dir, whole, "--epochs", 4)
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGINT, 3)
+        out = train(script, corpus_dir, path, "--epochs", 4)
     assert "Exiting from training early" in out
     assert len(EPOCH.findall(out)) == 2
     assert len(END.findall(out)) == 1
-    calls.clear()
-    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path]
-    status, out, err = script("finetune", *flags, "--epochs", 9)
+    # Trained for three epochs, scored after two: the third is scored when the run goes on.
+    assert checkpoint.load(path).epoch == 2
+    status, out, err = script("main", "--resume", path)
+    assert (status, err) == (0, "")
+    assert [int(e[0]) for e in EPOCH.findall(out)] == [3, 4]
+    assert_same_weights(whole, path)
+
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGINT, 3)
+        flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path]
+        status, out, err = script("finetune", *flags, "--epochs", 9)
     assert (status, err) == (0, "")
     assert "Exiting from finetuning early" in out
     assert len(END.findall(out)) == 1
-    calls[:] = [1, 1]
-    status, _, err = script("main", *flags[:-1], tmp_path / "none.pt")
-    assert status == 1
-    assert "before the first epoch ended" in err
+
+
+def test_a_second_interrupt_stops_at_once(script, corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "evaluate", lambda *_: [signal.raise_signal(2) for _ in range(2)])
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", tmp_path / "m.pt"]
+    status, out, _ = script("main", *flags)
+    assert status == 130
+    assert "End of training" not in out
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_a_signal_is_obeyed_and_the_state_saved(
+    signum, evaluation, script, corpus_dir, tmp_path, monkeypatch
+):
+    # In the first epoch's evaluation, the second's, and that of the test set.
+    path = tmp_path / "m.pt"
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path, "--epochs", 2]
+    send(monkeypatch, signum, evaluation)
+    status, out, err = script("main", *flags)
+    assert status == 128 + signum
+    assert len(err.splitlines()) == 1
+    assert signum.name in err
+    assert "End of training" not in out
+    assert checkpoint.load(path).epoch == evaluation - 1
+    assert math.isinf(checkpoint.load(path).valid_loss) == (evaluation == 1)
+    status, out, err = script("main", "--resume", path)
+    assert (status, err) == (0, "")
+    assert len(EPOCH.findall(out)) == 3 - evaluation
+    assert len(END.findall(out)) == 1
 
 
 def test_finetuning_that_does_not_help_leaves_the_file_and_ends_well(
@@ -228,14 +270,20 @@ def test_finetuning_that_does_not_help_leaves_the_file_and_ends_well(
     # The original ends with exit status 1 and without a test score.
     path = tmp_path / "m.pt"
     shutil.copy(trained["LSTM"], path)
-    old = path.read_bytes()
     flags = ["--data", corpus_dir, *TINY, "--lr", 500, "--clip", 9, "--nonmono", 1, "--save", path]
     status, out, err = script("finetune", *flags, "--epochs", 30)
     assert (status, err) == (0, "")
     assert "no longer falls" in out
     assert len(EPOCH.findall(out)) < 30
     assert len(END.findall(out)) == 1
-    assert path.read_bytes() == old
+    # The state to go on from is new, the model is not.
+    assert_same_weights(path, trained["LSTM"])
+    assert checkpoint.load(path).stage == "main.py"
+    # What is done stays done.
+    status, again, err = script("finetune", "--resume", path)
+    assert (status, err) == (0, "")
+    assert EPOCH.findall(again) == []
+    assert END.findall(again) == END.findall(out)
 
 
 def test_finetune_honours_its_seed(script, corpus_dir, trained, tmp_path):
