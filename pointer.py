@@ -11,7 +11,15 @@ from continuous_cache import ContinuousCache
 from data import Corpus
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
-from utils import batchify, check_length, end_line, get_batch, repackage_hidden, select_device
+from utils import (
+    batchify,
+    check_length,
+    end_line,
+    get_batch,
+    out_of_memory,
+    repackage_hidden,
+    select_device,
+)
 
 
 def build_parser() -> options.Parser:
@@ -92,6 +100,7 @@ def evaluate(
     return total.item() / rows
 
 
+@out_of_memory("--bptt")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score validation and test; raises ToolkitError for what the user can mend."""
     args = options.parse(build_parser, argv)
