@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             "(generate.py: --checkpoint)"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # What torch says of odd bytes by the way is no help to the user.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # torch.load raises many kinds; whichever it is, the file is not one of ours, or not whole.
         raise CheckpointError(
