@@ -46,6 +46,15 @@ def start(argv):
         os._exit(status)
 
 
+def inode(path):
+    """Which file stands at `path`: another after every save."""
+    return path.stat().st_ino if path.exists() else None
+
+
+def ended(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def flat(value, name=""):
     """Every tensor and number of a training state by its place."""
     if isinstance(value, dict):
@@ -82,7 +91,7 @@ def survive(corpus, folder, cell, kills):
     assert os.waitpid(start([*flags, *few, "--save", folder / "whole"]), 0)[1] == 0
     seconds = time.monotonic() - began
     rng = random.Random(1)
-    killed = runs = within = 0
+    killed = runs = within = saving = 0
     while killed < kills:
         runs += 1
         path = folder / f"{runs}"
@@ -90,13 +99,19 @@ def survive(corpus, folder, cell, kills):
             argv = ["--resume", path] if path.exists() else [*flags, "--save", path]
             pid = start([*argv, *few])
             if killed < kills:
-                time.sleep(rng.uniform(0, 0.6 * seconds))
+                before = inode(path)
+                # Some are killed while they start, most once they have begun to train and save.
+                if rng.random() < 0.8:
+                    while inode(path) == before and not ended(pid):
+                        time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.3 * seconds))
                 os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
             if status == 0:
                 break
             assert os.WIFSIGNALED(status), "a child failed by itself"
             killed += 1
+            saving += bool(list(folder.glob(f".{path.name}.*.tmp")))
             if path.exists():
                 within += checkpoint.load(path).training["position"] is not None
         assert_same(folder / "whole", path)
@@ -104,7 +119,11 @@ def survive(corpus, folder, cell, kills):
             assert_same(f"{folder / 'whole'}.e{epoch}", f"{path}.e{epoch}")
         # A killed run's temporary file goes with the next save of the same file.
         assert len(list(folder.glob(f".{path.name}.*.tmp"))) == 0
-    print(f"{cell}: {killed} kills, {within} left a state within an epoch, in {runs} runs")
+    assert within > kills // 4, "the kills came too early to show anything"
+    print(
+        f"{cell}: {killed} kills, {saving} of them while saving; {within} left a state within an "
+        f"epoch; {runs} runs ({seconds:.1f} s undisturbed)"
+    )
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ finetune --model LSTMM
 finetune --dropout 2
 finetune --optimizer adam
 finetune --save-every -3
-finetune --keep=1
+finetune --resume
 pointer --window 0
 pointer --lambdasm 1
 pointer --theta -1
