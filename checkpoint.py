@@ -7,24 +7,33 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
     model, criterion  the best weights so far, what the later stages use
     vocabulary        the words by id, and how often each occurred
     args, stage       the flags it was trained with, and the script that wrote it
-    epoch, valid_loss when the best weights were found, and their validation loss in nats
-    training          raw weights, optimiser, history and random states to go on from; or None
+    epoch, valid_loss when the best weights were found, and their validation loss in nats; 0 and
+                      infinity before the first epoch has ended
+    training          what to go on from, or None: see `training_state`
 """
 
+import hashlib
 import math
 import os
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import engine
 from data import Dictionary
 from model import RNNModel
+from nt_asgd import NonMonotonicTrigger
+from parallel import Ranks
+from safekeeping import Stopped
 from splitcross import SplitCrossEntropyLoss
-from utils import ToolkitError, replacing, unwritable
+from utils import ToolkitError, replacing, rng_state, set_rng_state, unwritable
 
 FORMAT = "awd-lstm-lm"
 VERSION = 1
@@ -94,11 +103,19 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
             torch.save({"format": FORMAT, "version": VERSION, **fields}, file)
     # A full disk reaches us as RuntimeError when it is torch's zip writer that meets it.
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(
-            f"cannot write {path} ({reason}): the old file, if any, is unchanged; free the disk or "
-            "pass another --save"
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or _first_line(error)
+    return CheckpointError(
+        f"cannot write {path} ({reason}): the old file, if any, is unchanged; free the disk or "
+        "pass another --save"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -120,7 +137,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             "(generate.py: --checkpoint)"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # What torch says of odd bytes by the way is no help to the user.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # torch.load raises many kinds; whichever it is, the file is not one of ours, or not whole.
         raise CheckpointError(
@@ -136,10 +156,21 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     fields = {name: content.get(name) for name in Checkpoint.__dataclass_fields__}
     try:
         checkpoint = Checkpoint(**fields)
+        # Files from before there was a stage in it: good for all but going on.
+        if checkpoint.training is not None and "stage" not in checkpoint.training:
+            checkpoint.training = None
         problem = _problem(checkpoint)
     # What reading fields of a wrong type, or sizes beyond any memory, can raise.
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        problem = f"{type(error).__name__}: {_first_line(error)}"
     if problem:
         raise CheckpointError(f"{path} is damaged ({problem}): train it again with main.py")
     return checkpoint
@@ -177,6 +208,135 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.clone() for state in states["cuda"]])
 
 
+@dataclass
+class Run:
+    """The parts of a training run whose state is saved; `stage` is the script's name.
+
+    `data` is `fingerprint` of what it trains on.
+    """
+
+    stage: str
+    args: dict[str, Any]
+    data: str
+    model: RNNModel
+    criterion: SplitCrossEntropyLoss
+    optimizer: torch.optim.Optimizer
+    trigger: NonMonotonicTrigger
+    rng: np.random.RandomState
+    ranks: Ranks
+
+
+def training_state(
+    run: Run, epoch: int, position: engine.Position | None, **more: Any
+) -> dict[str, Any]:
+    """What a later run needs to go on as if nothing had happened: plain values and tensors.
+
+    `epoch` is the last one that has ended, `position` where the next one stands, None for its
+    start; `more` is kept too. The optimiser's tensors are the live ones: write them before the next
+    step. To be called by every rank at once; only the first one's result is whole.
+
+    Raises ToolkitError, rather than let it be written over a good state, if a weight or the loss is
+    not finite.
+    """
+    if position is not None:
+        engine.check_finite(position, run.optimizer, run.ranks)
+    optimizer = run.optimizer.state_dict()
+    held = [t for state in optimizer["state"].values() for t in state.values()]
+    for tensor in [*run.model.parameters(), *run.criterion.parameters(), *held]:
+        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+            raise ToolkitError(
+                f"weights are no longer finite after epoch {epoch}, at the rate "
+                f"{run.optimizer.param_groups[0]['lr']:g}: lower --lr or set --clip; the saved "
+                "model is the last good one"
+            )
+    return {
+        "stage": run.stage,
+        "args": run.args,
+        "data": run.data,
+        "epoch": epoch,
+        "position": None if position is None else position.state(run.ranks),
+        "model": snapshot(run.model),
+        "criterion": snapshot(run.criterion),
+        "optimizer": optimizer,
+        "valid_losses": list(run.trigger.losses),
+        "rng": rng_state(run.rng),
+        "random_states": run.ranks.gathered(random_states()),
+        **more,
+    }
+
+
+def resume(run: Run, state: Mapping[str, Any]) -> tuple[int, engine.Position | None]:
+    """Put a run where `training_state` left one; return that function's `epoch` and `position`.
+
+    The optimiser's weight decay is the new run's, its learning rate the old one's.
+    """
+    device = run.model.encoder.weight.device
+    load_state(run.model, state["model"])
+    load_state(run.criterion, state["criterion"])
+    decays = [group["weight_decay"] for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(state["optimizer"])
+    for group, decay in zip(run.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    run.trigger.losses = list(state["valid_losses"])
+    set_rng_state(run.rng, state["rng"])
+    # With another number of processes there is nothing to go on from: they keep their fresh seeds.
+    if len(state["random_states"]) == run.ranks.world:
+        set_random_states(state["random_states"][run.ranks.rank])
+    position = state["position"]
+    if position is not None:
+        position = engine.Position.from_state(position, device, run.ranks)
+    return state["epoch"], position
+
+
+def load_to_resume(path: str | os.PathLike[str], stage: str) -> Checkpoint:
+    """Read a model file whose training state `stage`, a script's name, can go on from.
+
+    Raises CheckpointError for what `load` refuses, and for a file without such a state.
+    """
+    checkpoint = load(path)
+    if checkpoint.training is None:
+        raise CheckpointError(
+            f"{path} holds no training state of {stage} (it was written by {checkpoint.stage}): "
+            f"resume from the file that {stage} wrote"
+        )
+    if checkpoint.training["stage"] != stage:
+        raise CheckpointError(
+            f"{path} holds no training state of {stage} but one of "
+            f"{checkpoint.training['stage']}: resume it with that script"
+        )
+    return checkpoint
+
+
+def saved(stopped: Stopped, path: str | os.PathLike[str]) -> Stopped:
+    """The same stop, saying where the state was saved."""
+    return Stopped(stopped.signum, f"{stopped}; --resume {path} goes on from here")
+
+
+def check_same_text(
+    tokens: Tensor, training: Mapping[str, Any], folder: str, path: str | os.PathLike[str]
+) -> None:
+    """Raise CheckpointError if a state within an epoch was made on another text than `tokens`."""
+    if training["position"] is not None and training["data"] != fingerprint(tokens):
+        raise CheckpointError(
+            f"{path} is in the middle of epoch {training['epoch'] + 1} of another text than that "
+            f"in {folder}: bring back the corpus it was trained on, or train from the start"
+        )
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """What a stream of ids comes to, as hex digits: whether a text is the one trained on so far."""
+    return hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copy a model file as it is; raises CheckpointError with nothing changed at `target`."""
+    try:
+        with open(source, "rb") as old, replacing(target) as new:
+            shutil.copyfileobj(old, new)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+
+
 def _plain_name(name: str) -> str:
     """A weight's name without what WeightDrop adds to it."""
     return name.replace(".module.", ".").removesuffix("_raw")
@@ -184,11 +344,24 @@ def _plain_name(name: str) -> str:
 
 def _problem(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a file's content, if anything."""
-    words = checkpoint.vocabulary["words"]
+    words, counts = checkpoint.vocabulary["words"], checkpoint.vocabulary["counts"]
     config = dict(checkpoint.config)
     splits = config.pop("splits")
-    if len(words) != config["ntoken"] or len(set(words)) != len(words):
+    if len(words) != config["ntoken"] or len(set(words)) != len(words) or len(counts) != len(words):
         return "its vocabulary does not fit its configuration"
+    if not all(type(word) is str for word in words) or not _whole(counts):
+        return "its vocabulary is not one of words and counts"
+    sizes = [config[name] for name in ("ntoken", "ninp", "nhid", "nlayers")]
+    if not _whole([*sizes, *splits]) or min(sizes) < 1:
+        return "a size is not a whole number above 0"
+    for name in ("dropout", "dropouth", "dropouti", "dropoute", "wdrop"):
+        if not 0 <= config[name] < 1:
+            return f"{name} is not in [0, 1)"
+    plain = (checkpoint.args, dict), (checkpoint.stage, str), (checkpoint.epoch, int)
+    if not all(isinstance(value, kind) for value, kind in plain):
+        return "a field has the wrong type"
+    if type(checkpoint.valid_loss) is not float or math.isnan(checkpoint.valid_loss):
+        return "its validation loss is no number"
     # Before a module is made for each of a trillion layers.
     if config["nlayers"] > len(checkpoint.model):
         return "its weights do not fit its configuration"
@@ -196,19 +369,110 @@ def _problem(checkpoint: Checkpoint) -> str | None:
     with torch.device("meta"):
         model = RNNModel(**config)
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
+    if splits and splits[-1] >= config["ntoken"]:
+        return "its splits do not fit its vocabulary"
     states = [(model, checkpoint.model), (criterion, checkpoint.criterion)]
-    if checkpoint.training is not None:
-        states += [
-            (model, checkpoint.training["model"]),
-            (criterion, checkpoint.training["criterion"]),
-        ]
+    training = checkpoint.training
+    if training is not None:
+        states += [(model, training["model"]), (criterion, training["criterion"])]
     for module, state in states:
         expected = module.state_dict()
         if expected.keys() != state.keys():
             return "its weights do not fit its configuration"
         for name, tensor in state.items():
-            if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
-                return f"{name} has the wrong shape or type"
-            if not math.isfinite(tensor.sum().item()) and not tensor.isfinite().all():
-                return f"{name} holds numbers that are not finite"
+            problem = _tensor_problem(name, tensor, expected[name].shape)
+            if problem:
+                return problem
+    return None if training is None else _training_problem(training, model, criterion)
+
+
+def _whole(numbers: list[int]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _tensor_problem(name: str, tensor: Tensor, shape: torch.Size | tuple[int, ...]) -> str | None:
+    if tensor.shape != shape or tensor.dtype != torch.float32:
+        return f"{name} has the wrong shape or type"
+    # One number shown a trillion times would take no space in the file and forever to read.
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return f"{name} is not stored as a plain tensor"
+    if not math.isfinite(tensor.sum().item()) and not tensor.isfinite().all():
+        return f"{name} holds numbers that are not finite"
+    return None
+
+
+def _training_problem(
+    training: dict[str, Any], model: RNNModel, criterion: SplitCrossEntropyLoss
+) -> str | None:
+    """What is wrong with a training state, whose weights are good."""
+    if type(training["stage"]) is not str or type(training["args"]) is not dict:
+        return "its training state has a field of the wrong type"
+    if not _whole([training["epoch"]]) or type(training["data"]) is not str:
+        return "its training state has a field of the wrong type"
+    if not all(type(loss) is float and math.isfinite(loss) for loss in training["valid_losses"]):
+        return "its history holds what is no loss"
+    params = [*model.parameters(), *criterion.parameters()]
+    optimizer = training["optimizer"]
+    (group,) = optimizer["param_groups"]
+    averaged = group.get("averaged_steps")
+    if group["params"] != list(range(len(params))) or not 0 < group["lr"] < math.inf:
+        return "its optimiser does not fit its weights"
+    if not (averaged is None or _whole([averaged])):
+        return "its optimiser does not fit its weights"
+    # The optimiser keeps a tensor like each parameter under these names, or none at all.
+    if averaged is not None:
+        names = {"average"}
+    else:
+        names = {"exp_avg", "exp_avg_sq"} if "betas" in group else set()
+    for number, held in optimizer["state"].items():
+        for name in names:
+            problem = _tensor_problem(f"the optimiser's {name}", held[name], params[number].shape)
+            if problem:
+                return problem
+        if held.keys() - names - {"step"}:
+            return "its optimiser does not fit its weights"
+        if "step" in held and (held["step"].numel() != 1 or not held["step"].item() >= 0):
+            return "its optimiser's count of steps is no number"
+    if averaged is not None and len(optimizer["state"]) != len(params):
+        return "its optimiser does not fit its weights"
+    # Tried on generators of their own.
+    set_rng_state(np.random.RandomState(), training["rng"])
+    for states in training["random_states"]:
+        torch.Generator().set_state(states["cpu"].clone())
+        if not all(state.dtype == torch.uint8 for state in states["cuda"]):
+            return "its random states are damaged"
+    return _position_problem(training["position"], model)
+
+
+def _position_problem(position: dict[str, Any] | None, model: RNNModel) -> str | None:
+    """What is wrong with the place within an epoch that a training state holds."""
+    if position is None:
+        return None
+    if not _whole([position["row"], position["batches"]]):
+        return "its place within the epoch is no number"
+    if not all(math.isfinite(position[name]) for name in ("total", "interval")):
+        return "its place within the epoch is no number"
+    if position["hidden"] is None:
+        return None if position["row"] == 0 else "its hidden state is missing"
+    columns = None
+    if len(position["hidden"]) != model.nlayers:
+        return "its hidden state does not fit its configuration"
+    for state, size in zip(position["hidden"], model.layer_sizes, strict=True):
+        parts = state if model.rnn_type == "LSTM" else (state,)
+        if len(parts) != (2 if model.rnn_type == "LSTM" else 1):
+            return "its hidden state does not fit its configuration"
+        for part in parts:
+            columns = part.size(1) if columns is None else columns
+            problem = _tensor_problem("its hidden state", part, (1, columns, size))
+            if problem:
+                return problem
+    layers = model.rnns if model.rnn_type == "QRNN" else []
+    for inputs, layer in zip(position["kept"], layers, strict=True):
+        if (inputs is None) != (layer.window == 1):
+            return "the inputs it keeps do not fit its configuration"
+        if inputs is not None:
+            shape = (layer.window - 1, columns, layer.input_size)
+            problem = _tensor_problem("the inputs it keeps", inputs, shape)
+            if problem:
+                return problem
     return None

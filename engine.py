@@ -2,14 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import RNNModel
+from model import Hidden, RNNModel
+from parallel import Ranks
 from utils import ToolkitError, batch_line, get_batch, repackage_hidden
+
+ALONE = Ranks()
 
 
 def draw_seq_len(rng: np.random.RandomState, bptt: int, max_seq_len: int | None = None) -> int:
@@ -36,6 +41,99 @@ def regularisation(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> T
     return penalty
 
 
+class TrainingLoss(nn.Module):
+    """Model, criterion and activation penalties as one module, whose gradients can be shared.
+
+    Every trained parameter is used within its forward, as DistributedDataParallel needs it.
+    """
+
+    def __init__(self, model: RNNModel, criterion: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(
+        self, data: Tensor, targets: Tensor, hidden: Hidden, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor, Hidden]:
+        """The loss to minimise, its raw cross-entropy (both nats a token), the new hidden state.
+
+        `data` is (seq_len, batch), `targets` (seq_len * batch,).
+        """
+        model = self.model
+        output, hidden, raw, dropped = model(data, hidden, return_h=True)
+        raw_loss = self.criterion(model.decoder.weight, model.decoder.bias, output, targets)
+        loss = raw_loss + regularisation(raw[-1], dropped[-1], alpha, beta)
+        return loss, raw_loss.detach(), hidden
+
+
+@dataclass
+class Position:
+    """Where an epoch stands between two batches; a new one is the epoch's start.
+
+    `row` is the next batch's first row. `hidden` is the state carried over, None at the start, and
+    `kept` what each QRNN layer keeps of its inputs. `total` is the raw cross-entropy of the rows so
+    far, the sum of each row's mean in nats; `interval` that of the batches since the last log line,
+    each a mean. Both count this rank's share. `norm` is the last gradient norm.
+    """
+
+    row: int = 0
+    batches: int = 0
+    total: float | Tensor = 0.0
+    interval: float | Tensor = 0.0
+    norm: float | Tensor = math.nan
+    hidden: Hidden | None = None
+    kept: list[Tensor | None] = field(default_factory=list)
+
+    def state(self, ranks: Ranks = ALONE) -> dict[str, Any] | None:
+        """As plain values and CPU tensors, all ranks' columns together; None off the first rank."""
+        parts = ranks.gathered((_on_cpu(self.hidden), _on_cpu(self.kept)))
+        total, interval = ranks.total(float(self.total)), ranks.total(float(self.interval))
+        if parts is None:
+            return None
+        return {
+            "row": self.row,
+            "batches": self.batches,
+            "total": total,
+            "interval": interval,
+            "hidden": _joined([hidden for hidden, _ in parts]),
+            "kept": _joined([kept for _, kept in parts]),
+        }
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Any], device: torch.device, ranks: Ranks = ALONE
+    ) -> "Position":
+        """The position that `state` was made from, or this rank's share of it."""
+
+        def own(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return ranks.own(value).to(device)
+            return value if value is None else type(value)(own(part) for part in value)
+
+        sums = {name: state[name] if ranks.first else 0.0 for name in ("total", "interval")}
+        counts = {name: state[name] for name in ("row", "batches")}
+        return cls(**counts, **sums, hidden=own(state["hidden"]), kept=own(state["kept"]))
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return value if value is None else type(value)(_on_cpu(part) for part in value)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The columns of every rank's (n, columns, size) side by side, within lists and pairs."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), dim=1)
+    if parts[0] is None:
+        return None
+    return type(parts[0])(_joined(same) for same in zip(*parts, strict=True))
+
+
+def _nothing(position: Position) -> None:
+    """What is done after a batch unless something else is asked for."""
+
+
 def train_epoch(
     model: RNNModel,
     criterion: nn.Module,
@@ -52,6 +150,11 @@ def train_epoch(
     max_batches: int | None = None,
     log_interval: int = 200,
     log: Callable[[str], None] = lambda line: None,
+    position: Position | None = None,
+    after_batch: Callable[[Position], None] = _nothing,
+    network: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+    share: float = 1.0,
 ) -> float:
     """Train one pass over `source` (rows, bsz); return the mean raw cross-entropy, nats a token.
 
@@ -59,50 +162,64 @@ def train_epoch(
     optimiser's parameters is clipped to the norm `clip`, unless that is 0. `log` is given the
     classic line every `log_interval` batches. `max_batches` stops early.
 
+    `position` is where to go on within the epoch; it is kept up to date, and `after_batch` is given
+    it after every batch. Among several `ranks`, `source` is this rank's columns, `share` their part
+    of the batch, and `network` the TrainingLoss of `model` and `criterion` that averages gradients.
+
     Raises ToolkitError when the loss is no longer a number.
     """
     model.train()
     model.reset()
-    hidden = model.init_hidden(source.size(1))
+    network = TrainingLoss(model, criterion) if network is None else network.train()
+    at = Position() if position is None else position
+    hidden = model.init_hidden(source.size(1)) if at.hidden is None else at.hidden
+    _set_kept(model, at.kept)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     batches = max(1, (source.size(0) - 1) // bptt) if max_batches is None else max_batches
-    total = torch.zeros((), dtype=torch.float64, device=source.device)
-    interval = torch.zeros_like(total)
-    tokens = done = 0
-    norm: Tensor | float = math.nan
+    at.total = torch.as_tensor(at.total, dtype=torch.float64, device=source.device)
+    at.interval = torch.as_tensor(at.interval, dtype=torch.float64, device=source.device)
     start = time.perf_counter()
-    i = 0
+    timed_from = at.batches
     # The last batch has at least two rows of inputs, so that TAR is defined.
-    while i < source.size(0) - 2 and (max_batches is None or done < max_batches):
+    while at.row < source.size(0) - 2 and (max_batches is None or at.batches < max_batches):
         seq_len = draw_seq_len(rng, bptt, max_seq_len)
-        data, targets = get_batch(source, i, seq_len)
-        hidden = repackage_hidden(hidden)
+        data, targets = get_batch(source, at.row, seq_len)
         optimizer.zero_grad(set_to_none=True)
-        output, hidden, raw, dropped = model(data, hidden, return_h=True)
-        raw_loss = criterion(model.decoder.weight, model.decoder.bias, output, targets)
-        loss = raw_loss + regularisation(raw[-1], dropped[-1], alpha, beta)
-        loss.backward()
+        loss, raw_loss, hidden = network(data, targets, repackage_hidden(hidden), alpha, beta)
+        # The ranks' gradients are averaged, so a share of 1 / world needs no weight.
+        (loss * (share * ranks.world) if ranks.world > 1 else loss).backward()
         if clip:
-            norm = nn.utils.clip_grad_norm_(params, clip)
+            at.norm = nn.utils.clip_grad_norm_(params, clip)
         _step_at_rate(optimizer, seq_len / bptt)
 
-        raw_loss = raw_loss.detach().double()
-        interval += raw_loss
-        total += raw_loss * len(targets)
-        tokens += len(targets)
-        i += len(data)
-        done += 1
-        if done % log_interval == 0:
-            mean = interval.item() / log_interval
-            _check_finite(mean, done, optimizer, norm)
+        raw_loss = raw_loss.double() * share
+        at.interval += raw_loss
+        at.total += raw_loss * len(data)
+        at.row += len(data)
+        at.batches += 1
+        at.hidden = hidden
+        at.kept = _kept(model)
+        if at.batches % log_interval == 0:
+            mean = ranks.total(at.interval.item()) / log_interval
+            _check_finite(mean, at, optimizer)
             elapsed = time.perf_counter() - start
             lr = optimizer.param_groups[0]["lr"]
-            log(batch_line(epoch, done, batches, lr, elapsed * 1000 / log_interval, mean))
-            interval.zero_()
+            ms = elapsed * 1000 / (at.batches - timed_from)
+            log(batch_line(epoch, at.batches, batches, lr, ms, mean))
+            at.interval.zero_()
             start = time.perf_counter()
-    mean = total.item() / tokens
-    _check_finite(mean, done, optimizer, norm)
+            timed_from = at.batches
+        after_batch(at)
+    mean = ranks.total(at.total.item()) / at.row
+    _check_finite(mean, at, optimizer)
     return mean
+
+
+def check_finite(
+    position: Position, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+) -> None:
+    """Raise ToolkitError if the loss of a batch before `position` was not a number."""
+    _check_finite(ranks.total(float(position.total)), position, optimizer)
 
 
 @torch.inference_mode()
@@ -112,11 +229,14 @@ def evaluate(
     source: Tensor,
     bptt: int,
     max_batches: int | None = None,
+    after_chunk: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean cross-entropy, nats a predicted token, over `source` (rows, bsz) in chunks of `bptt`.
 
     The hidden state is carried from chunk to chunk. The mean is over the `rows - 1` positions that
-    have a next word. `max_batches` stops early.
+    have a next word. `max_batches` stops early. `after_chunk` may end it by raising. Among several
+    `ranks`, `source` is this rank's columns, and the mean is over those of all.
     """
     model.eval()
     model.reset()
@@ -131,9 +251,20 @@ def evaluate(
         loss = criterion(model.decoder.weight, model.decoder.bias, output, targets)
         total += loss.double() * len(data)
         rows += len(data)
+        after_chunk()
     # What the QRNN kept was made in inference mode and must not reach training.
     model.reset()
-    return total.item() / rows
+    return ranks.mean(total.item() / rows, weight=source.size(1))
+
+
+def _kept(model: RNNModel) -> list[Tensor | None]:
+    """What each layer of a QRNN keeps of its last inputs; nothing for other cells."""
+    return [layer.prevX for layer in model.rnns] if model.rnn_type == "QRNN" else []
+
+
+def _set_kept(model: RNNModel, kept: Sequence[Tensor | None]) -> None:
+    for layer, inputs in zip(model.rnns, kept, strict=False):
+        layer.prevX = inputs
 
 
 def _step_at_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
@@ -146,12 +277,10 @@ def _step_at_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
         group["lr"] = rate
 
 
-def _check_finite(
-    loss: float, batch: int, optimizer: torch.optim.Optimizer, norm: Tensor | float
-) -> None:
+def _check_finite(loss: float, position: Position, optimizer: torch.optim.Optimizer) -> None:
     if not math.isfinite(loss):
         raise ToolkitError(
-            f"the training loss became {loss} by batch {batch} at the rate "
-            f"{optimizer.param_groups[0]['lr']:g} (last gradient norm {float(norm):g}): lower --lr "
-            "or set --clip; the saved model is the last good one"
+            f"the training loss became {loss} by batch {position.batches} at the rate "
+            f"{optimizer.param_groups[0]['lr']:g} (last gradient norm {float(position.norm):g}): "
+            "lower --lr or set --clip; the saved model is the last good one"
         )

@@ -1,19 +1,31 @@
 """Finetune a trained model: averaged SGD from the first step on, until it stops helping."""
 
+import argparse
+import dataclasses
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 import checkpoint
 import engine
 import options
+import parallel
 from checkpoint import Checkpoint
 from data import Corpus
 from nt_asgd import NTASGD, NonMonotonicTrigger
+from safekeeping import SaveClock, Stopped, StopRequests
 from utils import (
+    ToolkitError,
     batchify,
     check_length,
+    check_valid_loss,
     end_line,
     epoch_line,
+    make_deterministic,
+    out_of_memory,
     seed_everything,
     select_device,
 )
@@ -33,6 +45,12 @@ def build_parser() -> options.Parser:
         "--tied", action="store_true", help="accepted as in the original: weights are always tied"
     )
     options.add_training(parser)
+    options.add_safety(parser)
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep the file finetuning starts from, as SAVE.before-finetune",
+    )
     options.add_regularisers(parser)
     options.add_seed(parser)
     options.add_device(parser)
@@ -40,38 +58,115 @@ def build_parser() -> options.Parser:
     return parser
 
 
+@out_of_memory("--batch_size, --bptt or --max-seq-len")
 def main(argv: Sequence[str] | None = None) -> None:
     """Finetune; raises ToolkitError for what the user can mend."""
     args = options.parse(build_parser, argv)
-    start_from = checkpoint.load(args.save)
-    options.check_architecture(args, start_from.config, args.save)
+    path = args.resume or args.save
+    if args.resume:
+        start_from = checkpoint.load_to_resume(path, "finetune.py")
+    else:
+        start_from = checkpoint.load(path)
+    options.check_architecture(args, start_from.config, path)
+    if args.resume:
+        options.check_resumable(args, start_from.training, path)
+        options.continue_from(args, start_from.training["args"], build_parser(), path)
+        if "save" not in args.given:
+            args.save = path
+        if args.keep and not Path(f"{args.save}.before-finetune").exists():
+            raise ToolkitError(
+                f"--keep comes too late: finetuning has replaced the model in {path} already, so "
+                "leave it out"
+            )
+    if args.deterministic:
+        make_deterministic()
     device = select_device(args.cuda)
     checkpoint.check_writable(args.save)
+    ranks = parallel.join(device)
+    with ranks.together(), StopRequests(ranks.largest) as stop:
+        train(args, start_from, device, ranks, stop)
+
+
+def train(
+    args: argparse.Namespace,
+    start_from: Checkpoint,
+    device: torch.device,
+    ranks: parallel.Ranks,
+    stop: StopRequests,
+) -> None:
+    """Everything after the command line: what is trained, the epochs, the test score."""
+    parallel.check_columns(ranks, args.batch_size)
     corpus = Corpus(args.data, start_from.dictionary)
-    train_data = batchify(corpus.train, args.batch_size).to(device)
-    valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE).to(device)
-    test_data = batchify(corpus.test, TEST_BATCH_SIZE).to(device)
+    if args.resume:
+        checkpoint.check_same_text(corpus.train, start_from.training, args.data, args.resume)
+    train_data = batchify(corpus.train, args.batch_size)
+    valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE)
+    test_data = batchify(corpus.test, TEST_BATCH_SIZE)
     check_length(train_data, "train.txt", "lower --batch_size or bring a longer text")
     check_length(valid_data, "valid.txt", "bring a longer text")
     check_length(test_data, "test.txt", "bring a longer text")
+    train_data, valid_data, test_data = (
+        ranks.own(part).to(device) for part in (train_data, valid_data, test_data)
+    )
     model, criterion = checkpoint.rebuild(start_from, device, **options.given_dropouts(args))
     rng = seed_everything(args.seed)
+    ranks.seed_masks(args.seed)
 
     params = [*model.parameters(), *criterion.parameters()]
     optimizer = NTASGD(params, args.lr, args.wdecay)
     optimizer.start_averaging()
     trigger = NonMonotonicTrigger(args.nonmono)
+    network = ranks.share(engine.TrainingLoss(model, criterion))
+    run = checkpoint.Run(
+        "finetune.py", options.plain(args), checkpoint.fingerprint(corpus.train),
+        model, criterion, optimizer, trigger, rng, ranks,
+    )  # fmt: skip
     print("Args:", options.plain(args))
     print("Model total parameters:", sum(p.numel() for p in params))
-    # Scored here and not taken from the file: that may have been another corpus or a trial.
-    best_loss = engine.evaluate(model, criterion, valid_data, args.bptt, args.max_batches)
-    print(f"| start of finetuning | valid loss {best_loss:5.2f}")
+    best = start_from
+    position = None
+    finished, done = 0, False
+    if args.resume:
+        finished, position = checkpoint.resume(run, start_from.training)
+        best_loss, done = start_from.training["best_loss"], start_from.training["done"]
+        if "lr" in args.given:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr
+    else:
+        # Scored here and not taken from the file: that may have been another corpus or a trial.
+        best_loss = engine.evaluate(
+            model, criterion, valid_data, args.bptt, args.max_batches, stop.check, ranks
+        )
+        print(f"| start of finetuning | valid loss {best_loss:5.2f}")
     # The original's cap: a drawn length is at most ten steps longer than the base.
     max_seq_len = args.bptt + 10 if args.max_seq_len is None else args.max_seq_len
+    clock = SaveClock(args.save_every)
+    to_keep = args.keep and not args.resume
+
+    def save() -> None:
+        """The best weights, the first model's until there are better, and the training state."""
+        nonlocal to_keep
+        with clock.writing():
+            state = checkpoint.training_state(
+                run, finished, position, best_loss=best_loss, done=done
+            )
+            if ranks.first:
+                if to_keep:
+                    checkpoint.copy(args.save, f"{args.save}.before-finetune")
+                    to_keep = False
+                checkpoint.save(args.save, dataclasses.replace(best, training=state))
+
+    def after_batch(_: engine.Position) -> None:
+        stop.check()
+        if ranks.decided(clock.due()):
+            save()
 
     try:
-        for epoch in range(1, args.epochs + 1):
+        # A resumed run may have been done already.
+        last = finished if done else args.epochs
+        for epoch in range(finished + 1, last + 1):
             start = time.time()
+            position = engine.Position() if position is None else position
             engine.train_epoch(
                 model,
                 criterion,
@@ -87,40 +182,57 @@ def main(argv: Sequence[str] | None = None) -> None:
                 max_batches=args.max_batches,
                 log_interval=args.log_interval,
                 log=print,
+                position=position,
+                after_batch=after_batch,
+                network=network,
+                ranks=ranks,
+                share=train_data.size(1) / args.batch_size,
             )
             # The averaged weights are scored and kept; training goes on from the raw ones.
             with optimizer.averaged():
                 valid_loss = engine.evaluate(
-                    model, criterion, valid_data, args.bptt, args.max_batches
+                    model, criterion, valid_data, args.bptt, args.max_batches, stop.check, ranks
                 )
+                check_valid_loss(valid_loss, epoch, args.lr)
                 print("-" * 89)
                 print(epoch_line(epoch, time.time() - start, valid_loss))
                 print("-" * 89)
+                done = trigger.update(valid_loss)
+                # Short epochs are not all worth the time of a write; the last one is.
+                saving = done or epoch == args.epochs or ranks.decided(clock.due_at_epoch_end())
                 if valid_loss < best_loss:
                     best_loss = valid_loss
-                    checkpoint.save(
-                        args.save,
-                        Checkpoint(
-                            config=checkpoint.config_of(model, criterion),
-                            model=checkpoint.snapshot(model),
-                            criterion=checkpoint.snapshot(criterion),
-                            vocabulary=start_from.vocabulary,
-                            args=options.plain(args),
-                            stage="finetune.py",
-                            epoch=epoch,
-                            valid_loss=valid_loss,
-                        ),
+                    best = Checkpoint(
+                        config=checkpoint.config_of(model, criterion),
+                        model=checkpoint.snapshot(model),
+                        criterion=checkpoint.snapshot(criterion),
+                        vocabulary=start_from.vocabulary,
+                        args=options.plain(args),
+                        stage="finetune.py",
+                        epoch=epoch,
+                        valid_loss=valid_loss,
                     )
-                    print("Saving averaged model (new best validation)")
-            if trigger.update(valid_loss):
+                    print(
+                        "Saving averaged model" if saving else "Averaged model to be saved", end=""
+                    )
+                    print(" (new best validation)")
+            finished, position = epoch, None
+            if saving:
+                save()
+            if done:
                 print("Done: the validation loss no longer falls")
                 break
-    except KeyboardInterrupt:
+    except Stopped as stopped:
+        save()
+        if stopped.signum != signal.SIGINT:
+            raise checkpoint.saved(stopped, args.save) from None
         print("-" * 89)
         print("Exiting from finetuning early")
 
-    model, criterion = checkpoint.rebuild(checkpoint.load(args.save), device)
-    test_loss = engine.evaluate(model, criterion, test_data, args.bptt, args.max_batches)
+    model, criterion = checkpoint.rebuild(best, device)
+    test_loss = engine.evaluate(
+        model, criterion, test_data, args.bptt, args.max_batches, stop.check, ranks
+    )
     print("=" * 89)
     print(end_line("training", "test", test_loss))
     print("=" * 89)

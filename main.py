@@ -1,7 +1,10 @@
 """Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set."""
 
+import argparse
 import contextlib
 import dataclasses
+import math
+import signal
 import time
 from collections.abc import Sequence
 
@@ -10,21 +13,23 @@ import torch
 import checkpoint
 import engine
 import options
+import parallel
 from checkpoint import Checkpoint
 from data import Corpus
 from model import RNNModel
 from nt_asgd import NTASGD, NonMonotonicTrigger
+from safekeeping import SaveClock, Stopped, StopRequests
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
-    ToolkitError,
     batchify,
     check_length,
+    check_valid_loss,
     end_line,
     epoch_line,
-    rng_state,
+    make_deterministic,
+    out_of_memory,
     seed_everything,
     select_device,
-    set_rng_state,
 )
 
 EVAL_BATCH_SIZE = 10
@@ -51,12 +56,7 @@ def build_parser() -> options.Parser:
         metavar="E",
         help="after these epochs save a copy as SAVE.eE and divide the learning rate by 10",
     )
-    parser.add_argument(
-        "--resume",
-        default="",
-        metavar="FILE",
-        help="model file of an earlier run to go on from, with its flags where none are given",
-    )
+    options.add_safety(parser)
     options.add_regularisers(parser)
     options.add_seed(parser)
     options.add_device(parser)
@@ -64,28 +64,40 @@ def build_parser() -> options.Parser:
     return parser
 
 
+@out_of_memory("--batch_size, --bptt or --max-seq-len")
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; raises ToolkitError for what the user can mend."""
     args = options.parse(build_parser, argv)
     resumed = None
     if args.resume:
-        resumed = checkpoint.load(args.resume)
-        if resumed.stage != "main.py" or resumed.training is None:
-            raise ToolkitError(
-                f"{args.resume} holds no training state of main.py (it was written by "
-                f"{resumed.stage}): resume from the file that main.py wrote"
-            )
+        resumed = checkpoint.load_to_resume(args.resume, "main.py")
         options.check_architecture(args, resumed.config, args.resume)
-        options.continue_from(args, resumed.args)
+        options.check_resumable(args, resumed.training, args.resume)
+        options.continue_from(args, resumed.training["args"], build_parser(), args.resume)
         if "save" not in args.given:
             args.save = args.resume
     if args.optimizer == "adam" and "lr" not in args.given and resumed is None:
         args.lr = ADAM_LR
         print(f"Adam without --lr: the learning rate is {ADAM_LR}, not the 30 meant for SGD")
+    if args.deterministic:
+        make_deterministic()
     device = select_device(args.cuda)
     checkpoint.check_writable(args.save)
-    rng = seed_everything(args.seed)
+    ranks = parallel.join(device)
+    with ranks.together(), StopRequests(ranks.largest) as stop:
+        train(args, resumed, device, ranks, stop)
 
+
+def train(
+    args: argparse.Namespace,
+    resumed: Checkpoint | None,
+    device: torch.device,
+    ranks: parallel.Ranks,
+    stop: StopRequests,
+) -> None:
+    """Everything after the command line: what is trained, the epochs, the test score."""
+    rng = seed_everything(args.seed)
+    parallel.check_columns(ranks, args.batch_size)
     if resumed is None:
         corpus = Corpus(args.data)
         splits = default_splits(len(corpus.dictionary))
@@ -107,13 +119,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits).to(device)
     else:
         corpus = Corpus(args.data, resumed.dictionary)
+        checkpoint.check_same_text(corpus.train, resumed.training, args.data, args.resume)
         model, criterion = checkpoint.rebuild(resumed, device, **options.given_dropouts(args))
-    train_data = batchify(corpus.train, args.batch_size).to(device)
-    valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE).to(device)
-    test_data = batchify(corpus.test, TEST_BATCH_SIZE).to(device)
+    train_data = batchify(corpus.train, args.batch_size)
+    valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE)
+    test_data = batchify(corpus.test, TEST_BATCH_SIZE)
     check_length(train_data, "train.txt", "lower --batch_size or bring a longer text")
     check_length(valid_data, "valid.txt", "bring a longer text")
     check_length(test_data, "test.txt", "bring a longer text")
+    train_data, valid_data, test_data = (
+        ranks.own(part).to(device) for part in (train_data, valid_data, test_data)
+    )
 
     params = [*model.parameters(), *criterion.parameters()]
     if args.optimizer == "sgd":
@@ -121,24 +137,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         optimizer = torch.optim.Adam(params, args.lr, weight_decay=args.wdecay)
     trigger = NonMonotonicTrigger(args.nonmono)
-    best = None
-    first_epoch = 1
+    network = ranks.share(engine.TrainingLoss(model, criterion))
+    ranks.seed_masks(args.seed)
+    run = checkpoint.Run(
+        "main.py", options.plain(args), checkpoint.fingerprint(corpus.train),
+        model, criterion, optimizer, trigger, rng, ranks,
+    )  # fmt: skip
+    best = position = None
+    finished = 0
     if resumed is not None:
-        state = resumed.training
-        checkpoint.load_state(model, state["model"])
-        checkpoint.load_state(criterion, state["criterion"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            group["weight_decay"] = args.wdecay
-            if "lr" in args.given:
+        finished, position = checkpoint.resume(run, resumed.training)
+        if "lr" in args.given:
+            for group in optimizer.param_groups:
                 group["lr"] = args.lr
-        trigger.losses = list(state["valid_losses"])
-        first_epoch = state["epoch"] + 1
-        best = dataclasses.replace(resumed, args=options.plain(args))
-        set_rng_state(rng, state["rng"])
-        checkpoint.set_random_states(state["random_states"])
+        if resumed.epoch:
+            best = dataclasses.replace(resumed, args=options.plain(args))
     print("Args:", options.plain(args))
     print("Model total parameters:", sum(p.numel() for p in params))
+
+    vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
 
     def file_of(epoch: int, valid_loss: float) -> Checkpoint:
         """The weights in use as a model file."""
@@ -153,22 +170,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             valid_loss=valid_loss,
         )
 
-    def training_state(epoch: int) -> dict:
-        """What a later run needs to go on after `epoch` as if nothing had happened."""
-        return {
-            "epoch": epoch,
-            "model": checkpoint.snapshot(model),
-            "criterion": checkpoint.snapshot(criterion),
-            "optimizer": optimizer.state_dict(),
-            "valid_losses": trigger.losses,
-            "rng": rng_state(rng),
-            "random_states": checkpoint.random_states(),
-        }
+    clock = SaveClock(args.save_every)
 
-    vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
+    def save() -> None:
+        """Best weights and training state in one file: neither can be lost without the other."""
+        with clock.writing():
+            state = checkpoint.training_state(run, finished, position)
+            if ranks.first:
+                kept = file_of(0, math.inf) if best is None else best
+                checkpoint.save(args.save, dataclasses.replace(kept, training=state))
+
+    def after_batch(_: engine.Position) -> None:
+        stop.check()
+        if ranks.decided(clock.due()):
+            save()
+
     try:
-        for epoch in range(first_epoch, args.epochs + 1):
+        for epoch in range(finished + 1, args.epochs + 1):
             start = time.time()
+            position = engine.Position() if position is None else position
             engine.train_epoch(
                 model,
                 criterion,
@@ -184,22 +204,32 @@ def main(argv: Sequence[str] | None = None) -> None:
                 max_batches=args.max_batches,
                 log_interval=args.log_interval,
                 log=print,
+                position=position,
+                after_batch=after_batch,
+                network=network,
+                ranks=ranks,
+                share=train_data.size(1) / args.batch_size,
             )
             averaging = args.optimizer == "sgd" and optimizer.averaging
             # The averaged weights, once there are, are scored and kept; training stays on the raw.
             with optimizer.averaged() if averaging else contextlib.nullcontext():
                 valid_loss = engine.evaluate(
-                    model, criterion, valid_data, args.bptt, args.max_batches
+                    model, criterion, valid_data, args.bptt, args.max_batches, stop.check, ranks
                 )
+                check_valid_loss(valid_loss, epoch, optimizer.param_groups[0]["lr"])
                 print("-" * 89)
                 print(epoch_line(epoch, time.time() - start, valid_loss))
                 print("-" * 89)
+                # Short epochs are not all worth the time of a write; the last one is.
+                saving = epoch == args.epochs or ranks.decided(clock.due_at_epoch_end())
                 if best is None or valid_loss < best.valid_loss:
                     best = file_of(epoch, valid_loss)
-                    print("Saving model (new best validation)")
+                    print("Saving model" if saving else "Model to be saved", end="")
+                    print(" (new best validation)")
                 if epoch in args.when:
                     print("Saving model before learning rate decreased")
-                    checkpoint.save(f"{args.save}.e{epoch}", file_of(epoch, valid_loss))
+                    if ranks.first:
+                        checkpoint.save(f"{args.save}.e{epoch}", file_of(epoch, valid_loss))
             if epoch in args.when:
                 print("Dividing learning rate by 10")
                 for group in optimizer.param_groups:
@@ -207,17 +237,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.optimizer == "sgd" and not averaging and trigger.update(valid_loss):
                 print("Switching to averaged SGD")
                 optimizer.start_averaging()
-            # Best weights and training state in one file: neither can be lost without the other.
-            best.training = training_state(epoch)
-            checkpoint.save(args.save, best)
-    except KeyboardInterrupt:
+            finished, position = epoch, None
+            if saving:
+                save()
+    except Stopped as stopped:
+        save()
+        if stopped.signum != signal.SIGINT or best is None:
+            raise checkpoint.saved(stopped, args.save) from None
         print("-" * 89)
         print("Exiting from training early")
-    if best is None:
-        raise ToolkitError("stopped before the first epoch ended: there is no model to test")
 
-    model, criterion = checkpoint.rebuild(checkpoint.load(args.save), device)
-    test_loss = engine.evaluate(model, criterion, test_data, args.bptt, args.max_batches)
+    model, criterion = checkpoint.rebuild(best, device)
+    test_loss = engine.evaluate(
+        model, criterion, test_data, args.bptt, args.max_batches, stop.check, ranks
+    )
     print("=" * 89)
     print(end_line("training", "test", test_loss))
     print("=" * 89)

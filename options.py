@@ -1,6 +1,7 @@
 """Command lines: shared flags and presets, which flags were given, and how errors end."""
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from model import RNN_TYPES
+from safekeeping import Stopped
 from utils import ToolkitError, keep_memory
 
 VERSION = "0.1.0"
@@ -201,7 +203,11 @@ def _as_flag(value: Any) -> str:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call a script's `main`; a ToolkitError becomes one line on stderr and exit status 1."""
+    """Call a script's `main` and end the process.
+
+    A ToolkitError becomes one line on stderr and exit status 1; a signal that was obeyed one line
+    and 128 + its number.
+    """
     # Log lines reach a file or a pipe as they are made.
     sys.stdout.reconfigure(line_buffering=True)
     keep_memory()
@@ -210,6 +216,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     except ToolkitError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         sys.exit(1)
+    except Stopped as stopped:
+        # The terminal may be what has gone; the status still says it.
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {stopped}\n")
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
@@ -220,12 +231,48 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name != "given"}
 
 
-def continue_from(args: argparse.Namespace, recorded: Mapping[str, Any]) -> None:
-    """For a resumed run: take every flag that was not given from the run that is resumed."""
-    here = {"given", "resume", "save", "cuda", "max_batches"}
-    for name, value in recorded.items():
-        if name in vars(args) and name not in args.given | here:
-            setattr(args, name, value)
+def continue_from(
+    args: argparse.Namespace, recorded: Mapping[str, Any], parser: Parser, path: str
+) -> None:
+    """For a resumed run: take every flag that was not given from the run that is resumed.
+
+    Raises ToolkitError if the file `path` recorded what the flag does not take.
+    """
+    here = {"given", "resume", "save", "cuda", "max_batches", "keep"}
+    for action in parser._actions:
+        name = action.dest
+        if name not in recorded or name in args.given | here or name not in vars(args):
+            continue
+        value = recorded[name]
+        try:
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and action.type is not None:
+                    action.type(str(one))
+                if action.choices is not None and one not in action.choices:
+                    raise ValueError(f"it is none of {', '.join(action.choices)}")
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ToolkitError(
+                f"{path} is damaged (its {action.option_strings[0]}: {error}): give the flag, or "
+                "train again with main.py"
+            ) from error
+        setattr(args, name, value)
+
+
+def check_resumable(args: argparse.Namespace, training: Mapping[str, Any], path: str) -> None:
+    """Raise ToolkitError if a flag that was given contradicts the training state in `path`."""
+    reasons = {
+        "optimizer": "its state is that optimiser's",
+        "seed": "the random numbers go on from the file's states",
+    }
+    if training["position"] is not None:
+        reasons["batch_size"] = f"it is in the middle of epoch {training['epoch'] + 1}"
+    for name, reason in reasons.items():
+        old = training["args"].get(name)
+        if name in args.given and getattr(args, name) != old:
+            raise ToolkitError(
+                f"--{name} {getattr(args, name)} contradicts {path}, which was trained with {old}, "
+                f"and {reason}: leave the flag out, or train from the start without --resume"
+            )
 
 
 def check_architecture(args: argparse.Namespace, config: Mapping[str, Any], path: str) -> None:
@@ -512,6 +559,28 @@ def add_cache(parser: Parser) -> None:
 def add_save(parser: Parser, help: str) -> None:
     """--save."""
     parser.group("files").add_argument("--save", default="model.pt", metavar="FILE", help=help)
+
+
+def add_safety(parser: Parser) -> None:
+    """--resume, --save-every and --deterministic."""
+    parser.add_argument(
+        "--resume",
+        default="",
+        metavar="FILE",
+        help="model file of an earlier run to go on from, with its flags where none are given",
+    )
+    parser.add_argument(
+        "--save-every",
+        type=non_negative,
+        default=300.0,
+        metavar="SECONDS",
+        help="also save within an epoch, every so many seconds",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits for the same seed on a GPU too, at some cost in speed",
+    )
 
 
 def add_seed(parser: Parser) -> None:

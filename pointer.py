@@ -22,7 +22,7 @@ from model import RNNModel
 from progress import Bar
 from scoring import Piece
 from splitcross import SplitCrossEntropyLoss
-from utils import batchify, check_length, end_line, perplexity, select_device
+from utils import batchify, check_length, end_line, out_of_memory, perplexity, select_device
 
 DRAWN_WORDS = 20
 
@@ -191,6 +191,7 @@ def print_search(table: Sequence[Setting], best: Setting, given: Setting, tokens
         )
 
 
+@out_of_memory("--bptt")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score validation and test; raises ToolkitError for what the user can mend."""
     args = options.parse(build_parser, argv)

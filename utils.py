@@ -5,6 +5,8 @@ import ctypes
 import json
 import math
 import os
+import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -25,8 +27,9 @@ class ToolkitError(Exception):
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` at once, when it is whole and on the disk.
 
-    If anything fails, the old file stays as it was and no other is left behind. What is not a plain
-    file, a terminal or a pipe, is written directly. Raises OSError.
+    If anything fails, the old file stays as it was and no other is left behind; what a killed run
+    left behind goes with the next call. What is not a plain file, a terminal or a pipe, is written
+    directly. Raises OSError.
     """
     # Through a link to the file it names, which is what a plain write would do.
     target = Path(os.path.realpath(path))
@@ -34,16 +37,54 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with open(target, "wb") as file:
             yield file
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    _remove_stale(target)
+    temporary = target.with_name(f".{target.name}.{_host()}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        _sync_folder(target.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _host() -> str:
+    """This machine's name for a file name: process numbers mean something on one machine only."""
+    return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what runs that are dead by now left half written beside `target`."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.tmp")
+    for name in os.listdir(target.parent):
+        match = pattern.fullmatch(name)
+        if match and not _alive(int(match[1])):
+            # Another run may have been faster; what cannot be removed is no reason to stop.
+            with contextlib.suppress(OSError):
+                (target.parent / name).unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename on the disk, where the file system can do that for a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def unwritable(path: str | os.PathLike[str]) -> str | None:
@@ -89,6 +130,15 @@ def check_length(source: Tensor, name: str, cure: str) -> None:
         )
 
 
+def check_valid_loss(loss: float, epoch: int, lr: float) -> None:
+    """Raise ToolkitError if the validation loss, in nats, is no number any more."""
+    if not math.isfinite(loss):
+        raise ToolkitError(
+            f"the validation loss became {loss} in epoch {epoch} at the rate {lr:g}: lower --lr or "
+            "set --clip; the saved model is the last good one"
+        )
+
+
 def repackage_hidden(hidden: Any) -> Any:
     """The same state cut off from the history that made it."""
     if isinstance(hidden, Tensor):
@@ -115,6 +165,36 @@ def set_rng_state(rng: np.random.RandomState, state: str) -> None:
     """Go on from what `rng_state` returned."""
     name, key, *rest = json.loads(state)
     rng.set_state((name, np.array(key, dtype=np.uint32), *rest))
+
+
+def make_deterministic() -> None:
+    """Make CUDA give the same bits for the same work, at some cost in speed; for this process.
+
+    To be called before CUDA is first used: cuBLAS reads its setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+@contextlib.contextmanager
+def out_of_memory(cure: str) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or the CPU, into a ToolkitError that names the `cure`.
+
+    A context, and so also a decorator.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # PyTorch's allocator for the CPU has no kind of error of its own.
+        cpu = re.search("not enough memory|can't allocate memory", str(error))
+        if not cpu and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
+        where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        raise ToolkitError(
+            f"{where} is too small for this: lower {cure}, or use a smaller model"
+        ) from error
 
 
 def select_device(cuda: bool | None) -> torch.device:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import resource
 import signal
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import checkpoint
+import utils
 from checkpoint import Checkpoint, CheckpointError
 from data import Dictionary
 from model import RNN_TYPES, RNNModel
@@ -293,3 +295,80 @@ def test_random_states():
     first = torch.rand(3)
     checkpoint.set_random_states(states)
     assert torch.equal(torch.rand(3), first)
+
+
+def mutated(content, rng):
+    """A file's bytes with something done to them at random."""
+    content = bytearray(content)
+    start = rng.randrange(len(content))
+    length = rng.choice([1, 1, 8, 64, 1000])
+    kind = rng.choice(["flip", "flip", "cut", "zero", "twice", "random", "end"])
+    if kind == "flip":
+        for _ in range(length):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[start : start + length]
+    elif kind == "zero":
+        content[start : start + length] = bytes(len(content[start : start + length]))
+    elif kind == "twice":
+        content[start:start] = content[start : start + length]
+    elif kind == "random":
+        content[start : start + length] = rng.randbytes(len(content[start : start + length]))
+    else:
+        del content[start:]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "QRNN"])
+def test_mutations_of_a_real_file(rnn_type, trained, tmp_path):
+    content = trained[rnn_type].read_bytes()
+    path = tmp_path / "m.pt"
+    rng = random.Random(5)
+    # The pickle is a small part of the file and the more dangerous one.
+    pickled = content.index(b"data.pkl"), content.index(b"PK\x03\x04", 4)
+    loaded = 0
+    for number in range(400):
+        if number % 2:
+            head, tail = content[: pickled[0]], content[pickled[1] :]
+            path.write_bytes(head + mutated(content[pickled[0] : pickled[1]], rng) + tail)
+        else:
+            path.write_bytes(mutated(content, rng))
+        try:
+            result = checkpoint.load(path)
+        except CheckpointError:
+            continue
+        loaded += 1
+        # Other weights than were saved, perhaps, but a model.
+        assert outputs(*checkpoint.rebuild(result, CPU)).shape == (12, len(result.dictionary))
+    assert 0 < loaded < 400
+
+
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
+    # One number shown ten to the twelfth times would take forever to read.
+    content = make()
+    content.config.update(nhid=10**6, nlayers=2)
+    with torch.device("meta"):
+        sizes = {k: v for k, v in content.config.items() if k != "splits"}
+        expected = RNNModel(**sizes).state_dict()
+    content.model = {name: torch.zeros(1).expand(t.shape) for name, t in expected.items()}
+    checkpoint.save(tmp_path / "m.pt", content)
+    with pytest.raises(CheckpointError, match="not stored as a plain tensor"):
+        checkpoint.load(tmp_path / "m.pt")
+
+
+def test_what_a_killed_run_left_goes_with_the_next_save(tmp_path):
+    path = tmp_path / "m.pt"
+    pid = os.fork()
+    if not pid:
+        try:
+            with utils.replacing(path):
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    os.waitpid(pid, 0)
+    assert len(os.listdir(tmp_path)) == 1
+    # That of a run that is alive stays.
+    other = tmp_path / os.listdir(tmp_path)[0].replace(str(pid), str(os.getppid()))
+    other.write_bytes(b"")
+    checkpoint.save(path, make())
+    assert sorted(os.listdir(tmp_path)) == sorted([other.name, "m.pt"])

@@ -1,18 +1,24 @@
 """engine.py and utils.py: batches, an epoch against a loop written out, evaluation."""
 
 import copy
+import itertools
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn import functional
 
 import engine
+import parallel
 import utils
 from model import RNN_TYPES, RNNModel
 from nt_asgd import NTASGD
+from parallel import Ranks
 from splitcross import SplitCrossEntropyLoss
 
 LINE = re.compile(
@@ -284,3 +290,54 @@ def test_the_state_of_the_lengths_is_text_and_complete():
     twin = np.random.RandomState(4)
     utils.set_rng_state(twin, utils.rng_state(rng))
     assert [twin.normal() for _ in range(5)] == [rng.normal() for _ in range(5)]
+
+
+def test_deterministic():
+    # In a process of its own: the setting cannot be taken back.
+    code = (
+        "import os, torch, utils\n"
+        "utils.make_deterministic()\n"
+        "assert torch.are_deterministic_algorithms_enabled()\n"
+        "assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark\n"
+        "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_columns_are_shared_out():
+    ranks = [Ranks(rank, 3) for rank in range(3)]
+    for columns in (3, 4, 5, 60, 61):
+        spans = [r.span(columns) for r in ranks]
+        assert spans[0][0] == 0
+        assert spans[-1][1] == columns
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+        sizes = [end - start for start, end in spans]
+        assert max(sizes) - min(sizes) <= 1
+    assert [r.span(2) for r in ranks] == [(0, 2)] * 3
+    with pytest.raises(utils.ToolkitError, match="--batch_size 2"):
+        parallel.check_columns(ranks[0], 2)
+    source = torch.arange(10).view(2, 5)
+    assert torch.equal(torch.cat([r.own(source) for r in ranks], dim=1), source)
+    assert parallel.join(torch.device("cpu")).world == 1
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+def test_a_position_is_saved_and_taken_up_by_any_number_of_ranks(rnn_type):
+    model, _ = make(rnn_type)
+    source = stream(9, 5)
+    _, hidden = model(source, model.init_hidden(5))
+    kept = [layer.prevX for layer in model.rnns] if rnn_type == "QRNN" else []
+    position = engine.Position(row=9, batches=2, total=7.5, hidden=hidden, kept=kept)
+    state = position.state()
+    parts = [engine.Position.from_state(state, torch.device("cpu"), Ranks(r, 2)) for r in (0, 1)]
+    assert [part.total for part in parts] == [7.5, 0.0]
+    for name in ("hidden", "kept"):
+        joined = engine._joined([getattr(part, name) for part in parts])
+        for ours, theirs in zip(flatten(joined), flatten(getattr(position, name)), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def flatten(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [] if value is None else [tensor for part in value for tensor in flatten(part)]

@@ -107,6 +107,16 @@ def test_given_flags():
     assert options.given_dropouts(args) == {"dropouth": 0.3, "wdrop": 0.0}
 
 
+def test_flags_recorded_in_a_file_are_checked():
+    parser = parser_of("main")
+    args = options.parse(lambda: parser_of("main"), ["--lr", "3"])
+    options.continue_from(args, {"lr": 7.0, "clip": 0.5, "when": [3], "other": 1}, parser, "m.pt")
+    assert (args.lr, args.clip, args.when) == (3, 0.5, [3])
+    for bad in ({"bptt": -5}, {"clip": "x"}, {"optimizer": "sgdd"}, {"when": [1, "x"]}):
+        with pytest.raises(options.ToolkitError, match=r"m\.pt is damaged \(its --"):
+            options.continue_from(args, bad, parser, "m.pt")
+
+
 BAD_FLAGS = """
 main --model RNN_TANH
 main --emsize 0
@@ -136,12 +146,18 @@ main --optimizer adagrad
 main --when soon
 main --max-batches 0
 main --max-seq-len 0
+main --save-every -1
+main --save-every soon
+main --save-every nan
+main --resume
 main --nosuchflag 3
 main --drop 0.1
 main stray
 finetune --model LSTMM
 finetune --dropout 2
 finetune --optimizer adam
+finetune --save-every -3
+finetune --resume
 pointer --window 0
 pointer --lambdasm 1
 pointer --theta -1

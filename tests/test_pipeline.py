@@ -1,8 +1,12 @@
 """The four scripts on one model file: the stages, resuming, interruption, bad input."""
 
+import contextlib
 import math
+import os
 import re
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ import checkpoint
 import engine
 import nt_asgd
 from model import RNN_TYPES
+from safekeeping import Stopped
 
 EPOCH = re.compile(
     r"\| end of epoch +(\d+) \| time: +\d+\.\d\ds \| valid loss +(\d+\.\d\d) \| "
@@ -195,31 +200,72 @@ def test_averaged_weights_are_saved_and_raw_ones_trained_on(script, corpus_dir, 
     assert any(a.shape == raw.shape and not torch.equal(a, raw) for a in stored)
 
 
-def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_path, monkeypatch):
-    path = tmp_path / "m.pt"
+def send(monkeypatch, signum, evaluation):
+    """Send this process a signal at the start of a run's n-th evaluation."""
     evaluate, calls = engine.evaluate, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == evaluation:
+            signal.raise_signal(signum)
         return evaluate(*args, **kwargs)
 
     monkeypatch.setattr(engine, "evaluate", interrupted)
-    out = train(script, corpus_dir, path, "--epochs", 9)
+
+
+def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_path, monkeypatch):
+    path, whole = tmp_path / "m.pt", tmp_path / "whole.pt"
+    train(script, corpus_dir, whole, "--epochs", 4)
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGINT, 3)
+        out = train(script, corpus_dir, path, "--epochs", 4)
     assert "Exiting from training early" in out
     assert len(EPOCH.findall(out)) == 2
     assert len(END.findall(out)) == 1
-    calls.clear()
-    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path]
-    status, out, err = script("finetune", *flags, "--epochs", 9)
+    # Trained for three epochs, scored after two: the third is scored when the run goes on.
+    assert checkpoint.load(path).training["epoch"] == 2
+    status, out, err = script("main", "--resume", path)
+    assert (status, err) == (0, "")
+    assert [int(e[0]) for e in EPOCH.findall(out)] == [3, 4]
+    assert_same_weights(whole, path)
+
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGINT, 3)
+        flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path]
+        status, out, err = script("finetune", *flags, "--epochs", 9)
     assert (status, err) == (0, "")
     assert "Exiting from finetuning early" in out
     assert len(END.findall(out)) == 1
-    calls[:] = [1, 1]
-    status, _, err = script("main", *flags[:-1], tmp_path / "none.pt")
-    assert status == 1
-    assert "before the first epoch ended" in err
+
+
+def test_a_second_interrupt_stops_at_once(script, corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "evaluate", lambda *_: [signal.raise_signal(2) for _ in range(2)])
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", tmp_path / "m.pt"]
+    status, out, _ = script("main", *flags)
+    assert status == 130
+    assert "End of training" not in out
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_a_signal_is_obeyed_and_the_state_saved(
+    signum, evaluation, script, corpus_dir, tmp_path, monkeypatch
+):
+    # In the first epoch's evaluation, the second's, and that of the test set.
+    path = tmp_path / "m.pt"
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path, "--epochs", 2]
+    send(monkeypatch, signum, evaluation)
+    status, out, err = script("main", *flags)
+    assert status == 128 + signum
+    assert len(err.splitlines()) == 1
+    assert signum.name in err
+    assert "End of training" not in out
+    assert checkpoint.load(path).training["epoch"] == evaluation - 1
+    assert math.isinf(checkpoint.load(path).valid_loss) == (evaluation == 1)
+    status, out, err = script("main", "--resume", path)
+    assert (status, err) == (0, "")
+    assert len(EPOCH.findall(out)) == 3 - evaluation
+    assert len(END.findall(out)) == 1
 
 
 def test_finetuning_that_does_not_help_leaves_the_file_and_ends_well(
@@ -228,14 +274,20 @@ def test_finetuning_that_does_not_help_leaves_the_file_and_ends_well(
     # The original ends with exit status 1 and without a test score.
     path = tmp_path / "m.pt"
     shutil.copy(trained["LSTM"], path)
-    old = path.read_bytes()
     flags = ["--data", corpus_dir, *TINY, "--lr", 500, "--clip", 9, "--nonmono", 1, "--save", path]
     status, out, err = script("finetune", *flags, "--epochs", 30)
     assert (status, err) == (0, "")
     assert "no longer falls" in out
     assert len(EPOCH.findall(out)) < 30
     assert len(END.findall(out)) == 1
-    assert path.read_bytes() == old
+    # The state to go on from is new, the model is not.
+    assert_same_weights(path, trained["LSTM"])
+    assert checkpoint.load(path).stage == "main.py"
+    # What is done stays done.
+    status, again, err = script("finetune", "--resume", path)
+    assert (status, err) == (0, "")
+    assert EPOCH.findall(again) == []
+    assert END.findall(again) == END.findall(out)
 
 
 def test_finetune_honours_its_seed(script, corpus_dir, trained, tmp_path):
@@ -341,6 +393,37 @@ BAD_INPUT = {
     "truncated, generate": ("generate", ["--checkpoint", "truncated.pt"], "no model file of this"),
     "other format": ("main", ["--resume", "other.pt"], "no model file of this toolkit"),
     "finetuned, resumed": ("main", ["--resume", "finetuned.pt"], "no training state of main.py"),
+    "trained, resumed by finetune": (
+        "finetune",
+        ["--resume", "model.pt"],
+        "of finetune.py but one",
+    ),
+    "bomb": ("main", ["--resume", "bomb.pt"], "no model file of this toolkit"),
+    "bomb, finetune": ("finetune", ["--save", "bomb.pt"], "no model file of this toolkit"),
+    "bomb, finetune resumed": ("finetune", ["--resume", "bomb.pt"], "no model file of this"),
+    "bomb, pointer": ("pointer", ["--save", "bomb.pt"], "no model file of this toolkit"),
+    "bomb, generate": ("generate", ["--checkpoint", "bomb.pt"], "no model file of this toolkit"),
+    "resume, other seed": ("main", ["--resume", "model.pt", "--seed", "8"], "--seed 8 contradicts"),
+    "resume, other optimiser": (
+        "main",
+        ["--resume", "model.pt", "--optimizer", "adam"],
+        "--optimizer adam contradicts",
+    ),
+    "resume mid-epoch, other batch": (
+        "main",
+        ["--resume", "middle.pt", "--batch_size", "5"],
+        "--batch_size 5 contradicts middle.pt.*middle of epoch 1",
+    ),
+    "resume mid-epoch, other text": (
+        "main",
+        ["--resume", "middle.pt", "--data", "shuffled"],
+        "middle of epoch 1 of another text",
+    ),
+    "--keep too late": (
+        "finetune",
+        ["--resume", "finetuned.pt", "--keep"],
+        "--keep comes too late",
+    ),
     "resume, other corpus": ("main", ["--resume", "model.pt", "--data", "other"], "vocabulary"),
     "folder for --save": ("main", ["--save", "corpus"], "cannot write corpus"),
     "no folder for --save": ("main", ["--save", "none/m.pt"], "cannot write none/m.pt"),
@@ -351,8 +434,162 @@ BAD_INPUT = {
 }
 
 
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+@pytest.fixture(scope="session")
+def middle_of_an_epoch(tmp_path_factory, corpus_dir):
+    """A model file of main.py stopped within its first epoch."""
+    import main
+
+    path = tmp_path_factory.mktemp("middle") / "m.pt"
+    draw, drawn = engine.draw_seq_len, []
+
+    def stop_at_the_fifth(*args):
+        drawn.append(1)
+        if len(drawn) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return draw(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "draw_seq_len", stop_at_the_fifth)
+        with pytest.raises(Stopped):
+            main.main(["--data", str(corpus_dir), *TINY, "--lr", "5", "--save", str(path)])
+    return path
+
+
+def test_the_middle_of_an_epoch(middle_of_an_epoch, script, corpus_dir, tmp_path):
+    position = checkpoint.load(middle_of_an_epoch).training["position"]
+    assert position["batches"] == 5
+    for name in ("a", "b"):
+        flags = ["--epochs", 1, "--save", tmp_path / name]
+        if name == "a":
+            assert script("main", "--resume", middle_of_an_epoch, *flags)[0] == 0
+        else:
+            train(script, corpus_dir, tmp_path / name, "--epochs", 1)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_keep(script, corpus_dir, trained, tmp_path):
+    path, kept = tmp_path / "m.pt", tmp_path / "m.pt.before-finetune"
+    shutil.copy(trained["LSTM"], path)
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path, "--keep"]
+    assert script("finetune", *flags, "--epochs", 2)[0] == 0
+    assert kept.read_bytes() == trained["LSTM"].read_bytes()
+    assert script("finetune", "--resume", path, "--epochs", 3, "--keep")[0] == 0
+    assert kept.read_bytes() == trained["LSTM"].read_bytes()
+
+
+@pytest.mark.parametrize("stopped_in", [3, 60])
+def test_finetune_resumes_exactly(stopped_in, script, corpus_dir, trained, tmp_path, monkeypatch):
+    whole, path = tmp_path / "whole", tmp_path / "m.pt"
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--epochs", 3, "--max-batches", 30]
+    for file in (whole, path):
+        shutil.copy(trained["QRNN"], file)
+    assert script("finetune", *flags, "--save", whole)[0] == 0
+    draw, drawn = engine.draw_seq_len, []
+
+    def stop(*args):
+        drawn.append(1)
+        if len(drawn) == stopped_in:
+            signal.raise_signal(signal.SIGTERM)
+        return draw(*args)
+
+    monkeypatch.setattr(engine, "draw_seq_len", stop)
+    status, _, err = script("finetune", *flags, "--save", path)
+    assert status == 128 + signal.SIGTERM
+    assert "--resume" in err
+    status, _, err = script("finetune", "--resume", path, "--max-batches", 30)
+    assert (status, err) == (0, "")
+    assert_same_weights(whole, path)
+    first, second = (checkpoint.load(file).training for file in (whole, path))
+    assert first["valid_losses"] == second["valid_losses"]
+    for name in first["model"]:
+        assert torch.equal(first["model"][name], second["model"][name])
+
+
+def test_numbers_that_go_wrong_leave_the_last_good_model(script, corpus_dir, tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    train(script, corpus_dir, path, "--epochs", 1)
+    old = path.read_bytes()
+    forward, calls = engine.TrainingLoss.forward, []
+
+    def wrong(self, *args):
+        calls.append(1)
+        loss, raw_loss, hidden = forward(self, *args)
+        scale = math.nan if len(calls) > 3 else 1
+        return loss * scale, raw_loss * scale, hidden
+
+    monkeypatch.setattr(engine.TrainingLoss, "forward", wrong)
+    # At a log point, at a write, and at the end of the epoch.
+    for flags in (["--log-interval", 5], ["--save-every", 0], ["--max-batches", 20]):
+        calls.clear()
+        if "--save-every" in flags:
+            calls.extend([1] * 3)
+        status, _, err = script("main", "--resume", path, "--epochs", 3, *flags)
+        assert status == 1
+        assert re.search(r"became nan by batch \d+ at the rate 5 .*gradient norm", err)
+        assert path.read_bytes() == old
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("not enough memory: 9")]
+)
+def test_out_of_memory_names_the_flag(error, script, corpus_dir, trained, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(engine, "train_epoch", fail)
+    status, _, err = script("main", "--data", corpus_dir, *TINY, "--save", tmp_path / "m.pt")
+    assert status == 1
+    assert "lower --batch_size, --bptt or --max-seq-len" in err
+    monkeypatch.setattr("pointer.evaluate", fail)
+    status, _, err = script("pointer", "--data", corpus_dir, "--save", trained["LSTM"])
+    assert status == 1
+    assert "lower --bptt" in err
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Files cannot grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("case", ["main", "when", "finetune", "keep", "generate"])
+def test_a_full_disk(case, script, corpus_dir, trained, tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    shutil.copy(trained["LSTM"], path)
+    (tmp_path / "text").write_text("old")
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--max-batches", 3, "--epochs", 1]
+    flags += ["--save", path]
+    name, argv = {
+        "main": ("main", flags),
+        "when": ("main", [*flags, "--when", 1]),
+        "finetune": ("finetune", flags),
+        "keep": ("finetune", [*flags, "--keep"]),
+        "generate": ("generate", ["--checkpoint", path, "--outf", tmp_path / "text"]),
+    }[case]
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    # To a pipe or file of its own pytest could not write either.
+    with full_disk(1000):
+        status, _, err = script(name, *argv)
+    assert status == 1
+    assert len(err.splitlines()) == 1
+    assert "cannot write" in err
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 @pytest.fixture
-def bad_folder(tmp_path, monkeypatch, corpus_dir, trained):
+def bad_folder(tmp_path, monkeypatch, corpus_dir, trained, middle_of_an_epoch):
     """A folder with a good corpus and model, and bad ones of several kinds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -365,6 +602,7 @@ def bad_folder(tmp_path, monkeypatch, corpus_dir, trained):
         "short": {"train": "w1 w2\n"},
         "short-valid": {"valid": "w1 w2\n"},
         "other": {"train": texts["train"] + "zebra\n"},
+        "shuffled": {"train": texts["train"] + "w1 w2\n"},
     }
     for kind, changes in kinds.items():
         (tmp_path / kind).mkdir()
@@ -376,8 +614,10 @@ def bad_folder(tmp_path, monkeypatch, corpus_dir, trained):
     (tmp_path / "truncated.pt").write_bytes(trained["LSTM"].read_bytes()[:-500])
     torch.save({"state_dict": {}}, "other.pt")
     finetuned = checkpoint.load("model.pt")
-    finetuned.stage = "finetune.py"
+    finetuned.stage = finetuned.training["stage"] = "finetune.py"
     checkpoint.save("finetuned.pt", finetuned)
+    torch.save({"format": "awd-lstm-lm", "version": 1, "model": Bomb()}, "bomb.pt")
+    shutil.copy(middle_of_an_epoch, "middle.pt")
     return tmp_path
 
 

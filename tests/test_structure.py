@@ -24,6 +24,8 @@ FLOORS = {
     "model": 1,
     "options": 2,
     "nt_asgd": 0,
+    "parallel": 0,
+    "safekeeping": 0,
     "continuous_cache": 0,
     "data": 0,
     "plotting": 0,

@@ -1,0 +1,155 @@
+"""Several processes that train one model, each on its share of a batch's columns.
+
+Started by torchrun, which tells each process its rank. PyTorch's DistributedDataParallel averages
+the gradients; here is what a language model needs beside it: who has which columns, sums of losses,
+agreement on when to save and stop, and a plain end when another process dies.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import ToolkitError
+
+
+class Ranks:
+    """This process among `world` processes; `rank` 0 writes and logs.
+
+    With a world of one every method does nothing, or returns what it is given.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank = rank
+        self.world = world
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and logs."""
+        return self.rank == 0
+
+    def span(self, columns: int) -> tuple[int, int]:
+        """This rank's columns, from the first to before the second; shares differ by one at most.
+
+        Where there are fewer columns than ranks, every rank has them all.
+        """
+        if columns < self.world:
+            return 0, columns
+        return columns * self.rank // self.world, columns * (self.rank + 1) // self.world
+
+    def own(self, source: Tensor, dim: int = 1) -> Tensor:
+        """This rank's columns of `source` (rows, columns)."""
+        if self.world == 1:
+            return source
+        start, end = self.span(source.size(dim))
+        return source.narrow(dim, start, end - start).contiguous()
+
+    def share(self, network: nn.Module) -> nn.Module:
+        """`network`, its gradients averaged over the ranks during every backward pass."""
+        if self.world == 1:
+            return network
+        return DistributedDataParallel(
+            network, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def seed_masks(self, seed: int) -> None:
+        """Give each rank random numbers of its own; the first one's stay as they are."""
+        if not self.first:
+            torch.manual_seed((seed + self.rank) % 2**63)
+
+    def total(self, value: float) -> float:
+        """The sum of every rank's `value`, the same number on each."""
+        if self.world == 1:
+            return value
+        mine = torch.tensor([value], dtype=torch.float64)
+        everyones = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(everyones, mine)
+        return float(sum(everyones))
+
+    def mean(self, value: float, weight: int) -> float:
+        """The mean of every rank's `value` by `weight`, the same number on each."""
+        if self.world == 1:
+            return value
+        return self.total(value * weight) / self.total(weight)
+
+    def largest(self, value: int) -> int:
+        """The largest of every rank's `value`."""
+        if self.world == 1:
+            return value
+        number = torch.tensor(value)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    def decided(self, choice: bool) -> bool:
+        """What the first rank chose: clocks differ, and all must do the same."""
+        return bool(self.largest(int(choice and self.first)))
+
+    def gathered(self, value: Any) -> list[Any] | None:
+        """On the first rank every rank's `value` in order, elsewhere None."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.first else None
+        dist.gather_object(value, values)
+        return values
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Within this context only the first rank prints, and a dead rank is a ToolkitError."""
+        if self.world == 1:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            if not self.first:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            try:
+                yield
+            except RuntimeError as error:
+                # Gloo raises plain RuntimeErrors, NCCL a kind of it.
+                if not isinstance(error, dist.DistError) and not re.search(
+                    "gloo|NCCL|[Cc]onnection", str(error)
+                ):
+                    raise
+                raise ToolkitError(
+                    f"rank {self.rank} lost touch with another rank, which has died or was "
+                    "stopped: go on from the last saved state with --resume"
+                ) from error
+            # Only after a good end: with a peer gone this could wait for it.
+            dist.destroy_process_group()
+
+
+def join(device: torch.device) -> Ranks:
+    """Meet the other processes that torchrun started, if it started any, each with its own GPU.
+
+    Raises ToolkitError if this machine has fewer GPUs than processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ToolkitError(
+                f"there are more processes than the {torch.cuda.device_count()} GPUs of this "
+                "machine: lower --nproc-per-node"
+            )
+        torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+    return Ranks(dist.get_rank(), world)
+
+
+def check_columns(ranks: Ranks, batch_size: int) -> None:
+    """Raise ToolkitError if there is not a column of the batch for every rank."""
+    if batch_size < ranks.world:
+        raise ToolkitError(
+            f"--batch_size {batch_size} is less than the {ranks.world} processes that share its "
+            "columns: raise it or lower --nproc-per-node"
+        )

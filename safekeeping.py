@@ -1,0 +1,96 @@
+"""When a run writes what it would go on from, and how signals ask it to end."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(Exception):
+    """Raised where a signal is obeyed; `signum` says which. Its text is one sentence."""
+
+    def __init__(self, signum: int, text: str = "") -> None:
+        super().__init__(text or f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class StopRequests:
+    """Within this context SIGINT, SIGTERM and SIGHUP ask a run to end and do not break into it.
+
+    The handlers only note the signal, so that nothing is left half done; `check` obeys it. A second
+    SIGINT does break in, as KeyboardInterrupt. A signal that is ignored, as under nohup, stays so.
+    `agree` makes one signal of the one noted here and those of other processes; 0 is none.
+    """
+
+    def __init__(self, agree: Callable[[int], int] = lambda signum: signum) -> None:
+        self._agree = agree
+        self._noted = 0
+        self._interrupts = 0
+        self._ending = False
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequests":
+        # Python lets only the main thread handle signals.
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._old[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+        self._old.clear()
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come since the last one that was obeyed."""
+        signum = self._agree(self._noted)
+        if signum:
+            self._noted = 0
+            self._ending = True
+            raise Stopped(signum)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+            if self._ending:
+                # The one that other processes have obeyed already, come late to this one.
+                return
+        self._noted = signum
+
+
+class SaveClock:
+    """Says when the state of a run is to be written; `clock` gives seconds.
+
+    Within an epoch every `every` seconds. At an epoch's end sooner, if the time since the last
+    write is at least 49 times what that write took: short epochs then spend at most a fiftieth of
+    the time on writing. The first epoch's end is always worth a write.
+    """
+
+    def __init__(self, every: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every = every
+        self._clock = clock
+        self._last = clock()
+        self._took: float | None = None
+
+    def due(self) -> bool:
+        """Whether it is time for a write, wherever the run stands."""
+        return self._clock() - self._last >= self._every
+
+    def due_at_epoch_end(self) -> bool:
+        """Whether an epoch's end is to be written."""
+        return self._took is None or self.due() or self._clock() - self._last >= 49 * self._took
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """To be held during a write, to measure it."""
+        start = self._clock()
+        yield
+        self._last = self._clock()
+        self._took = self._last - start

@@ -1,0 +1,130 @@
+"""Kill main.py at random moments and resume it, again and again; called by test_survival.py.
+
+    python tests/killed.py CORPUS FOLDER CELL KILLS
+
+Children are forked after the imports, so that fifty starts do not cost fifty imports of PyTorch.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+from conftest import TINY
+
+import checkpoint
+import main
+import nt_asgd
+
+
+def switch_after_two_epochs(self, loss):
+    """Averaging starts after the second epoch, whatever the losses."""
+    self.losses.append(loss)
+    return len(self.losses) == 2
+
+
+def start(argv):
+    """Run main.py in a child of its own; return its process number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    status = 1
+    try:
+        main.main([str(arg) for arg in argv])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def inode(path):
+    """Which file stands at `path`: another after every save."""
+    return path.stat().st_ino if path.exists() else None
+
+
+def ended(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def flat(value, name=""):
+    """Every tensor and number of a training state by its place."""
+    if isinstance(value, dict):
+        for key in value:
+            yield from flat(value[key], f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, part in enumerate(value):
+            yield from flat(part, f"{name}.{i}")
+    else:
+        yield name, value
+
+
+def assert_same(path, other):
+    first, second = checkpoint.load(path), checkpoint.load(other)
+    assert (first.epoch, first.valid_loss) == (second.epoch, second.valid_loss)
+    for field in ("model", "criterion", "training"):
+        ours, theirs = (dict(flat(getattr(file, field))) for file in (first, second))
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if name.startswith(".args"):
+                continue
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+            assert same(value, theirs[name]), name
+
+
+def survive(corpus, folder, cell, kills):
+    """Train once undisturbed, then with `kills` kills in all; every run must end the same."""
+    torch.set_num_threads(1)
+    nt_asgd.NonMonotonicTrigger.update = switch_after_two_epochs
+    folder = Path(folder)
+    few = ["--max-batches", 12, "--save-every", 0]
+    flags = ["--data", corpus, *TINY, "--model", cell, "--lr", 5, "--epochs", 5, "--when", 2, 4]
+    began = time.monotonic()
+    assert os.waitpid(start([*flags, *few, "--save", folder / "whole"]), 0)[1] == 0
+    seconds = time.monotonic() - began
+    rng = random.Random(1)
+    killed = runs = within = saving = 0
+    while killed < kills:
+        runs += 1
+        path = folder / f"{runs}"
+        while True:
+            argv = ["--resume", path] if path.exists() else [*flags, "--save", path]
+            pid = start([*argv, *few])
+            if killed < kills:
+                before = inode(path)
+                # Some are killed while they start, most once they have begun to train and save.
+                if rng.random() < 0.8:
+                    while inode(path) == before and not ended(pid):
+                        time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.3 * seconds))
+                os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+            if status == 0:
+                break
+            assert os.WIFSIGNALED(status), "a child failed by itself"
+            killed += 1
+            saving += bool(list(folder.glob(f".{path.name}.*.tmp")))
+            if path.exists():
+                within += checkpoint.load(path).training["position"] is not None
+        assert_same(folder / "whole", path)
+        for epoch in (2, 4):
+            assert_same(f"{folder / 'whole'}.e{epoch}", f"{path}.e{epoch}")
+        # A killed run's temporary file goes with the next save of the same file.
+        assert len(list(folder.glob(f".{path.name}.*.tmp"))) == 0
+    assert within > kills // 4, "the kills came too early to show anything"
+    print(
+        f"{cell}: {killed} kills, {saving} of them while saving; {within} left a state within an "
+        f"epoch; {runs} runs ({seconds:.1f} s undisturbed)"
+    )
+
+
+if __name__ == "__main__":
+    survive(*sys.argv[1:4], int(sys.argv[4]))

@@ -1,0 +1,92 @@
+"""safekeeping.py: when a state is written, and how signals are noted and obeyed."""
+
+import signal
+
+import pytest
+
+from safekeeping import SaveClock, Stopped, StopRequests
+
+
+class Time:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_writes_take_at_most_a_fiftieth_of_the_time():
+    time = Time()
+    clock = SaveClock(300, time)
+    epochs = writes = 0
+    began = time.now
+    written = 0.0
+    while time.now < began + 3000:
+        time.now += 1.0
+        epochs += 1
+        if clock.due_at_epoch_end():
+            with clock.writing():
+                time.now += 0.5
+            writes += 1
+            written += 0.5
+            assert epochs > 1 or writes == 1
+    assert writes > 50
+    assert written / (time.now - began) < 0.021
+
+
+def test_within_an_epoch_by_the_clock_alone():
+    time = Time()
+    clock = SaveClock(300, time)
+    assert clock.due_at_epoch_end()
+    assert not clock.due()
+    time.now += 300
+    assert clock.due()
+    with clock.writing():
+        time.now += 50
+    assert not clock.due()
+    # Slow writes do not put it off for longer than was asked for.
+    time.now += 300
+    assert clock.due_at_epoch_end()
+
+
+def test_a_failed_write_does_not_count():
+    clock = SaveClock(300, Time())
+    with pytest.raises(OSError, match="full"), clock.writing():
+        raise OSError("full")
+    assert clock.due_at_epoch_end()
+
+
+def test_signals_are_noted_and_obeyed_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequests() as stop:
+        stop.check()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped, match="SIGTERM") as stopped:
+            stop.check()
+        assert stopped.value.signum == signal.SIGTERM
+        stop.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ignored_signal_stays_ignored():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_ranks_obey_the_same_signal():
+    with StopRequests(agree=lambda noted: max(noted, signal.SIGINT)) as stop:
+        with pytest.raises(Stopped):
+            stop.check()
+        # This process's own copy of the Ctrl-C comes late and is not a second one.
+        signal.raise_signal(signal.SIGINT)
+        assert stop._noted == 0

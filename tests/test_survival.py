@@ -1,0 +1,130 @@
+"""Runs that are killed, and runs of several processes: whole programs, as a user starts them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+
+ALIKE = (
+    "--emsize 12 --nhid 16 --nlayers 2 --batch_size 5 --bptt 10 --no-cuda --seed 7 --lr 5 "
+    "--dropout 0 --dropouth 0 --dropouti 0 --dropoute 0 --wdrop 0 --max-batches 20"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["LSTM", "QRNN"])
+def test_killed_at_random_moments(cell, corpus_dir, tmp_path):
+    command = [sys.executable, ROOT / "tests" / "killed.py", corpus_dir, tmp_path, cell, "25"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert "25 kills" in result.stdout
+
+
+def torchrun(ranks, script, *argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(ROOT / script), *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process, seconds=300):
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def assert_close(path, other, atol=1e-5):
+    first, second = checkpoint.load(path), checkpoint.load(other)
+    torch.testing.assert_close(
+        torch.tensor(first.training["valid_losses"]),
+        torch.tensor(second.training["valid_losses"]),
+        atol=atol,
+        rtol=0,
+    )
+    for name, tensor in first.training["model"].items():
+        torch.testing.assert_close(tensor, second.training["model"][name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["LSTM", "QRNN"])
+def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
+    # Five columns: the shares are uneven.
+    flags = ["--data", corpus_dir, *ALIKE, "--model", cell]
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--epochs", 3, "--log-interval", 5]
+    status, alone, err = script("main", *flags, *more, "--save", one)
+    assert (status, err) == (0, "")
+    status, out, err = finish(torchrun(2, "main.py", *flags, *more, "--save", two))
+    assert status == 0, err
+    assert_close(one, two)
+
+    def losses(text):
+        return [float(x) for x in re.findall(r"loss +(\d+\.\d\d)", text)]
+
+    # One rank logs, and it logs the loss over the columns of both.
+    assert losses(out) == pytest.approx(losses(alone), abs=0.011)
+    status, _, err = script("finetune", *flags, "--epochs", 2, "--save", one)
+    assert (status, err) == (0, "")
+    status, _, err = finish(torchrun(2, "finetune.py", *flags, "--epochs", 2, "--save", two))
+    assert status == 0, err
+    assert_close(one, two)
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run_which_can_be_resumed(corpus_dir, tmp_path, script):
+    flags = ["--data", corpus_dir, *ALIKE, "--model", "QRNN", "--save-every", 0]
+    path, whole = tmp_path / "m.pt", tmp_path / "whole"
+    process = torchrun(2, "main.py", *flags, "--epochs", 1000, "--save", path)
+    until(lambda: path.exists() and checkpoint.load(path).training["position"])
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    status, _, err = finish(process, seconds=60)
+    assert status != 0
+    assert "SIGKILL" in err or "lost touch" in err
+    epoch = checkpoint.load(path).training["epoch"]
+    status, _, err = finish(
+        torchrun(2, "main.py", "--resume", path, "--epochs", epoch + 1, "--max-batches", 20)
+    )
+    assert status == 0, err
+    assert script("main", *flags, "--epochs", epoch + 1, "--save", whole)[0] == 0
+    assert_close(whole, path, atol=1e-3)
+
+
+def test_two_runs_may_build_the_cache_at_once(corpus_dir, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("train", "valid", "test"):
+        (folder / f"{name}.txt").write_bytes((corpus_dir / f"{name}.txt").read_bytes() * 20)
+    code = "import data, sys; c = data.Corpus(sys.argv[1]); print(len(c.train), len(c.dictionary))"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, folder], cwd=ROOT, text=True, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert outputs[0] == outputs[1]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".corpus-cache.npz", "test.txt", "train.txt", "valid.txt",
+    ]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Make a model.pt of the weights of a model that was trained with the original toolkit.
+
+The original pickles whole objects, which only its own code can read. Export plain tensors there,
+where `MODEL.pt` is the file it saved (README.md, "Weights trained with the original"), then:
+
+    python tools/import_original.py exported.pt --data data/penn --save model.pt
+
+The architecture is read off the tensors' names and shapes, the vocabulary is that of the corpus, by
+order of first appearance, as the original numbers it.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402
+import options  # noqa: E402
+from data import Corpus  # noqa: E402
+from model import RNNModel  # noqa: E402
+from splitcross import SplitCrossEntropyLoss, default_splits  # noqa: E402
+from utils import ToolkitError  # noqa: E402
+
+GATES = {4: "LSTM", 3: "GRU"}
+
+
+def build_parser() -> options.Parser:
+    """The command line of import_original.py."""
+    parser = options.Parser([], __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("exported", help="file of tensors exported from the original")
+    options.add_data(parser, "data/penn/")
+    options.add_save(parser, "model file to write")
+    return parser
+
+
+def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state dicts of model and criterion in an exported file, as float32; nothing is run.
+
+    Raises ToolkitError if the file holds anything but named tensors.
+    """
+    if not Path(path).is_file():
+        raise ToolkitError(f"there is no file {path}: export one as the README says")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises many kinds; whichever it is, these are not plain tensors.
+        raise ToolkitError(
+            f"{path} does not hold plain tensors alone: export the state dict as the README says"
+        ) from error
+    if isinstance(content, dict) and set(content) == {"model", "criterion"}:
+        states = [content["model"], content["criterion"]]
+    else:
+        states = [content, {}]
+    for state in states:
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point()
+            for name, value in state.items()
+        ):
+            raise ToolkitError(
+                f"{path} holds something else than named weights: export the state dict as the "
+                "README says"
+            )
+    model, criterion = ({k: v.float().contiguous() for k, v in s.items()} for s in states)
+    # Some versions of the original also name the dropped copy of a weight: the raw one is trained.
+    return {name: t for name, t in model.items() if f"{name}_raw" not in model}, criterion
+
+
+def architecture(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of RNNModel but the dropouts, off names and shapes; raises KeyError if odd."""
+    plain = {name.replace(".module.", ".").removesuffix("_raw"): t for name, t in state.items()}
+    ntoken, ninp = plain["encoder.weight"].shape
+    numbers = {int(m[1]) for name in plain if (m := re.match(r"rnns\.(\d+)\.", name))}
+    if "rnns.0.linear.weight" in plain:
+        rnn_type = "QRNN"
+        nhid = plain["rnns.0.linear.weight"].size(0) // 3
+    else:
+        rows, nhid = plain["rnns.0.weight_hh_l0"].shape
+        rnn_type = GATES[rows // nhid]
+    return {
+        "rnn_type": rnn_type,
+        "ntoken": ntoken,
+        "ninp": ninp,
+        "nhid": nhid,
+        "nlayers": len(numbers),
+        "tie_weights": torch.equal(plain["encoder.weight"], plain["decoder.weight"]),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Import; raises ToolkitError for what the user can mend."""
+    args = options.parse(build_parser, argv)
+    state, criterion_state = read(args.exported)
+    checkpoint.check_writable(args.save)
+    corpus = Corpus(args.data)
+    words = len(corpus.dictionary)
+    try:
+        config = architecture(state)
+        if config["ntoken"] != words:
+            raise ToolkitError(
+                f"{args.exported} has {config['ntoken']} words and the corpus {args.data} {words}: "
+                "bring the corpus it was trained on"
+            )
+        # The default dropouts of main.py; finetune.py takes others.
+        wdrop = 0.5 if any(name.endswith("_raw") for name in state) else 0.0
+        model = RNNModel(**config, dropout=0.4, dropouth=0.3, dropouti=0.65, wdrop=wdrop)
+        splits = default_splits(words) if criterion_state else []
+        criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
+        checkpoint.load_state(model, state)
+        checkpoint.load_state(criterion, criterion_state)
+    except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ToolkitError(
+            f"the weights in {args.exported} are not those of a model of the original "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}): export it again"
+        ) from error
+    if not criterion_state and default_splits(words):
+        print("Without the criterion's state the softmax is not split", file=sys.stderr)
+    checkpoint.save(
+        args.save,
+        checkpoint.Checkpoint(
+            config=checkpoint.config_of(model, criterion),
+            model=checkpoint.snapshot(model),
+            criterion=checkpoint.snapshot(criterion),
+            vocabulary=checkpoint.vocabulary_of(corpus.dictionary),
+            args={},
+            stage="import_original.py",
+            epoch=0,
+            valid_loss=math.inf,
+        ),
+    )
+    # Reads what was written, which checks it.
+    config = checkpoint.load(args.save).config
+    print(
+        f"{args.save}: {config['rnn_type']}, {config['nlayers']} layers, emsize {config['ninp']}, "
+        f"nhid {config['nhid']}, {words} words, {'tied' if config['tie_weights'] else 'not tied'}"
+    )
+
+
+if __name__ == "__main__":
+    options.run(main)
