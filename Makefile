@@ -41,7 +41,7 @@ $(BIN)/.runtime: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(BIN)/.dev: requirements-dev.txt $(BIN)/.runtime
+$(BIN)/.dev: requirements-dev.txt requirements-plot.txt $(BIN)/.runtime
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+import parallel
 from model import RNN_TYPES
 from safekeeping import Stopped
 from utils import ToolkitError, keep_memory
@@ -215,15 +216,15 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except ToolkitError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        sys.exit(1)
+        parallel.leave(1)
     except Stopped as stopped:
         # The terminal may be what has gone; the status still says it.
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{Path(sys.argv[0]).name}: {stopped}\n")
-        sys.exit(128 + stopped.signum)
+        parallel.leave(128 + stopped.signum)
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+        parallel.leave(130)
+    parallel.leave(0)
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,8 +8,9 @@ agreement on when to save and stop, and a plain end when another process dies.
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -54,9 +55,7 @@ class Ranks:
         """`network`, its gradients averaged over the ranks during every backward pass."""
         if self.world == 1:
             return network
-        return DistributedDataParallel(
-            network, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def seed_masks(self, seed: int) -> None:
         """Give each rank random numbers of its own; the first one's stay as they are."""
@@ -120,8 +119,8 @@ class Ranks:
                     f"rank {self.rank} lost touch with another rank, which has died or was "
                     "stopped: go on from the last saved state with --resume"
                 ) from error
-            # Only after a good end: with a peer gone this could wait for it.
-            dist.destroy_process_group()
+            # None ends while another still listens to it.
+            dist.barrier()
 
 
 def join(device: torch.device) -> Ranks:
@@ -144,6 +143,22 @@ def join(device: torch.device) -> Ranks:
     else:
         dist.init_process_group("gloo")
     return Ranks(dist.get_rank(), world)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with the exit status `status`, if it trains with others at once.
+
+    What PyTorch has running between processes cannot be relied on to come down by itself: as the
+    interpreter ends, threads that are still there abort the process now and then, and with a rank
+    dead it may wait for that one.
+    """
+    if dist.is_available() and dist.is_initialized():
+        # The terminal may be gone.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def check_columns(ranks: Ranks, batch_size: int) -> None:

@@ -161,7 +161,8 @@ def test_as_corpus_on_penn(cell, script, tmp_path):
     ids = ids_of(path, tokens_of(text.read_text("utf-8")))
     loss = engine.evaluate(model, criterion, batchify(torch.tensor(ids), 1), 70)
     total = scored(script, path, text, "--as-corpus")[-1]
-    assert total["ppl"] == pytest.approx(math.exp(loss), abs=1e-4)
+    # 1e-4 at a perplexity of 250; this model is far worse, and float32 is no finer than that.
+    assert total["ppl"] == pytest.approx(math.exp(loss), rel=4e-7)
 
 
 @pytest.fixture

@@ -110,6 +110,29 @@ def test_a_rank_that_dies_ends_the_run_which_can_be_resumed(corpus_dir, tmp_path
     assert_close(whole, path, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_two_ranks_stop_together_and_go_on_exactly(corpus_dir, tmp_path):
+    # With dropout, whose masks go on from each rank's own random state.
+    flags = ["--data", corpus_dir, *ALIKE, "--model", "QRNN", "--dropouti", 0.3, "--wdrop", 0.2]
+    path, whole = tmp_path / "m.pt", tmp_path / "whole"
+    process = torchrun(2, "main.py", *flags, "--epochs", 1000, "--save-every", 0, "--save", path)
+    until(lambda: path.exists() and checkpoint.load(path).training["epoch"] > 0)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process, seconds=60)
+    assert status != 0
+    assert "stopped by SIGTERM; --resume" in err
+    state = checkpoint.load(path).training
+    epochs = state["epoch"] + 1
+    more = ["--max-batches", 20, "--epochs", epochs]
+    status, _, err = finish(torchrun(2, "main.py", "--resume", path, *more))
+    assert status == 0, err
+    flags += ["--epochs", epochs, "--save", whole]
+    status, _, err = finish(torchrun(2, "main.py", *flags))
+    assert status == 0, err
+    for name, tensor in checkpoint.load(whole).training["model"].items():
+        assert torch.equal(tensor, checkpoint.load(path).training["model"][name]), name
+
+
 def test_two_runs_may_build_the_cache_at_once(corpus_dir, tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
