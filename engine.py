@@ -150,6 +150,7 @@ def train_epoch(
     max_batches: int | None = None,
     log_interval: int = 200,
     log: Callable[[str], None] = lambda line: None,
+    report: Callable[..., None] = lambda **numbers: None,
     position: Position | None = None,
     after_batch: Callable[[Position], None] = _nothing,
     network: nn.Module | None = None,
@@ -160,7 +161,8 @@ def train_epoch(
 
     The optimiser's rate is scaled by `seq_len / bptt` for each batch. The gradient over all of the
     optimiser's parameters is clipped to the norm `clip`, unless that is 0. `log` is given the
-    classic line every `log_interval` batches. `max_batches` stops early.
+    classic line every `log_interval` batches, and `report` its numbers by name: `row` and `batch`
+    within the epoch, `lr`, `loss`, `tokens_per_second`, `grad_norm`. `max_batches` stops early.
 
     `position` is where to go on within the epoch; it is kept up to date, and `after_batch` is given
     it after every batch. Among several `ranks`, `source` is this rank's columns, `share` their part
@@ -179,7 +181,7 @@ def train_epoch(
     at.total = torch.as_tensor(at.total, dtype=torch.float64, device=source.device)
     at.interval = torch.as_tensor(at.interval, dtype=torch.float64, device=source.device)
     start = time.perf_counter()
-    timed_from = at.batches
+    timed_from, timed_row = at.batches, at.row
     # The last batch has at least two rows of inputs, so that TAR is defined.
     while at.row < source.size(0) - 2 and (max_batches is None or at.batches < max_batches):
         seq_len = draw_seq_len(rng, bptt, max_seq_len)
@@ -206,9 +208,17 @@ def train_epoch(
             lr = optimizer.param_groups[0]["lr"]
             ms = elapsed * 1000 / (at.batches - timed_from)
             log(batch_line(epoch, at.batches, batches, lr, ms, mean))
+            report(
+                row=at.row,
+                batch=at.batches,
+                lr=lr,
+                loss=mean,
+                tokens_per_second=(at.row - timed_row) * source.size(1) / share / elapsed,
+                grad_norm=float(at.norm),
+            )
             at.interval.zero_()
             start = time.perf_counter()
-            timed_from = at.batches
+            timed_from, timed_row = at.batches, at.row
         after_batch(at)
     mean = ranks.total(at.total.item()) / at.row
     _check_finite(mean, at, optimizer)

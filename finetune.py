@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import signal
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 
 import checkpoint
 import engine
+import metrics
 import options
 import parallel
 from checkpoint import Checkpoint
@@ -46,6 +48,7 @@ def build_parser() -> options.Parser:
     )
     options.add_training(parser)
     options.add_safety(parser)
+    options.add_logdir(parser)
     parser.add_argument(
         "--keep",
         action="store_true",
@@ -83,8 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = select_device(args.cuda)
     checkpoint.check_writable(args.save)
     ranks = parallel.join(device)
-    with ranks.together(), StopRequests(ranks.largest) as stop:
-        train(args, start_from, device, ranks, stop)
+    with (
+        ranks.together(),
+        StopRequests(ranks.largest) as stop,
+        metrics.writer(
+            args.logdir, flags=options.plain(args), device=str(device), first=ranks.first
+        ) as log,
+    ):
+        if log.no_events:
+            print(log.no_events)
+        train(args, start_from, device, ranks, stop, log)
 
 
 def train(
@@ -93,6 +104,7 @@ def train(
     device: torch.device,
     ranks: parallel.Ranks,
     stop: StopRequests,
+    log: metrics.MetricsWriter | metrics.NoMetrics,
 ) -> None:
     """Everything after the command line: what is trained, the epochs, the test score."""
     parallel.check_columns(ranks, args.batch_size)
@@ -156,6 +168,13 @@ def train(
                     to_keep = False
                 checkpoint.save(args.save, dataclasses.replace(best, training=state))
 
+    def step(epoch: int, row: int) -> int:
+        """How far the run has come, in rows of the corpus."""
+        return (epoch - 1) * train_data.size(0) + row
+
+    def report(epoch: int, row: int, **numbers: float) -> None:
+        log.write("batch", step=step(epoch, row), epoch=epoch, **numbers)
+
     def after_batch(_: engine.Position) -> None:
         stop.check()
         if ranks.decided(clock.due()):
@@ -182,6 +201,7 @@ def train(
                 max_batches=args.max_batches,
                 log_interval=args.log_interval,
                 log=print,
+                report=functools.partial(report, epoch),
                 position=position,
                 after_batch=after_batch,
                 network=network,
@@ -195,7 +215,15 @@ def train(
                 )
                 check_valid_loss(valid_loss, epoch, args.lr)
                 print("-" * 89)
-                print(epoch_line(epoch, time.time() - start, valid_loss))
+                seconds = time.time() - start
+                log.write(
+                    "epoch",
+                    step=step(epoch + 1, 0),
+                    epoch=epoch,
+                    time=seconds,
+                    valid_loss=valid_loss,
+                )
+                print(epoch_line(epoch, seconds, valid_loss))
                 print("-" * 89)
                 done = trigger.update(valid_loss)
                 # Short epochs are not all worth the time of a write; the last one is.
@@ -235,6 +263,7 @@ def train(
     )
     print("=" * 89)
     print(end_line("training", "test", test_loss))
+    log.write("test", step=step(finished + 1, 0), test_loss=test_loss)
     print("=" * 89)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -12,6 +13,7 @@ import torch
 
 import checkpoint
 import engine
+import metrics
 import options
 import parallel
 from checkpoint import Checkpoint
@@ -21,6 +23,7 @@ from nt_asgd import NTASGD, NonMonotonicTrigger
 from safekeeping import SaveClock, Stopped, StopRequests
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
+    ToolkitError,
     batchify,
     check_length,
     check_valid_loss,
@@ -57,6 +60,13 @@ def build_parser() -> options.Parser:
         help="after these epochs save a copy as SAVE.eE and divide the learning rate by 10",
     )
     options.add_safety(parser)
+    options.add_logdir(parser)
+    parser.group("files").add_argument(
+        "--init",
+        default="",
+        metavar="FILE",
+        help="model file to start a new run from: its weights, architecture and vocabulary",
+    )
     options.add_regularisers(parser)
     options.add_seed(parser)
     options.add_device(parser)
@@ -68,7 +78,14 @@ def build_parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; raises ToolkitError for what the user can mend."""
     args = options.parse(build_parser, argv)
-    resumed = None
+    resumed = initial = None
+    if args.init:
+        if args.resume:
+            raise ToolkitError(
+                "--init starts a new run and --resume goes on with an old one: give one of the two"
+            )
+        initial = checkpoint.load(args.init)
+        options.check_architecture(args, initial.config, args.init)
     if args.resume:
         resumed = checkpoint.load_to_resume(args.resume, "main.py")
         options.check_architecture(args, resumed.config, args.resume)
@@ -84,21 +101,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = select_device(args.cuda)
     checkpoint.check_writable(args.save)
     ranks = parallel.join(device)
-    with ranks.together(), StopRequests(ranks.largest) as stop:
-        train(args, resumed, device, ranks, stop)
+    with (
+        ranks.together(),
+        StopRequests(ranks.largest) as stop,
+        metrics.writer(
+            args.logdir, flags=options.plain(args), device=str(device), first=ranks.first
+        ) as log,
+    ):
+        if log.no_events:
+            print(log.no_events)
+        train(args, resumed, initial, device, ranks, stop, log)
 
 
 def train(
     args: argparse.Namespace,
     resumed: Checkpoint | None,
+    initial: Checkpoint | None,
     device: torch.device,
     ranks: parallel.Ranks,
     stop: StopRequests,
+    log: metrics.MetricsWriter | metrics.NoMetrics,
 ) -> None:
     """Everything after the command line: what is trained, the epochs, the test score."""
     rng = seed_everything(args.seed)
     parallel.check_columns(ranks, args.batch_size)
-    if resumed is None:
+    if initial is not None:
+        corpus = Corpus(args.data, initial.dictionary)
+        rates = {name: getattr(args, name) for name in options.DROPOUTS}
+        model, criterion = checkpoint.rebuild(initial, device, **rates)
+    elif resumed is None:
         corpus = Corpus(args.data)
         splits = default_splits(len(corpus.dictionary))
         if splits:
@@ -180,6 +211,13 @@ def train(
                 kept = file_of(0, math.inf) if best is None else best
                 checkpoint.save(args.save, dataclasses.replace(kept, training=state))
 
+    def step(epoch: int, row: int) -> int:
+        """How far the run has come, in rows of the corpus."""
+        return (epoch - 1) * train_data.size(0) + row
+
+    def report(epoch: int, row: int, **numbers: float) -> None:
+        log.write("batch", step=step(epoch, row), epoch=epoch, **numbers)
+
     def after_batch(_: engine.Position) -> None:
         stop.check()
         if ranks.decided(clock.due()):
@@ -204,6 +242,7 @@ def train(
                 max_batches=args.max_batches,
                 log_interval=args.log_interval,
                 log=print,
+                report=functools.partial(report, epoch),
                 position=position,
                 after_batch=after_batch,
                 network=network,
@@ -218,8 +257,16 @@ def train(
                 )
                 check_valid_loss(valid_loss, epoch, optimizer.param_groups[0]["lr"])
                 print("-" * 89)
-                print(epoch_line(epoch, time.time() - start, valid_loss))
+                seconds = time.time() - start
+                print(epoch_line(epoch, seconds, valid_loss))
                 print("-" * 89)
+                log.write(
+                    "epoch",
+                    step=step(epoch + 1, 0),
+                    epoch=epoch,
+                    time=seconds,
+                    valid_loss=valid_loss,
+                )
                 # Short epochs are not all worth the time of a write; the last one is.
                 saving = epoch == args.epochs or ranks.decided(clock.due_at_epoch_end())
                 if best is None or valid_loss < best.valid_loss:
@@ -236,6 +283,7 @@ def train(
                     group["lr"] /= 10
             if args.optimizer == "sgd" and not averaging and trigger.update(valid_loss):
                 print("Switching to averaged SGD")
+                log.write("switch", step=step(epoch + 1, 0), epoch=epoch)
                 optimizer.start_averaging()
             finished, position = epoch, None
             if saving:
@@ -253,6 +301,7 @@ def train(
     )
     print("=" * 89)
     print(end_line("training", "test", test_loss))
+    log.write("test", step=step(finished + 1, 0), test_loss=test_loss)
     print("=" * 89)
 
 

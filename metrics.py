@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -96,7 +97,7 @@ class MetricsWriter:
         )
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
-        """Append a line of `kind`; `step` counts batches over the whole run.
+        """Append a line of `kind`; `step` counts rows of the corpus in columns.
 
         To `loss` the perplexity `ppl` and bits a token `bpc` are added, to `valid_loss` `valid_ppl`
         and `valid_bpc`, and so on. Raises ValueError for an unknown kind.
@@ -141,6 +142,30 @@ class MetricsWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class NoMetrics:
+    """In the place of a MetricsWriter where nothing is to be written."""
+
+    no_events = None
+
+    def write(self, kind: str, *, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing to close."""
+
+
+def writer(
+    folder: str, *, flags: Mapping[str, Any], device: str, first: bool
+) -> MetricsWriter | NoMetrics:
+    """The writer that `--logdir` asks for: none without a folder, or off the `first` process."""
+    if not folder or not first:
+        return NoMetrics()
+    return MetricsWriter(folder, command=sys.argv, flags=flags, device=device)
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

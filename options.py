@@ -584,6 +584,16 @@ def add_safety(parser: Parser) -> None:
     )
 
 
+def add_logdir(parser: Parser) -> None:
+    """--logdir."""
+    parser.group("running").add_argument(
+        "--logdir",
+        default="",
+        metavar="DIR",
+        help="also write DIR/metrics.jsonl, and TensorBoard events where that is installed",
+    )
+
+
 def add_seed(parser: Parser) -> None:
     """--seed."""
     parser.group("running").add_argument(

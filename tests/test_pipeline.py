@@ -14,6 +14,7 @@ from conftest import TINY
 
 import checkpoint
 import engine
+import metrics
 import nt_asgd
 from model import RNN_TYPES
 from safekeeping import Stopped
@@ -641,3 +642,51 @@ def test_bad_input(case, script, bad_folder):
     assert len(err.splitlines()) == 1
     assert err.startswith(("main.py", "pytest", "__main__", "python")) or "error: " in err
     assert files() == before
+
+
+@pytest.mark.usefixtures("switch_after_two_epochs")
+def test_logdir(script, corpus_dir, tmp_path):
+    path, folder = tmp_path / "m.pt", tmp_path / "logs"
+    flags = ["--logdir", folder, "--log-interval", 20]
+    out = train(script, corpus_dir, path, *flags, "--epochs", 3)
+    header, *lines = metrics.read(folder / "metrics.jsonl")
+    assert header["flags"]["lr"] == 5
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2, 3]
+    assert [line["epoch"] for line in lines if line["kind"] == "switch"] == [2]
+    # The numbers are those of the log lines.
+    for kind, name in (("batch", "loss"), ("epoch", "valid_loss"), ("test", "test_loss")):
+        shown = re.findall(rf"\| {name.replace('_', ' ')} +([\d.]+)", out)
+        written = [f"{line[name]:.2f}" for line in lines if line["kind"] == kind]
+        assert written == shown
+        assert len(written) >= 1
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps)
+    assert all(line["tokens_per_second"] > 0 for line in lines if line["kind"] == "batch")
+    # A resumed run and finetuning add to the same file.
+    assert script("main", "--resume", path, "--epochs", 4, *flags)[0] == 0
+    finetune = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path, "--epochs", 1, *flags]
+    assert script("finetune", *finetune)[0] == 0
+    more = metrics.read(folder / "metrics.jsonl")
+    assert sum("command" in line for line in more) == 3
+    assert [line["epoch"] for line in more if line.get("kind") == "epoch"] == [1, 2, 3, 4, 1]
+
+
+def test_init_starts_a_new_run_from_a_model(script, corpus_dir, trained, tmp_path):
+    path = tmp_path / "m.pt"
+    flags = ["--data", corpus_dir, "--batch_size", 4, "--bptt", 10, "--save", path, "--no-cuda"]
+    status, out, err = script(
+        "main", *flags, "--init", trained["QRNN"], "--epochs", 1, "--lr", 1e-9, "--wdrop", 0.2
+    )
+    assert (status, err) == (0, "")
+    begun, loaded = checkpoint.load(path), checkpoint.load(trained["QRNN"])
+    # At a rate of next to nothing the weights are those it began with.
+    for name, weight in loaded.model.items():
+        torch.testing.assert_close(begun.model[name], weight, atol=1e-5, rtol=1e-4)
+    assert begun.vocabulary["words"] == loaded.vocabulary["words"]
+    assert begun.config["wdrop"] == 0.2
+    assert [int(e[0]) for e in EPOCH.findall(out)] == [1]
+    status, _, err = script("main", *flags, "--init", trained["QRNN"], "--resume", path)
+    assert (status, len(err.splitlines())) == (1, 1)
+    status, _, err = script("main", *flags, "--init", trained["QRNN"], "--model", "GRU")
+    assert status == 1
+    assert "--model GRU contradicts" in err
