@@ -2,6 +2,7 @@
 
 import importlib
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def corpus_dir(tmp_path_factory):
             text.append(" ".join(line))
         (folder / f"{name}.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_in_a_terminal():
+    """Under nohup signals come ignored, and a run leaves those that are ignored alone."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
