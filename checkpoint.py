@@ -226,6 +226,20 @@ class Run:
     ranks: Ranks
 
 
+def file_of(run: Run, vocabulary: dict[str, Any], epoch: int, valid_loss: float) -> Checkpoint:
+    """A copy of the weights in use, as a model file; `valid_loss` is in nats a token."""
+    return Checkpoint(
+        config=config_of(run.model, run.criterion),
+        model=snapshot(run.model),
+        criterion=snapshot(run.criterion),
+        vocabulary=vocabulary,
+        args=run.args,
+        stage=run.stage,
+        epoch=epoch,
+        valid_loss=valid_loss,
+    )
+
+
 def training_state(
     run: Run, epoch: int, position: engine.Position | None, **more: Any
 ) -> dict[str, Any]:

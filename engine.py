@@ -10,11 +10,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data import Corpus
 from model import Hidden, RNNModel
 from parallel import Ranks
-from utils import ToolkitError, batch_line, get_batch, repackage_hidden
+from utils import (
+    ToolkitError,
+    batch_line,
+    batchify,
+    check_length,
+    get_batch,
+    repackage_hidden,
+)
 
 ALONE = Ranks()
+
+EVAL_BATCH_SIZE = 10
+TEST_BATCH_SIZE = 1
+
+
+def in_columns(
+    corpus: Corpus, batch_size: int, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train, valid and test of `corpus` in columns on `device`, of several `ranks` this one's.
+
+    Raises ToolkitError if one of them is too short for its columns.
+    """
+    train = batchify(corpus.train, batch_size)
+    valid = batchify(corpus.valid, EVAL_BATCH_SIZE)
+    test = batchify(corpus.test, TEST_BATCH_SIZE)
+    check_length(train, "train.txt", "lower --batch_size or bring a longer text")
+    check_length(valid, "valid.txt", "bring a longer text")
+    check_length(test, "test.txt", "bring a longer text")
+    train, valid, test = (ranks.own(part).to(device) for part in (train, valid, test))
+    return train, valid, test
 
 
 def draw_seq_len(rng: np.random.RandomState, bptt: int, max_seq_len: int | None = None) -> int:

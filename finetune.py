@@ -21,8 +21,6 @@ from nt_asgd import NTASGD, NonMonotonicTrigger
 from safekeeping import SaveClock, Stopped, StopRequests
 from utils import (
     ToolkitError,
-    batchify,
-    check_length,
     check_valid_loss,
     end_line,
     epoch_line,
@@ -31,9 +29,6 @@ from utils import (
     seed_everything,
     select_device,
 )
-
-EVAL_BATCH_SIZE = 10
-TEST_BATCH_SIZE = 1
 
 
 def build_parser() -> options.Parser:
@@ -111,15 +106,7 @@ def train(
     corpus = Corpus(args.data, start_from.dictionary)
     if args.resume:
         checkpoint.check_same_text(corpus.train, start_from.training, args.data, args.resume)
-    train_data = batchify(corpus.train, args.batch_size)
-    valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE)
-    test_data = batchify(corpus.test, TEST_BATCH_SIZE)
-    check_length(train_data, "train.txt", "lower --batch_size or bring a longer text")
-    check_length(valid_data, "valid.txt", "bring a longer text")
-    check_length(test_data, "test.txt", "bring a longer text")
-    train_data, valid_data, test_data = (
-        ranks.own(part).to(device) for part in (train_data, valid_data, test_data)
-    )
+    train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
     model, criterion = checkpoint.rebuild(start_from, device, **options.given_dropouts(args))
     rng = seed_everything(args.seed)
     ranks.seed_masks(args.seed)
@@ -230,16 +217,7 @@ def train(
                 saving = done or epoch == args.epochs or ranks.decided(clock.due_at_epoch_end())
                 if valid_loss < best_loss:
                     best_loss = valid_loss
-                    best = Checkpoint(
-                        config=checkpoint.config_of(model, criterion),
-                        model=checkpoint.snapshot(model),
-                        criterion=checkpoint.snapshot(criterion),
-                        vocabulary=start_from.vocabulary,
-                        args=options.plain(args),
-                        stage="finetune.py",
-                        epoch=epoch,
-                        valid_loss=valid_loss,
-                    )
+                    best = checkpoint.file_of(run, start_from.vocabulary, epoch, valid_loss)
                     print(
                         "Saving averaged model" if saving else "Averaged model to be saved", end=""
                     )

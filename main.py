@@ -24,8 +24,6 @@ from safekeeping import SaveClock, Stopped, StopRequests
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
     ToolkitError,
-    batchify,
-    check_length,
     check_valid_loss,
     end_line,
     epoch_line,
@@ -34,9 +32,6 @@ from utils import (
     seed_everything,
     select_device,
 )
-
-EVAL_BATCH_SIZE = 10
-TEST_BATCH_SIZE = 1
 
 # The default rate of 30 is SGD's; Adam diverges at it in the first batches.
 ADAM_LR = 1e-3
@@ -152,15 +147,7 @@ def train(
         corpus = Corpus(args.data, resumed.dictionary)
         checkpoint.check_same_text(corpus.train, resumed.training, args.data, args.resume)
         model, criterion = checkpoint.rebuild(resumed, device, **options.given_dropouts(args))
-    train_data = batchify(corpus.train, args.batch_size)
-    valid_data = batchify(corpus.valid, EVAL_BATCH_SIZE)
-    test_data = batchify(corpus.test, TEST_BATCH_SIZE)
-    check_length(train_data, "train.txt", "lower --batch_size or bring a longer text")
-    check_length(valid_data, "valid.txt", "bring a longer text")
-    check_length(test_data, "test.txt", "bring a longer text")
-    train_data, valid_data, test_data = (
-        ranks.own(part).to(device) for part in (train_data, valid_data, test_data)
-    )
+    train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
 
     params = [*model.parameters(), *criterion.parameters()]
     if args.optimizer == "sgd":
@@ -188,19 +175,6 @@ def train(
 
     vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
 
-    def file_of(epoch: int, valid_loss: float) -> Checkpoint:
-        """The weights in use as a model file."""
-        return Checkpoint(
-            config=checkpoint.config_of(model, criterion),
-            model=checkpoint.snapshot(model),
-            criterion=checkpoint.snapshot(criterion),
-            vocabulary=vocabulary,
-            args=options.plain(args),
-            stage="main.py",
-            epoch=epoch,
-            valid_loss=valid_loss,
-        )
-
     clock = SaveClock(args.save_every)
 
     def save() -> None:
@@ -208,7 +182,7 @@ def train(
         with clock.writing():
             state = checkpoint.training_state(run, finished, position)
             if ranks.first:
-                kept = file_of(0, math.inf) if best is None else best
+                kept = checkpoint.file_of(run, vocabulary, 0, math.inf) if best is None else best
                 checkpoint.save(args.save, dataclasses.replace(kept, training=state))
 
     def step(epoch: int, row: int) -> int:
@@ -270,13 +244,14 @@ def train(
                 # Short epochs are not all worth the time of a write; the last one is.
                 saving = epoch == args.epochs or ranks.decided(clock.due_at_epoch_end())
                 if best is None or valid_loss < best.valid_loss:
-                    best = file_of(epoch, valid_loss)
+                    best = checkpoint.file_of(run, vocabulary, epoch, valid_loss)
                     print("Saving model" if saving else "Model to be saved", end="")
                     print(" (new best validation)")
                 if epoch in args.when:
                     print("Saving model before learning rate decreased")
                     if ranks.first:
-                        checkpoint.save(f"{args.save}.e{epoch}", file_of(epoch, valid_loss))
+                        copy = checkpoint.file_of(run, vocabulary, epoch, valid_loss)
+                        checkpoint.save(f"{args.save}.e{epoch}", copy)
             if epoch in args.when:
                 print("Dividing learning rate by 10")
                 for group in optimizer.param_groups:

@@ -10,7 +10,7 @@ from torch import Tensor
 from continuous_cache import ContinuousCache
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
-from utils import get_batch, repackage_hidden
+from utils import get_batch
 
 
 class Piece(NamedTuple):
@@ -41,7 +41,7 @@ def pieces(
         if chunk == max_batches:
             break
         data, words = get_batch(source, i, bptt)
-        output, hidden, raw, _ = model(data, repackage_hidden(hidden), return_h=True)
+        output, hidden, raw, _ = model(data, hidden, return_h=True)
         logprob = criterion.target_logprob(model.decoder.weight, model.decoder.bias, output, words)
         yield Piece(raw[-1].squeeze(1), words, logprob)
     model.reset()

@@ -89,3 +89,39 @@ def pointer_losses(
             p = lambdasm * p_cache + (1 - lambdasm) * p
         losses.append(-math.log(p[words[t]]))
     return losses
+
+
+def naive_forget_mult(f, x, h0, reverse):
+    """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` (`h_{t+1}` in reverse), step by step."""
+    steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
+    h = torch.zeros_like(x[0]) if h0 is None else h0
+    result = [None] * len(x)
+    for t in steps:
+        h = f[t] * x[t] + (1 - f[t]) * h
+        result[t] = h
+    return torch.stack(result)
+
+
+def naive_qrnn(y, c0, mask, scale, gate, reverse, lengths):
+    """A layer from its linear map's output, column by column and step by step."""
+    hidden = y.size(2) // (3 if gate else 2)
+    z, f, *o = y.split(hidden, dim=2)
+    f = f.sigmoid() * (1 if mask is None else mask) * (1 if scale is None else scale)
+    h_columns, last_columns = [], []
+    for b in range(y.size(1)):
+        length = len(y) if lengths is None else int(lengths[b])
+        c = torch.zeros_like(z[0, 0]) if c0 is None else c0[b]
+        h = [torch.zeros_like(c)] * len(y)
+        for t in range(length - 1, -1, -1) if reverse else range(length):
+            c = f[t, b] * z[t, b].tanh() + (1 - f[t, b]) * c
+            h[t] = o[0][t, b].sigmoid() * c if gate else c
+        h_columns.append(torch.stack(h))
+        last_columns.append(c)
+    return torch.stack(h_columns, dim=1), torch.stack(last_columns)
+
+
+def assert_near(actual, expected, tolerance, what):
+    """Shapes equal, and no error above `tolerance` relative to 1 + |expected|."""
+    assert actual.shape == expected.shape, what
+    error = ((actual.double().cpu() - expected).abs() / (1 + expected.abs())).max().item()
+    assert error <= tolerance, f"{what}: off by {error:.2e}, more than {tolerance:.0e}"

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from references import assert_near, naive_forget_mult, naive_qrnn
 
 from qrnn import kernels
 
@@ -25,36 +26,6 @@ GRAD_TOLERANCE = {
     torch.bfloat16: 4e-2,
 }
 SHAPES = [(1, 1, 1), (7, 3, 65), (13, 2, 130), (70, 20, 155), (33, 5, 64), (700, 2, 33)]
-
-
-def naive_forget_mult(f, x, h0, reverse):
-    """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` (`h_{t+1}` in reverse), step by step."""
-    h = torch.zeros_like(x[0]) if h0 is None else h0
-    result = [None] * len(x)
-    for t in range(len(x) - 1, -1, -1) if reverse else range(len(x)):
-        h = f[t] * x[t] + (1 - f[t]) * h
-        result[t] = h
-    return torch.stack(result)
-
-
-def naive_qrnn(y, c0, mask, scale, gate, reverse, lengths):
-    """A layer from its linear map's output, step by step; columns past their length keep c."""
-    hidden = y.size(2) // (3 if gate else 2)
-    z, f, *o = y.split(hidden, dim=2)
-    f = f.sigmoid() * (1 if mask is None else mask) * (1 if scale is None else scale)
-    c = torch.zeros_like(z[0]) if c0 is None else c0
-    h = [None] * len(y)
-    for t in range(len(y) - 1, -1, -1) if reverse else range(len(y)):
-        inside = torch.ones(y.size(1), 1) if lengths is None else (lengths > t)[:, None]
-        inside = inside.to(y.dtype)
-        c = inside * (f[t] * z[t].tanh() + (1 - f[t]) * c) + (1 - inside) * c
-        h[t] = inside * (o[0][t].sigmoid() * c if gate else c)
-    return torch.stack(h), c
-
-
-def assert_near(actual, expected, tolerance, what):
-    error = ((actual.double().cpu() - expected).abs() / (1 + expected.abs())).max().item()
-    assert error <= tolerance, f"{what}: off by {error:.2e}, more than {tolerance:.0e}"
 
 
 def pair(tensor, requires_grad=True):
