@@ -175,6 +175,7 @@ def train_epoch(
     beta: float,
     rng: np.random.RandomState,
     max_seq_len: int | None = None,
+    fixed_length: bool = False,
     max_batches: int | None = None,
     log_interval: int = 200,
     log: Callable[[str], None] = lambda line: None,
@@ -191,6 +192,7 @@ def train_epoch(
     optimiser's parameters is clipped to the norm `clip`, unless that is 0. `log` is given the
     classic line every `log_interval` batches, and `report` its numbers by name: `row` and `batch`
     within the epoch, `lr`, `loss`, `tokens_per_second`, `grad_norm`. `max_batches` stops early.
+    With `fixed_length` every sequence is `bptt` long, and `rng` is not used.
 
     `position` is where to go on within the epoch; it is kept up to date, and `after_batch` is given
     it after every batch. Among several `ranks`, `source` is this rank's columns, `share` their part
@@ -212,7 +214,7 @@ def train_epoch(
     timed_from, timed_row = at.batches, at.row
     # The last batch has at least two rows of inputs, so that TAR is defined.
     while at.row < source.size(0) - 2 and (max_batches is None or at.batches < max_batches):
-        seq_len = draw_seq_len(rng, bptt, max_seq_len)
+        seq_len = bptt if fixed_length else draw_seq_len(rng, bptt, max_seq_len)
         data, targets = get_batch(source, at.row, seq_len)
         optimizer.zero_grad(set_to_none=True)
         loss, raw_loss, hidden = network(data, targets, repackage_hidden(hidden), alpha, beta)

@@ -185,6 +185,7 @@ def train(
                 beta=args.beta,
                 rng=rng,
                 max_seq_len=max_seq_len,
+                fixed_length=args.fixed_length,
                 max_batches=args.max_batches,
                 log_interval=args.log_interval,
                 log=print,

@@ -443,6 +443,11 @@ def add_training(parser: Parser) -> None:
         metavar="N",
         help="cap on the random sequence length, in tokens",
     )
+    add(
+        "--fixed-length",
+        action="store_true",
+        help="make every sequence --bptt tokens long, as in the paper's ablation",
+    )
 
 
 def add_regularisers(parser: Parser) -> None:

@@ -5,14 +5,73 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Where no gradient is needed, rows of logits are made in blocks of at most so many numbers: a long
-# evaluation chunk over a large vocabulary would otherwise need gigabytes at once.
+# Rows of logits are made in blocks of at most so many numbers: a long evaluation chunk over a large
+# vocabulary would otherwise need gigabytes at once. Still smaller ones, that stay in the cache,
+# measured no faster.
 _MAX_LOGITS = 2**24
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed softmax cross-entropy of `hiddens @ weight.t() + bias`, logits never kept.
+
+    The gradient of a softmax needs nothing but the softmax, so each block of logits is turned into
+    its own gradient in place and multiplied out at once. Three copies of all logits, which the
+    separate operations write and read, are saved. Under autocast the products are in its dtype;
+    logits and sums stay in that of `bias`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor) -> Tensor:
+        device = hiddens.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
+        need_weight, need_bias, need_hiddens, _ = ctx.needs_input_grad
+        matrix = weight.to(low)
+        total = bias.new_zeros(())
+        d_weight = torch.zeros_like(weight) if need_weight else None
+        d_bias = torch.zeros_like(bias) if need_bias else None
+        d_hiddens = torch.empty_like(hiddens) if need_hiddens else None
+        rows = max(1, _MAX_LOGITS // weight.size(0))
+        for start in range(0, len(hiddens), rows):
+            block = slice(start, start + rows)
+            inputs, target = hiddens[block].to(low), targets[block].unsqueeze(1)
+            if low == bias.dtype and device != "cpu":
+                # On the CPU this copies the bias to every row first: seven times the sum's time.
+                logits = torch.addmm(bias, inputs, matrix.t())
+            else:
+                logits = (inputs @ matrix.t()).to(bias.dtype).add_(bias)
+            top = logits.amax(dim=1, keepdim=True)
+            # Before the logits go.
+            chosen = logits.gather(1, target)
+            mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+            total += (mass.log() + top - chosen).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            d_logits = logits.div_(mass)
+            d_logits.scatter_add_(1, target, d_logits.new_full((), -1).expand_as(target))
+            if need_bias:
+                d_bias += d_logits.sum(dim=0)
+            d_logits = d_logits.to(low)
+            if need_hiddens:
+                d_hiddens[block] = d_logits @ matrix
+            if need_weight:
+                if low == weight.dtype:
+                    d_weight.addmm_(d_logits.t(), inputs)
+                else:
+                    d_weight += d_logits.t() @ inputs
+        ctx.save_for_backward(d_weight, d_bias, d_hiddens)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if d is None else d * gradient for d in ctx.saved_tensors), None
 
 
 class SplitCrossEntropyLoss(nn.Module):
@@ -45,8 +104,19 @@ class SplitCrossEntropyLoss(nn.Module):
         `weight` (ntoken, hidden_size) and `bias` (ntoken,) are the decoder's.
         """
         if self.nsplits == 1:
-            return functional.cross_entropy(functional.linear(hiddens, weight, bias), targets)
-        return -self._target_logprob(weight, bias, hiddens, targets).mean()
+            return _LinearCrossEntropy.apply(weight, bias, hiddens, targets) / len(targets)
+        bucket = self._buckets(targets)
+        head_weight, head_bias = self._head_parameters(weight, bias)
+        in_head = self._in_head(targets, bucket, len(head_bias))
+        total = _LinearCrossEntropy.apply(head_weight, head_bias, hiddens, in_head)
+        for k in range(1, self.nsplits):
+            rows = (bucket == k).nonzero().squeeze(1)
+            if len(rows):
+                words = self._words(k, len(weight))
+                total = total + _LinearCrossEntropy.apply(
+                    weight[words], bias[words], hiddens[rows], targets[rows] - self.splits[k]
+                )
+        return total / len(targets)
 
     def target_logprob(
         self, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor
@@ -77,12 +147,9 @@ class SplitCrossEntropyLoss(nn.Module):
         if self.nsplits == 1:
             logits = functional.linear(hiddens, weight, bias)
             return -functional.cross_entropy(logits, targets, reduction="none")
-        # The bucket as an integer: summing boolean masks would stop at one.
-        cuts = torch.tensor(self.splits[1:], device=targets.device)
-        bucket = torch.bucketize(targets, cuts, right=True)
+        bucket = self._buckets(targets)
         head = self._head(weight, bias, hiddens)
-        # In the head a word of tail k stands at the tombstone, k-th from the end.
-        in_head = torch.where(bucket == 0, targets, head.size(1) - bucket)
+        in_head = self._in_head(targets, bucket, head.size(1))
         result = head.gather(1, in_head.unsqueeze(1)).squeeze(1)
         for k in range(1, self.nsplits):
             rows = (bucket == k).nonzero().squeeze(1)
@@ -92,22 +159,40 @@ class SplitCrossEntropyLoss(nn.Module):
                 result = result.index_add(0, rows, tail.gather(1, local).squeeze(1))
         return result
 
+    def _buckets(self, targets: Tensor) -> Tensor:
+        """The bucket of each of `targets`, as an integer: summing boolean masks stops at one."""
+        cuts = torch.tensor(self.splits[1:], device=targets.device)
+        return torch.bucketize(targets, cuts, right=True)
+
+    @staticmethod
+    def _in_head(targets: Tensor, bucket: Tensor, size: int) -> Tensor:
+        """Where in a head of `size` each word stands; one of tail k as its tombstone."""
+        return torch.where(bucket == 0, targets, size - bucket)
+
+    def _words(self, k: int, ntoken: int) -> slice:
+        """The words of tail k."""
+        return slice(self.splits[k], self.splits[k + 1] if k + 1 < self.nsplits else ntoken)
+
+    def _head_parameters(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the head's words, then of the tombstones."""
+        if self.nsplits == 1:
+            return weight, bias
+        if self.splits[-1] >= weight.size(0):
+            raise ValueError(
+                f"the split at {self.splits[-1]} leaves no word of {weight.size(0)} in its tail"
+            )
+        # Against the two concatenations: they copy the head's rows only, not the vocabulary.
+        weight = torch.cat([weight[: self.splits[1]], self.tail_vectors])
+        return weight, torch.cat([bias[: self.splits[1]], self.tail_bias])
+
     def _head(self, weight: Tensor, bias: Tensor, hiddens: Tensor) -> Tensor:
         """`log p` of the head's words, then of the tombstones: (n, splits[0] + number of tails)."""
-        if self.nsplits > 1:
-            if self.splits[-1] >= weight.size(0):
-                raise ValueError(
-                    f"the split at {self.splits[-1]} leaves no word of {weight.size(0)} in its tail"
-                )
-            # Against the two concatenations: they copy the head's rows only, not the vocabulary.
-            weight = torch.cat([weight[: self.splits[1]], self.tail_vectors])
-            bias = torch.cat([bias[: self.splits[1]], self.tail_bias])
+        weight, bias = self._head_parameters(weight, bias)
         return functional.log_softmax(functional.linear(hiddens, weight, bias), dim=1)
 
     def _tail(self, k: int, weight: Tensor, bias: Tensor, hiddens: Tensor) -> Tensor:
         """`log p` of tail k's words within the tail: (n, size of tail k)."""
-        end = self.splits[k + 1] if k + 1 < self.nsplits else weight.size(0)
-        words = slice(self.splits[k], end)
+        words = self._words(k, len(weight))
         return functional.log_softmax(functional.linear(hiddens, weight[words], bias[words]), dim=1)
 
 
