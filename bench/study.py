@@ -1,9 +1,9 @@
 """A small-scale study on PTB: LSTM, GRU and QRNN side by side, and the LSTM's parts taken away.
 
-`python bench/study.py DATA WORK` runs what is missing of it, two runs at a time. `WORK` keeps models
-and numbers; a study that was interrupted goes on where it was. Each run is six epochs of main.py and
-two of finetune.py, which averages from its first step; "raw" is two more epochs of main.py instead,
-that is, no averaging.
+`python bench/study.py DATA WORK` runs what is missing of it, two runs at a time. `WORK` keeps the
+models and numbers; a study that was interrupted goes on where it was. Each run is six epochs of
+main.py and two of finetune.py, which averages from its first step; "raw" is two more epochs of
+main.py instead, that is, no averaging.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ABLATIONS = {
 
 @dataclass
 class Run:
-    """One model: its name, the cell, the seed, what it leaves out; `raw` to go without averaging."""
+    """One model: name, cell, seed, what it leaves out; `raw` to go on without averaging."""
 
     name: str
     cell: str
