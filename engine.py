@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from data import Corpus
 from model import Hidden, RNNModel
 from parallel import Ranks
+from training_step import TrainingStep
 from utils import (
     ToolkitError,
     batch_line,
     batchify,
     check_length,
     get_batch,
-    repackage_hidden,
 )
 
 ALONE = Ranks()
@@ -53,45 +53,6 @@ def draw_seq_len(rng: np.random.RandomState, bptt: int, max_seq_len: int | None 
     base = bptt if rng.random() < 0.95 else bptt / 2
     seq_len = max(5, int(rng.normal(base, 5)))
     return seq_len if max_seq_len is None else min(seq_len, max_seq_len)
-
-
-def regularisation(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor | float:
-    """Activation and temporal activation regularisation, arXiv 1708.02182, section 4.6.
-
-    `alpha` times the mean square of the dropped output plus `beta` times the mean square of the
-    differences between successive steps of the raw output, both (seq_len, batch, size).
-    """
-    penalty: Tensor | float = 0.0
-    if alpha:
-        penalty = penalty + alpha * dropped.pow(2).mean()
-    if beta and raw.size(0) > 1:
-        penalty = penalty + beta * (raw[1:] - raw[:-1]).pow(2).mean()
-    return penalty
-
-
-class TrainingLoss(nn.Module):
-    """Model, criterion and activation penalties as one module, whose gradients can be shared.
-
-    Every trained parameter is used within its forward, as DistributedDataParallel needs it.
-    """
-
-    def __init__(self, model: RNNModel, criterion: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.criterion = criterion
-
-    def forward(
-        self, data: Tensor, targets: Tensor, hidden: Hidden, alpha: float, beta: float
-    ) -> tuple[Tensor, Tensor, Hidden]:
-        """The loss to minimise, its raw cross-entropy (both nats a token), the new hidden state.
-
-        `data` is (seq_len, batch), `targets` (seq_len * batch,).
-        """
-        model = self.model
-        output, hidden, raw, dropped = model(data, hidden, return_h=True)
-        raw_loss = self.criterion(model.decoder.weight, model.decoder.bias, output, targets)
-        loss = raw_loss + regularisation(raw[-1], dropped[-1], alpha, beta)
-        return loss, raw_loss.detach(), hidden
 
 
 @dataclass
@@ -163,16 +124,9 @@ def _nothing(position: Position) -> None:
 
 
 def train_epoch(
-    model: RNNModel,
-    criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    source: Tensor,
+    step: TrainingStep,
     *,
     epoch: int,
-    bptt: int,
-    clip: float,
-    alpha: float,
-    beta: float,
     rng: np.random.RandomState,
     max_seq_len: int | None = None,
     fixed_length: bool = False,
@@ -182,55 +136,36 @@ def train_epoch(
     report: Callable[..., None] = lambda **numbers: None,
     position: Position | None = None,
     after_batch: Callable[[Position], None] = _nothing,
-    network: nn.Module | None = None,
-    ranks: Ranks = ALONE,
-    share: float = 1.0,
 ) -> float:
-    """Train one pass over `source` (rows, bsz); return the mean raw cross-entropy, nats a token.
+    """Train one pass over the text of `step`; return the mean raw cross-entropy, nats a token.
 
-    The optimiser's rate is scaled by `seq_len / bptt` for each batch. The gradient over all of the
-    optimiser's parameters is clipped to the norm `clip`, unless that is 0. `log` is given the
-    classic line every `log_interval` batches, and `report` its numbers by name: `row` and `batch`
-    within the epoch, `lr`, `loss`, `tokens_per_second`, `grad_norm`. `max_batches` stops early.
-    With `fixed_length` every sequence is `bptt` long, and `rng` is not used.
+    `log` is given the classic line every `log_interval` batches, and `report` its numbers by name:
+    `row` and `batch` within the epoch, `lr`, `loss`, `tokens_per_second`, `grad_norm`.
+    `max_batches` stops early. With `fixed_length` every sequence is the step's `bptt` long, and
+    `rng` is not used.
 
     `position` is where to go on within the epoch; it is kept up to date, and `after_batch` is given
-    it after every batch. Among several `ranks`, `source` is this rank's columns, `share` their part
-    of the batch, and `network` the TrainingLoss of `model` and `criterion` that averages gradients.
+    it after every batch.
 
     Raises ToolkitError when the loss is no longer a number.
     """
-    model.train()
-    model.reset()
-    network = TrainingLoss(model, criterion) if network is None else network.train()
     at = Position() if position is None else position
-    hidden = model.init_hidden(source.size(1)) if at.hidden is None else at.hidden
-    _set_kept(model, at.kept)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    batches = max(1, (source.size(0) - 1) // bptt) if max_batches is None else max_batches
-    at.total = torch.as_tensor(at.total, dtype=torch.float64, device=source.device)
-    at.interval = torch.as_tensor(at.interval, dtype=torch.float64, device=source.device)
+    ranks, optimizer, length = step.ranks, step.optimizer, step.source.size(0)
+    step.begin(at.hidden, at.kept)
+    step.total.fill_(at.total)
+    step.interval.fill_(at.interval)
+    at.hidden, at.kept = step.hidden, step.kept
+    at.total, at.interval, at.norm = step.total, step.interval, step.norm
+    batches = max(1, (length - 1) // step.bptt) if max_batches is None else max_batches
     start = time.perf_counter()
     timed_from, timed_row = at.batches, at.row
     # The last batch has at least two rows of inputs, so that TAR is defined.
-    while at.row < source.size(0) - 2 and (max_batches is None or at.batches < max_batches):
-        seq_len = bptt if fixed_length else draw_seq_len(rng, bptt, max_seq_len)
-        data, targets = get_batch(source, at.row, seq_len)
-        optimizer.zero_grad(set_to_none=True)
-        loss, raw_loss, hidden = network(data, targets, repackage_hidden(hidden), alpha, beta)
-        # The ranks' gradients are averaged, so a share of 1 / world needs no weight.
-        (loss * (share * ranks.world) if ranks.world > 1 else loss).backward()
-        if clip:
-            at.norm = nn.utils.clip_grad_norm_(params, clip)
-        _step_at_rate(optimizer, seq_len / bptt)
-
-        raw_loss = raw_loss.double() * share
-        at.interval += raw_loss
-        at.total += raw_loss * len(data)
-        at.row += len(data)
+    while at.row < length - 2 and (max_batches is None or at.batches < max_batches):
+        seq_len = step.bptt if fixed_length else draw_seq_len(rng, step.bptt, max_seq_len)
+        rows = min(seq_len, length - 1 - at.row)
+        step.run(at.row, rows, seq_len)
+        at.row += rows
         at.batches += 1
-        at.hidden = hidden
-        at.kept = _kept(model)
         if at.batches % log_interval == 0:
             mean = ranks.total(at.interval.item()) / log_interval
             _check_finite(mean, at, optimizer)
@@ -238,12 +173,13 @@ def train_epoch(
             lr = optimizer.param_groups[0]["lr"]
             ms = elapsed * 1000 / (at.batches - timed_from)
             log(batch_line(epoch, at.batches, batches, lr, ms, mean))
+            columns = step.source.size(1) / step.share
             report(
                 row=at.row,
                 batch=at.batches,
                 lr=lr,
                 loss=mean,
-                tokens_per_second=(at.row - timed_row) * source.size(1) / share / elapsed,
+                tokens_per_second=(at.row - timed_row) * columns / elapsed,
                 grad_norm=float(at.norm),
             )
             at.interval.zero_()
@@ -295,26 +231,6 @@ def evaluate(
     # What the QRNN kept was made in inference mode and must not reach training.
     model.reset()
     return ranks.mean(total.item() / rows, weight=source.size(1))
-
-
-def _kept(model: RNNModel) -> list[Tensor | None]:
-    """What each layer of a QRNN keeps of its last inputs; nothing for other cells."""
-    return [layer.prevX for layer in model.rnns] if model.rnn_type == "QRNN" else []
-
-
-def _set_kept(model: RNNModel, kept: Sequence[Tensor | None]) -> None:
-    for layer, inputs in zip(model.rnns, kept, strict=False):
-        layer.prevX = inputs
-
-
-def _step_at_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """One step with every rate scaled for this batch alone."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * scale
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def _check_finite(loss: float, position: Position, optimizer: torch.optim.Optimizer) -> None:

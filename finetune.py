@@ -19,6 +19,7 @@ from checkpoint import Checkpoint
 from data import Corpus
 from nt_asgd import NTASGD, NonMonotonicTrigger
 from safekeeping import SaveClock, Stopped, StopRequests
+from training_step import TrainingLoss, make_step
 from utils import (
     ToolkitError,
     check_valid_loss,
@@ -28,6 +29,7 @@ from utils import (
     out_of_memory,
     seed_everything,
     select_device,
+    set_precision,
 )
 
 
@@ -52,6 +54,7 @@ def build_parser() -> options.Parser:
     options.add_regularisers(parser)
     options.add_seed(parser)
     options.add_device(parser)
+    options.add_speed(parser)
     options.add_max_batches(parser, "batches of every epoch and evaluation")
     return parser
 
@@ -79,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.deterministic:
         make_deterministic()
     device = select_device(args.cuda)
+    precision = set_precision(args.precision, device)
     checkpoint.check_writable(args.save)
     ranks = parallel.join(device)
     with (
@@ -90,13 +94,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         if log.no_events:
             print(log.no_events)
-        train(args, start_from, device, ranks, stop, log)
+        train(args, start_from, device, precision, ranks, stop, log)
 
 
 def train(
     args: argparse.Namespace,
     start_from: Checkpoint,
     device: torch.device,
+    precision: str,
     ranks: parallel.Ranks,
     stop: StopRequests,
     log: metrics.MetricsWriter | metrics.NoMetrics,
@@ -115,7 +120,12 @@ def train(
     optimizer = NTASGD(params, args.lr, args.wdecay)
     optimizer.start_averaging()
     trigger = NonMonotonicTrigger(args.nonmono)
-    network = ranks.share(engine.TrainingLoss(model, criterion))
+    network = ranks.share(TrainingLoss(model, criterion, bf16=precision == "bf16"))
+    training_step = make_step(
+        network, optimizer, train_data,
+        bptt=args.bptt, clip=args.clip, alpha=args.alpha, beta=args.beta,
+        ranks=ranks, share=train_data.size(1) / args.batch_size, graphs=args.cuda_graphs,
+    )  # fmt: skip
     run = checkpoint.Run(
         "finetune.py", options.plain(args), checkpoint.fingerprint(corpus.train),
         model, criterion, optimizer, trigger, rng, ranks,
@@ -174,15 +184,8 @@ def train(
             start = time.time()
             position = engine.Position() if position is None else position
             engine.train_epoch(
-                model,
-                criterion,
-                optimizer,
-                train_data,
+                training_step,
                 epoch=epoch,
-                bptt=args.bptt,
-                clip=args.clip,
-                alpha=args.alpha,
-                beta=args.beta,
                 rng=rng,
                 max_seq_len=max_seq_len,
                 fixed_length=args.fixed_length,
@@ -192,9 +195,6 @@ def train(
                 report=functools.partial(report, epoch),
                 position=position,
                 after_batch=after_batch,
-                network=network,
-                ranks=ranks,
-                share=train_data.size(1) / args.batch_size,
             )
             # The averaged weights are scored and kept; training goes on from the raw ones.
             with optimizer.averaged():

@@ -22,6 +22,7 @@ from model import RNNModel
 from nt_asgd import NTASGD, NonMonotonicTrigger
 from safekeeping import SaveClock, Stopped, StopRequests
 from splitcross import SplitCrossEntropyLoss, default_splits
+from training_step import TrainingLoss, make_step
 from utils import (
     ToolkitError,
     check_valid_loss,
@@ -31,6 +32,7 @@ from utils import (
     out_of_memory,
     seed_everything,
     select_device,
+    set_precision,
 )
 
 # The default rate of 30 is SGD's; Adam diverges at it in the first batches.
@@ -65,6 +67,7 @@ def build_parser() -> options.Parser:
     options.add_regularisers(parser)
     options.add_seed(parser)
     options.add_device(parser)
+    options.add_speed(parser)
     options.add_max_batches(parser, "batches of every epoch and evaluation")
     return parser
 
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.deterministic:
         make_deterministic()
     device = select_device(args.cuda)
+    precision = set_precision(args.precision, device)
     checkpoint.check_writable(args.save)
     ranks = parallel.join(device)
     with (
@@ -105,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         if log.no_events:
             print(log.no_events)
-        train(args, resumed, initial, device, ranks, stop, log)
+        train(args, resumed, initial, device, precision, ranks, stop, log)
 
 
 def train(
@@ -113,6 +117,7 @@ def train(
     resumed: Checkpoint | None,
     initial: Checkpoint | None,
     device: torch.device,
+    precision: str,
     ranks: parallel.Ranks,
     stop: StopRequests,
     log: metrics.MetricsWriter | metrics.NoMetrics,
@@ -153,9 +158,14 @@ def train(
     if args.optimizer == "sgd":
         optimizer = NTASGD(params, args.lr, args.wdecay)
     else:
-        optimizer = torch.optim.Adam(params, args.lr, weight_decay=args.wdecay)
+        optimizer = torch.optim.Adam(params, args.lr, weight_decay=args.wdecay, fused=True)
     trigger = NonMonotonicTrigger(args.nonmono)
-    network = ranks.share(engine.TrainingLoss(model, criterion))
+    network = ranks.share(TrainingLoss(model, criterion, bf16=precision == "bf16"))
+    training_step = make_step(
+        network, optimizer, train_data,
+        bptt=args.bptt, clip=args.clip, alpha=args.alpha, beta=args.beta,
+        ranks=ranks, share=train_data.size(1) / args.batch_size, graphs=args.cuda_graphs,
+    )  # fmt: skip
     ranks.seed_masks(args.seed)
     run = checkpoint.Run(
         "main.py", options.plain(args), checkpoint.fingerprint(corpus.train),
@@ -202,15 +212,8 @@ def train(
             start = time.time()
             position = engine.Position() if position is None else position
             engine.train_epoch(
-                model,
-                criterion,
-                optimizer,
-                train_data,
+                training_step,
                 epoch=epoch,
-                bptt=args.bptt,
-                clip=args.clip,
-                alpha=args.alpha,
-                beta=args.beta,
                 rng=rng,
                 max_seq_len=args.max_seq_len,
                 fixed_length=args.fixed_length,
@@ -220,9 +223,6 @@ def train(
                 report=functools.partial(report, epoch),
                 position=position,
                 after_batch=after_batch,
-                network=network,
-                ranks=ranks,
-                share=train_data.size(1) / args.batch_size,
             )
             averaging = args.optimizer == "sgd" and optimizer.averaging
             # The averaged weights, once there are, are scored and kept; training stays on the raw.

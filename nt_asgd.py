@@ -52,19 +52,69 @@ class NTASGD(torch.optim.Optimizer):
             for p in group["params"]:
                 self.state[p]["average"] = p.detach().clone()
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient, then the average of all."""
+        self.count()
+        self.update()
+
+    def count(self) -> None:
+        """Count one step of the average: `update` does not, so that it can be recorded once."""
+        for group in self.param_groups:
+            if group["averaged_steps"] is not None:
+                group["averaged_steps"] += 1
+
+    @torch.no_grad()
+    def update(
+        self, gradient_scale: float | Tensor = 1.0, average_share: Tensor | None = None
+    ) -> None:
+        """A step without counting it, on gradients times `gradient_scale`.
+
+        Clipping by that scale costs no pass over the gradients. With `average_share`, which holds
+        one over the steps counted, and a rate that is a tensor, all numbers stay on the device.
+        """
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
             if trained:
-                if group["weight_decay"]:
-                    torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(trained, [p.grad for p in trained], alpha=-group["lr"])
-            if group["averaged_steps"] is not None:
-                group["averaged_steps"] += 1
+                self._descend(trained, group["lr"], group["weight_decay"], gradient_scale)
+            count = group["averaged_steps"]
+            if count is not None:
                 averages = [self.state[p]["average"] for p in group["params"]]
-                torch._foreach_lerp_(averages, group["params"], 1 / group["averaged_steps"])
+                if average_share is None:
+                    torch._foreach_lerp_(averages, group["params"], 1 / count)
+                else:
+                    for average, p in zip(averages, group["params"], strict=True):
+                        average.lerp_(p, average_share)
+
+    @staticmethod
+    def _descend(
+        params: list[Tensor], lr: float | Tensor, decay: float, scale: float | Tensor
+    ) -> None:
+        """`p -= lr * (scale * gradient + decay * p)` in one pass."""
+        grads = [p.grad for p in params]
+        if params[0].device.type == "cpu" and not isinstance(lr, Tensor):
+            scale, divisor = float(scale), None
+            if not scale:
+                # The gradient's norm is infinite. That must show, as nan, and not be passed over.
+                torch._foreach_add_(params, grads, alpha=0.0)
+                return
+            # A scale of its own would be written to the gradients: it goes into the other factors.
+            lr, decay = lr * scale, decay / scale
+        else:
+            divisor = (1 / scale).float() if isinstance(scale, Tensor) else None
+        torch._fused_sgd_(
+            params,
+            grads,
+            [],
+            weight_decay=decay,
+            momentum=0.0,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            grad_scale=divisor,
+            found_inf=None,
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -247,6 +247,8 @@ def continue_from(
         value = recorded[name]
         try:
             for one in value if isinstance(value, list) else [value]:
+                if one is None and action.default is None:
+                    continue
                 if one is not None and action.type is not None:
                     action.type(str(one))
                 if action.choices is not None and one not in action.choices:
@@ -613,6 +615,25 @@ def add_device(parser: Parser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="demand a CUDA device, or stay on the CPU; without either, CUDA when there is one",
+    )
+
+
+def add_speed(parser: Parser) -> None:
+    """--precision and --no-cuda-graphs."""
+    add = parser.group("running").add_argument
+    add(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        help="of training's matrix products: float32, TensorFloat-32 (a GPU's, and its default) or "
+        "bfloat16; weights, their gradients and evaluation are float32, in TensorFloat-32 with the "
+        "last two on a GPU",
+    )
+    add(
+        "--no-cuda-graphs",
+        dest="cuda_graphs",
+        action="store_false",
+        help="launch every operation of a training step on a GPU by itself, instead of replaying "
+        "the whole step",
     )
 
 

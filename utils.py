@@ -213,6 +213,26 @@ def select_device(cuda: bool | None) -> torch.device:
     return torch.device("cpu")
 
 
+def set_precision(precision: str | None, device: torch.device) -> str:
+    """Set what float32 matrix products are made in, and return the precision in use.
+
+    `precision` is fp32, tf32, bf16 or None: tf32 on CUDA, fp32 elsewhere. With bf16 those that
+    autocast leaves alone are as with tf32 on CUDA. Raises ToolkitError for tf32 without CUDA.
+    """
+    cuda = device.type == "cuda"
+    if precision is None:
+        precision = "tf32" if cuda else "fp32"
+    if precision == "tf32" and not cuda:
+        raise ToolkitError(
+            "--precision tf32 is a format of GPUs: leave it out on the CPU, or take fp32 or bf16"
+        )
+    if cuda:
+        # PyTorch's own default is tf32 for cuDNN's recurrent layers only.
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return precision
+
+
 def keep_memory() -> None:
     """Have glibc keep freed memory for the next allocation instead of giving it back.
 

@@ -58,6 +58,8 @@ class WeightDrop(nn.Module):
             return raw.view_as(raw)
         if self.variational:
             return raw * functional.dropout(raw.new_ones(raw.size(0), 1), self.dropout)
+        if raw.device.type == "cpu":
+            return raw * _mask(raw, self.dropout)
         return functional.dropout(raw, self.dropout)
 
     def _expose_raw(self) -> None:
@@ -77,3 +79,16 @@ class WeightDrop(nn.Module):
         # The last call's tensor belongs to an autograd graph: it can be neither copied nor pickled.
         self._expose_raw()
         return self.__dict__.copy()
+
+
+def _mask(like: Tensor, dropout: float) -> Tensor:
+    """A dropout mask of the shape of `like`, on the CPU: 0, or 1 / (1 - dropout).
+
+    PyTorch draws 64 random bits for each entry, one by one, which for a large matrix takes longer
+    than most operations on it; here two entries share them.
+    """
+    bits = torch.empty((like.numel() + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
+    words = bits.view(torch.int32)[: like.numel()].view(like.shape)
+    below = min(round((1 - dropout) * 2**32) - 2**31, 2**31 - 1)
+    mask = torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format)
+    return torch.lt(words, below, out=mask).div_(1 - dropout)

@@ -20,6 +20,7 @@ from model import RNN_TYPES, RNNModel
 from nt_asgd import NTASGD
 from parallel import Ranks
 from splitcross import SplitCrossEntropyLoss
+from training_step import TrainingLoss, TrainingStep, regularisation
 
 LINE = re.compile(
     r"\| epoch +\d+ \| +\d+/ *\d+ batches \| lr \d+\.\d{5} \| ms/batch +\d+\.\d\d \| "
@@ -93,11 +94,11 @@ def test_regularisation_in_plain_numbers():
         for b in range(2)
         for k in range(3)
     )
-    result = engine.regularisation(raw, dropped, 2.0, 0.5)
+    result = regularisation(raw, dropped, 2.0, 0.5)
     assert result.item() == pytest.approx(2 * ar + 0.5 * tar / 18, rel=1e-5)
-    assert engine.regularisation(raw, dropped, 0.0, 0.0) == 0
+    assert regularisation(raw, dropped, 0.0, 0.0) == 0
     # One step has no differences; their mean would not be a number.
-    assert engine.regularisation(raw[:1], dropped[:1], 0.0, 1.0) == 0
+    assert regularisation(raw[:1], dropped[:1], 0.0, 1.0) == 0
 
 
 @pytest.mark.parametrize("rnn_type", RNN_TYPES)
@@ -114,10 +115,11 @@ def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
     params = [*model.parameters(), *criterion.parameters()]
     optimizer = NTASGD(params, lr, decay)
     optimizer.start_averaging()
-    mean_loss = engine.train_epoch(
-        model, criterion, optimizer, source, epoch=1, bptt=12, clip=clip, alpha=alpha, beta=beta,
-        rng=np.random.RandomState(5),
+    step = TrainingStep(
+        TrainingLoss(model, criterion), optimizer, source,
+        bptt=12, clip=clip, alpha=alpha, beta=beta,
     )  # fmt: skip
+    mean_loss = engine.train_epoch(step, epoch=1, rng=np.random.RandomState(5))
 
     rng = np.random.RandomState(5)
     params = [*twin.parameters(), *twin_criterion.parameters()]
@@ -187,9 +189,12 @@ def test_evaluation_records_no_gradient_and_training_goes_on_after_it():
 
 
 def train(model, criterion, optimizer, source, **options):
-    rng = np.random.RandomState(0)
-    settings = {"epoch": 1, "bptt": 6, "clip": 0.25, "alpha": 0, "beta": 0, "rng": rng}
-    return engine.train_epoch(model, criterion, optimizer, source, **{**settings, **options})
+    network = TrainingLoss(model, criterion)
+    step = TrainingStep(network, optimizer, source, bptt=options.pop("bptt", 6),
+                        clip=options.pop("clip", 0.25))  # fmt: skip
+    return engine.train_epoch(
+        step, epoch=options.pop("epoch", 1), **{"rng": np.random.RandomState(0), **options}
+    )
 
 
 def test_log_lines():

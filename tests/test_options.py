@@ -252,7 +252,7 @@ def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
     for argv in (
         ["--preset", "ptbc", "--lr", "0.5", "--when", "7"],
         ["--lr=0.5", "--when", "7", "--preset=ptbc"],
-        ["--lr", "0.5", "--when", "7", "--pre", "ptbc"],
+        ["--lr", "0.5", "--when", "7", "--pres", "ptbc"],
     ):
         args = options.parse(lambda: parser_of("main"), argv)
         assert (args.lr, args.when, args.nhid) == (0.5, [7], 1000)

@@ -7,6 +7,7 @@ import references
 import torch
 from torch import nn
 
+import weight_drop
 from weight_drop import WeightDrop
 
 
@@ -35,6 +36,24 @@ def test_kept_entries_are_scaled_and_the_share_is_right():
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], raw[kept] / 0.7)
     assert abs(kept.float().mean().item() - 0.7) < 0.01
+
+
+@pytest.mark.parametrize("dropout", [1e-12, 0.1, 0.5, 0.9, 1 - 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_mask_of_the_cpu(dropout, dtype):
+    # An odd number of entries: two share one drawn number.
+    torch.manual_seed(3)
+    raw = torch.ones(301, 203, dtype=dtype)
+    mask = weight_drop._mask(raw, dropout)
+    assert mask.dtype == dtype
+    assert mask.shape == raw.shape
+    kept = mask != 0
+    assert (mask[kept] == torch.tensor(1 / (1 - dropout), dtype=dtype)).all()
+    assert abs(kept.double().mean().item() - (1 - dropout)) < 0.006
+    # Neither along rows nor down columns does an entry tell of its neighbour, or of its pair.
+    for a, b in ((kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1])):
+        both = (a & b).double().mean().item()
+        assert abs(both - (1 - dropout) ** 2) < 0.01
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])

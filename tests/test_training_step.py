@@ -1,0 +1,211 @@
+"""training_step.py: steps recorded once and replayed are the steps run one by one."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import engine
+from model import RNN_TYPES, RNNModel
+from nt_asgd import NTASGD
+from splitcross import SplitCrossEntropyLoss
+from training_step import GraphedStep, TrainingLoss, TrainingStep, make_step
+
+RATES = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.3, "dropoute": 0.1, "wdrop": 0.4}
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph keeps: operations, the addresses they work on, and numbers as they were.
+
+    Like a graph, and unlike a closure, a replay sees nothing of Python: a rate that was a number
+    stays that number, and a tensor that was replaced is not the new one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        # Below autograd, as when they were recorded: some look at whether gradients are on.
+        with torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, result in self.calls:
+                again = func(*args, **kwargs)
+                if func._schema.is_mutable:
+                    continue
+                for place, value in zip(flatten(result), flatten(again), strict=True):
+                    if isinstance(place, torch.Tensor):
+                        place.copy_(value)
+
+
+class Recorder:
+    """Records without anything having happened, as a capture does; counts what it was used for."""
+
+    def __init__(self, step):
+        self.step = step
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work):
+        step = self.step
+        state = list(step.params)
+        state += [t for s in step.optimizer.state.values() for t in s.values()]
+        state += [t for t in flatten([step.hidden, step.kept]) if t is not None]
+        state += [step.total, step.interval, step.norm]
+        before = [t.detach().clone() for t in state]
+        random = torch.get_rng_state()
+        try:
+            with Tape() as tape:
+                work()
+        finally:
+            with torch.no_grad():
+                for place, value in zip(state, before, strict=True):
+                    place.copy_(value)
+            torch.set_rng_state(random)
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            tape.replay()
+
+        return replay
+
+
+def flatten(value):
+    if isinstance(value, list | tuple):
+        return [t for part in value for t in flatten(part)]
+    return [value]
+
+
+def make(rnn_type, optimizer="sgd", graphs=False, bf16=False):
+    torch.manual_seed(0)
+    model = RNNModel(rnn_type, 40, 6, 9, 2, **RATES, tie_weights=True)
+    criterion = SplitCrossEntropyLoss(6, [])
+    if optimizer == "sgd":
+        optimizer = NTASGD(model.parameters(), 1.0, 0.01)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), 0.01, weight_decay=0.01, fused=True)
+    source = torch.from_numpy(np.random.RandomState(0).randint(40, size=(300, 3))).int()
+    options = {"bptt": 8, "clip": 0.25, "alpha": 2.0, "beta": 1.0}
+    network = TrainingLoss(model, criterion, bf16)
+    if not graphs:
+        return TrainingStep(network, optimizer, source, **options)
+    step = GraphedStep(network, optimizer, source, record=lambda work: record(work), **options)
+    record = Recorder(step)
+    step.recorder = record
+    return step
+
+
+def train(step, epochs=(1, 2, 3)):
+    """Three epochs, evaluation in between and averaging from the third on; each one's loss."""
+    rng = np.random.RandomState(5)
+    torch.manual_seed(7)
+    losses = []
+    for epoch in epochs:
+        if epoch == 3 and isinstance(step.optimizer, NTASGD):
+            step.optimizer.start_averaging()
+        losses.append(engine.train_epoch(step, epoch=epoch, rng=rng))
+        criterion = step.network.criterion
+        losses.append(engine.evaluate(step.model, criterion, step.source[:50], 10))
+    return losses
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_replayed_steps_are_the_eager_ones(rnn_type, optimizer):
+    eager, graphed = make(rnn_type, optimizer), make(rnn_type, optimizer, graphs=True)
+    expected, losses = train(eager), train(graphed)
+    assert graphed.recorder.replayed > 60
+    assert graphed.recorder.recorded < 40
+    assert graphed.recording
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for p, q in zip(graphed.params, eager.params, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    for place, value in zip(flatten(graphed.hidden), flatten(eager.hidden), strict=True):
+        torch.testing.assert_close(place, value, atol=1e-5, rtol=1e-4)
+    if optimizer == "sgd":
+        count = eager.optimizer.param_groups[0]["averaged_steps"]
+        assert graphed.optimizer.param_groups[0]["averaged_steps"] == count > 20
+        with eager.optimizer.averaged(), graphed.optimizer.averaged():
+            for p, q in zip(graphed.params, eager.params, strict=True):
+                torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_a_rate_changed_between_epochs_reaches_what_was_recorded():
+    eager, graphed = make("LSTM"), make("LSTM", graphs=True)
+    for step in (eager, graphed):
+        train(step, (1, 2))
+        step.optimizer.param_groups[0]["lr"] = 0.1
+        train(step, (2,))
+    assert graphed.recorder.replayed > 60
+    for p, q in zip(graphed.params, eager.params, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_that_cannot_be_recorded_runs_eagerly_and_says_so(monkeypatch):
+    eager, graphed = make("LSTM"), make("LSTM", graphs=True)
+    lines = []
+    graphed.log = lines.append
+    forward = graphed.network.forward
+
+    def with_a_number_from_the_device(*args):
+        result = forward(*args)
+        float(result[1])
+        return result
+
+    monkeypatch.setattr(graphed.network, "forward", with_a_number_from_the_device)
+    assert train(graphed) == pytest.approx(train(eager), rel=1e-6)
+    assert graphed.recorder.replayed == 0
+    assert lines == [
+        "CUDA graphs are off, this step cannot be recorded: operation not permitted when stream is "
+        "capturing"
+    ]
+
+
+def test_graphs_are_given_up_when_averaging_starts_and_never_more_than_there_is_room(monkeypatch):
+    monkeypatch.setattr("training_step.MOST_GRAPHS", 3)
+    graphed = make("GRU", graphs=True)
+    train(graphed, (1, 2))
+    assert len(graphed._replays) == graphed.recorder.recorded == 3
+    graphed.optimizer.start_averaging()
+    train(graphed, (1,))
+    assert graphed.recorder.recorded == 6
+
+
+def test_bf16_trains_float32_weights_close_to_float32():
+    plain, low = make("QRNN"), make("QRNN", bf16=True)
+    expected, losses = train(plain), train(low)
+    assert losses == pytest.approx(expected, rel=0.02)
+    assert losses != expected
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in low.params)
+    assert all(t.dtype == torch.float32 for t in flatten(low.hidden))
+
+
+def test_without_a_gpu_there_are_no_graphs_and_nothing_is_said():
+    step, said = make("LSTM"), []
+    again = make_step(
+        step.network, step.optimizer, step.source, graphs=True, log=said.append, bptt=8, clip=0.25
+    )
+    assert type(again) is TrainingStep
+    assert not said
+
+
+def test_a_position_can_be_copied_and_taken_up():
+    first, second = make("QRNN"), make("QRNN")
+    train(first, (1,))
+    second.network.load_state_dict(copy.deepcopy(first.network.state_dict()))
+    position = engine.Position(hidden=first.hidden, kept=first.kept)
+    taken = engine.Position.from_state(position.state(), torch.device("cpu"))
+    second.begin(taken.hidden, taken.kept)
+    for ours, theirs in zip(
+        flatten([second.hidden, second.kept]), flatten([first.hidden, first.kept]), strict=True
+    ):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
