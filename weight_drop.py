@@ -47,6 +47,8 @@ class WeightDrop(nn.Module):
             # On an nn.LSTM or nn.GRU this assignment also updates the list of flat weights that its
             # forward reads.
             setattr(self.module, name, self._dropped(getattr(self.module, f"{name}_raw")))
+        if args and not kwargs and _suits_cudnn(self.module, args[0]):
+            return run_from_one_buffer(self.module, *args)
         return self.module(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -79,6 +81,58 @@ class WeightDrop(nn.Module):
         # The last call's tensor belongs to an autograd graph: it can be neither copied nor pickled.
         self._expose_raw()
         return self.__dict__.copy()
+
+
+class _OneBuffer(torch.autograd.Function):
+    """Copies of tensors as views of one buffer, end to end; their gradients pass as they come."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        buffer = torch.cat([tensor.flatten() for tensor in tensors])
+        parts = buffer.split([tensor.numel() for tensor in tensors])
+        return tuple(part.view_as(t) for part, t in zip(parts, tensors, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+def run_from_one_buffer(
+    module: nn.LSTM | nn.GRU, input: Tensor, hidden: Any = None
+) -> tuple[Tensor, Any]:
+    """`module(input, hidden)` for one layer in one direction, its weights copied to one buffer.
+
+    cuDNN wants them so. `module` itself would move its Parameters into a new buffer at every call,
+    since the dropped weight is another tensor each time, or warn and copy: both move the bytes too,
+    and the first also the addresses that a CUDA graph has recorded.
+    """
+    lstm = isinstance(module, nn.LSTM)
+    if hidden is None:
+        zeros = input.new_zeros(1, input.size(1), module.hidden_size)
+        hidden = (zeros, zeros) if lstm else zeros
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    weights = _OneBuffer.apply(*(getattr(module, name) for name in names))
+    options = (weights, True, 1, 0.0, module.training, False, False)
+    if lstm:
+        output, h, c = torch.lstm(input, hidden, *options)
+        return output, (h, c)
+    return torch.gru(input, hidden, *options)
+
+
+def _suits_cudnn(module: nn.Module, input: Any) -> bool:
+    """Whether `run_from_one_buffer` can, and should, stand in for the call of `module`."""
+    return (
+        isinstance(module, nn.LSTM | nn.GRU)
+        and isinstance(input, Tensor)
+        and input.is_cuda
+        and input.dim() == 3
+        and (module.num_layers, module.bidirectional, module.proj_size) == (1, False, 0)
+        and module.bias
+        and not module.batch_first
+        # Autocast copies them anyway, to its own dtype.
+        and not torch.is_autocast_enabled("cuda")
+        and torch.backends.cudnn.is_acceptable(input)
+    )
 
 
 def _mask(like: Tensor, dropout: float) -> Tensor:

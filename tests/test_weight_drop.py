@@ -186,3 +186,34 @@ def test_copy_and_move_after_a_call():
 def test_unknown_weight_name():
     with pytest.raises(AttributeError, match="weight_hh_l9"):
         WeightDrop(nn.LSTM(5, 7), ["weight_hh_l9"], 0.5)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("given", [False, True])
+def test_from_one_buffer_a_cell_gives_the_same(cell, given):
+    torch.manual_seed(2)
+    module, x = cell(5, 7), torch.randn(6, 3, 5, requires_grad=True)
+    hidden = None
+    if given:
+        h, c = torch.randn(2, 1, 3, 7, requires_grad=True).unbind()
+        hidden = (h, c) if cell is nn.LSTM else h
+    inputs = [x, *module.parameters()]
+    weight = torch.randn(6, 3, 7)
+    results = []
+    for call in (module, lambda *args: weight_drop.run_from_one_buffer(module, *args)):
+        output, state = call(x, hidden)
+        grads = torch.autograd.grad((output * weight).sum(), inputs)
+        results.append([output, *(state if cell is nn.LSTM else [state]), *grads])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_buffer_is_one_and_in_the_order_of_cudnn():
+    tensors = [torch.randn(4, 3, requires_grad=True), torch.randn(4), torch.randn(4)]
+    views = weight_drop._OneBuffer.apply(*tensors)
+    address = views[0].data_ptr()
+    for view, tensor in zip(views, tensors, strict=True):
+        assert torch.equal(view, tensor)
+        assert view.data_ptr() == address
+        address += 4 * view.numel()
+    assert views[0].untyped_storage().nbytes() == 4 * 20

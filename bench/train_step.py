@@ -1,0 +1,310 @@
+"""Time a whole training step at the published sizes, beside plain nn.LSTM and its matrix products.
+
+Run as `python bench/train_step.py` from the repository's root: on the GPU if there is one, else,
+with fewer columns, on the CPU. A step is forward, loss, backward, clipping and update.
+
+The floor is the step's matrix products alone, each as large as it can be, measured in the same run
+and precision: an LSTM's recurrent products, which must go step by step, count as one of all steps.
+"""
+
+import argparse
+import gc
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from bench.common import in_turns, print_heading
+from locked_dropout import LockedDropout
+from model import RNNModel
+from nt_asgd import NTASGD
+from splitcross import SplitCrossEntropyLoss, default_splits
+from training_step import TrainingLoss, TrainingStep, make_step, regularisation
+from utils import keep_memory, select_device, set_precision
+
+
+@dataclass
+class Setting:
+    """A published model and batch: dropouts are output, between layers, input, words, weights."""
+
+    cell: str
+    ntoken: int
+    emsize: int
+    nhid: int
+    nlayers: int
+    batch: int
+    bptt: int
+    rates: tuple[float, float, float, float, float]
+    adam: bool = False
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Input and output size of every layer."""
+        sizes = [self.emsize] + [self.nhid] * (self.nlayers - 1) + [self.emsize]
+        return list(itertools.pairwise(sizes))
+
+
+SETTINGS = {
+    "PTB LSTM": Setting("LSTM", 10_000, 400, 1150, 3, 20, 70, (0.4, 0.25, 0.4, 0.1, 0.5)),
+    "PTB QRNN": Setting("QRNN", 10_000, 400, 1550, 4, 20, 70, (0.4, 0.3, 0.4, 0.1, 0.1)),
+    "WT2 LSTM": Setting("LSTM", 33_278, 400, 1150, 3, 80, 70, (0.4, 0.2, 0.65, 0.1, 0.5)),
+    "WT2 QRNN": Setting("QRNN", 33_278, 400, 1550, 4, 40, 70, (0.4, 0.2, 0.4, 0.1, 0.1)),
+    "WT103 QRNN": Setting(
+        "QRNN", 267_735, 400, 2500, 4, 60, 140, (0.1, 0.1, 0.1, 0.0, 0.0), adam=True
+    ),
+}
+# PTB, on which the ratios are claimed, is at its full size on the CPU too.
+CPU_COLUMNS = {"WT2 LSTM": 8, "WT2 QRNN": 8, "WT103 QRNN": 2}
+
+
+class PlainLSTM(nn.Module):
+    """What one writes with PyTorch alone: functional dropout on the weights, cross-entropy."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.rates = setting.rates
+        self.encoder = nn.Embedding(setting.ntoken, setting.emsize)
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        self.bias = nn.Parameter(torch.zeros(setting.ntoken))
+        self.layers = nn.ModuleList(nn.LSTM(*size) for size in setting.sizes())
+        self.lockdrop = LockedDropout()
+
+    def forward(self, data: Tensor, targets: Tensor, hidden: list) -> tuple[Tensor, list]:
+        """The loss with AR and TAR, and the new hidden state."""
+        last, between, first, words, weights = self.rates
+        embedded = self.encoder.weight * functional.dropout(
+            self.encoder.weight.new_ones(self.encoder.weight.size(0), 1), words
+        )
+        output = self.lockdrop(functional.embedding(data, embedded), first)
+        states = []
+        for i, layer in enumerate(self.layers):
+            flat = [
+                layer.weight_ih_l0,
+                functional.dropout(layer.weight_hh_l0, weights),
+                layer.bias_ih_l0,
+                layer.bias_hh_l0,
+            ]
+            raw, h, c = torch.lstm(output, hidden[i], flat, True, 1, 0.0, True, False, False)
+            states.append((h.detach(), c.detach()))
+            output = self.lockdrop(raw, last if i == len(self.layers) - 1 else between)
+        logits = functional.linear(output.flatten(0, 1), self.encoder.weight, self.bias)
+        loss = functional.cross_entropy(logits, targets)
+        return loss + regularisation(raw, output, 2.0, 1.0), states
+
+
+def plain_step(setting: Setting, source: Tensor) -> Callable[[], None]:
+    """Its step with clip_grad_norm_ and torch.optim.SGD."""
+    model = PlainLSTM(setting).to(source.device)
+    optimizer = torch.optim.SGD(model.parameters(), 30.0, weight_decay=1.2e-6)
+    zeros = [source.new_zeros(1, setting.batch, n, dtype=torch.float32) for _, n in setting.sizes()]
+    hidden = [(z, z) for z in zeros]
+
+    def step() -> None:
+        nonlocal hidden
+        optimizer.zero_grad(set_to_none=True)
+        text = source[: setting.bptt + 1].long()
+        loss, hidden = model(text[:-1], text[1:].flatten(), hidden)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        optimizer.step()
+
+    return step
+
+
+def our_step(
+    setting: Setting, source: Tensor, graphs: bool, precision: str
+) -> tuple[Callable[[], None], TrainingStep]:
+    """A step as main.py makes it, and what makes it."""
+    torch.manual_seed(0)
+    model = RNNModel(
+        setting.cell,
+        setting.ntoken,
+        setting.emsize,
+        setting.nhid,
+        setting.nlayers,
+        *setting.rates,
+        tie_weights=True,
+    ).to(source.device)
+    criterion = SplitCrossEntropyLoss(setting.emsize, default_splits(setting.ntoken))
+    criterion = criterion.to(source.device)
+    params = [*model.parameters(), *criterion.parameters()]
+    if setting.adam:
+        optimizer = torch.optim.Adam(params, 1e-3, fused=True)
+    else:
+        optimizer = NTASGD(params, 30.0, 1.2e-6)
+    penalties = (0.0, 0.0) if setting.adam else (2.0, 1.0)
+    step = make_step(
+        TrainingLoss(model, criterion, precision == "bf16"),
+        optimizer,
+        source,
+        graphs=graphs,
+        bptt=setting.bptt,
+        clip=0.25,
+        alpha=penalties[0],
+        beta=penalties[1],
+    )
+    step.begin(None, [])
+    return lambda: step.run(0, setting.bptt, setting.bptt), step
+
+
+def products(
+    setting: Setting, counts: list[tuple[int, int, int]], device: torch.device, precision: str
+) -> Callable[[], None]:
+    """The step's matrix products: forward, for the input's gradient and for the weight's."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    operands = [
+        [torch.randn(size, device=device).to(dtype) for size in ((n, k), (m, k), (n, m))]
+        for n, k, m in counts
+    ]
+
+    def run() -> None:
+        for x, weight, grad in operands:
+            torch.mm(x, weight.t())
+            torch.mm(grad, weight)
+            torch.mm(grad.t(), x)
+
+    return run
+
+
+def counts(setting: Setting, step: TrainingStep) -> list[tuple[int, int, int]]:
+    """Rows, inputs and outputs of every product of a forward pass, the softmax's as they fall."""
+    rows = setting.bptt * setting.batch
+    result = []
+    for i, (n_in, n_out) in enumerate(setting.sizes()):
+        if setting.cell == "QRNN":
+            result.append((rows, n_in * (2 if i == 0 else 1), 3 * n_out))
+        else:
+            result += [(rows, n_in, 4 * n_out), (rows, n_out, 4 * n_out)]
+    splits = step.network.criterion.splits[1:]
+    if not splits:
+        return [*result, (rows, setting.emsize, setting.ntoken)]
+    targets = step.source[1 : setting.bptt + 1].flatten()
+    result.append((rows, setting.emsize, splits[0] + len(splits)))
+    for start, end in zip(splits, [*splits[1:], setting.ntoken], strict=True):
+        inside = int(((targets >= start) & (targets < end)).sum())
+        if inside:
+            result.append((inside, setting.emsize, end - start))
+    return result
+
+
+def ids(setting: Setting, device: torch.device) -> Tensor:
+    """Word ids (bptt + 1, batch), frequent ones more often, as in a text sorted by frequency."""
+    torch.manual_seed(1)
+    uniform = torch.rand(setting.bptt + 1, setting.batch)
+    # Zipf's law: the logarithm of the rank is uniform.
+    return (setting.ntoken**uniform - 1).int().clamp(max=setting.ntoken - 1).to(device)
+
+
+def on_gpu(ways: dict[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
+    """Seconds a step of each way, host and device: of `runs` rounds of 20 steps in a row."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for call in ways.values():
+        for _ in range(3):  # eager, recorded, replayed
+            call()
+    for _ in range(runs):
+        for way, call in ways.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(20):
+                call()
+            torch.cuda.synchronize()
+            seconds[way].append((time.perf_counter() - start) / 20)
+    return seconds
+
+
+def peak_memory(call: Callable[[], None], device: torch.device) -> float:
+    """Megabytes that one more step allocates at its highest, beyond what is there before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest / 1e6
+
+
+def ways_of(
+    name: str, setting: Setting, device: torch.device
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """What is timed: its name, its precision and the call."""
+    source = ids(setting, device)
+    cuda = device.type == "cuda"
+    precisions = ["fp32", "tf32", "bf16"] if cuda else ["fp32", "bf16"]
+    for precision in precisions:
+        call, step = our_step(setting, source, False, precision)
+        yield f"eager {precision}", precision, call
+        if cuda and len(step.network.criterion.splits) == 1:
+            yield f"graphs {precision}", precision, our_step(setting, source, True, precision)[0]
+        floor = products(setting, counts(setting, step), device, precision)
+        yield f"products {precision}", precision, floor
+    if setting.cell == "LSTM":
+        plain = "tf32" if cuda else "fp32"
+        yield f"plain nn.LSTM {plain}", plain, plain_step(setting, source)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--no-cuda", action="store_true", help="stay on the CPU")
+    parser.add_argument("--only", choices=SETTINGS, help="one setting")
+    args = parser.parse_args(argv)
+    keep_memory()
+    device = select_device(False if args.no_cuda else None)
+    print_heading(
+        f"a training step of bptt tokens and all columns; median of {args.runs} runs in turn; "
+        "memory is what a step allocates at its highest beside weights and what it keeps",
+        device,
+    )
+    print("| setting | way | ms a step | fastest to slowest | tokens/s | products' share | MB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, setting in SETTINGS.items():
+        if args.only not in (None, name):
+            continue
+        if device.type == "cpu":
+            setting.batch = CPU_COLUMNS.get(name, setting.batch)
+        ways = {way: (precision, call) for way, precision, call in ways_of(name, setting, device)}
+
+        def timed(precision: str, call: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                set_precision(precision, device)
+                call()
+
+            return run
+
+        calls = {way: timed(*rest) for way, rest in ways.items()}
+        seconds = (on_gpu if device.type == "cuda" else in_turns)(calls, args.runs)
+        tokens = setting.bptt * setting.batch
+        for way, times in seconds.items():
+            precision = ways[way][0]
+            middle = statistics.median(times)
+            share = statistics.median(seconds[f"products {precision}"]) / middle
+            print(
+                f"| {name}, batch {setting.batch} x {setting.bptt} | {way} | {middle * 1e3:.2f} | "
+                f"{min(times) * 1e3:.2f} to {max(times) * 1e3:.2f} | {tokens / middle:,.0f} | "
+                f"{share:.0%} | {peak_memory(calls[way], device):.0f} |",
+                flush=True,
+            )
+        del ways, calls
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Training steps on a GPU: CUDA graphs against eager steps, precisions, cuDNN without a warning."""
+
+import warnings
+
+import pytest
+import torch
+
+from model import RNN_TYPES, RNNModel
+from nt_asgd import NTASGD
+from splitcross import SplitCrossEntropyLoss
+from training_step import GraphedStep, TrainingLoss, TrainingStep, make_step
+from utils import set_precision
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+RATES = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.4, "dropoute": 0.1, "wdrop": 0.5}
+
+
+def make(rnn_type, optimizer="sgd", graphs=False, precision="fp32", splits=()):
+    device = torch.device("cuda")
+    set_precision(precision, device)
+    torch.manual_seed(0)
+    model = RNNModel(rnn_type, 1000, 40, 60, 3, **RATES, tie_weights=True).cuda()
+    criterion = SplitCrossEntropyLoss(40, splits).cuda()
+    params = [*model.parameters(), *criterion.parameters()]
+    if optimizer == "sgd":
+        optimizer = NTASGD(params, 1.0, 1.2e-6)
+    else:
+        optimizer = torch.optim.Adam(params, 1e-3, weight_decay=1.2e-6, fused=True)
+    source = torch.randint(1000, (4000, 20), device=device, dtype=torch.int32)
+    options = {"bptt": 20, "clip": 0.25, "alpha": 2.0, "beta": 1.0}
+    network = TrainingLoss(model, criterion, precision == "bf16")
+    return make_step(network, optimizer, source, graphs=graphs, **options)
+
+
+def run(step, steps=200):
+    """So many steps of four lengths in turn, the second half averaged where there is an average."""
+    torch.manual_seed(1)
+    step.begin(None, [])
+    losses, row = [], 0
+    for i in range(steps):
+        if i == steps // 2 and isinstance(step.optimizer, NTASGD):
+            step.optimizer.start_averaging()
+        rows = (19, 20, 21, 10)[i % 4]
+        step.interval.zero_()
+        step.run(row, rows, rows)
+        losses.append(step.interval.clone())
+        row += rows
+    return torch.stack(losses).cpu()
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_200_graphed_steps_are_the_eager_ones(rnn_type, optimizer):
+    eager, graphed = make(rnn_type, optimizer), make(rnn_type, optimizer, graphs=True)
+    assert type(eager) is TrainingStep
+    assert type(graphed) is GraphedStep
+    expected, losses = run(eager), run(graphed)
+    assert graphed.recording
+    assert len(graphed._replays) == 4
+    torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3)
+    for p, q in zip(graphed.params, eager.params, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-3, rtol=1e-2)
+
+
+def test_replays_draw_fresh_masks():
+    step = make("QRNN", graphs=True)
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.0
+    losses = run(step)
+    step.source[:] = step.source[0]
+    step.begin(None, [])
+    seen = set()
+    for _ in range(20):
+        step.begin(None, [])
+        step.interval.zero_()
+        step.run(0, 20, 20)
+        seen.add(step.interval.item())
+    assert len(seen) == 20
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+def test_precisions_stay_close_to_float32(rnn_type, precision):
+    expected = run(make(rnn_type), 100)
+    losses = run(make(rnn_type, precision=precision, graphs=True), 100)
+    assert (losses - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
+def test_cudnn_gets_its_weights_without_a_warning_and_parameters_stay_in_place(rnn_type):
+    step = make(rnn_type)
+    addresses = [p.data_ptr() for p in step.params]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(step, 8)
+    assert [p.data_ptr() for p in step.params] == addresses
+
+
+def test_the_split_softmax_runs_eagerly_and_says_so(capsys):
+    step = make("QRNN", "adam", graphs=True, splits=[100, 400])
+    assert type(step) is TrainingStep
+    assert "CUDA graphs are off: the split softmax" in capsys.readouterr().out
+    assert run(step, 8).isfinite().all()
+
+
+def test_no_step_waits_for_the_device():
+    step = make("QRNN", graphs=True)
+    run(step, 20)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(20):
+            step.run(20 * i, 20, 20)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
