@@ -66,8 +66,8 @@ def sample(
     prompt: Tensor,
     temperature: float,
     top_k: int | None = None,
-) -> Iterator[int]:
-    """Sample word ids without end, the first one after `prompt` (n,).
+) -> Iterator[Tensor]:
+    """Sample word ids (1,) without end, the first one after `prompt` (n,).
 
     The distribution is the criterion's over the full vocabulary, its logarithm divided by
     `temperature`, cut to the `top_k` likeliest words.
@@ -79,9 +79,12 @@ def sample(
     while True:
         output, hidden = model(data, hidden)
         logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output[-1:])
-        candidates, words = logprob[0].topk(min(top_k or logprob.size(1), logprob.size(1)))
-        word = words[torch.multinomial((candidates / temperature).softmax(dim=0), 1)]
-        yield int(word)
+        if top_k is None or top_k >= logprob.size(1):
+            word = torch.multinomial((logprob[0] / temperature).softmax(dim=0), 1)
+        else:
+            candidates, words = logprob[0].topk(top_k)
+            word = words[torch.multinomial((candidates / temperature).softmax(dim=0), 1)]
+        yield word
         data = word.unsqueeze(1)
 
 
@@ -104,21 +107,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, criterion = checkpoint.rebuild(loaded, device)
     seed_everything(args.seed)
     if args.prompt.split():
-        ids = [dictionary.word2idx[word] for word in args.prompt.split()]
-        prompt = torch.tensor(ids, device=device)
+        known = [dictionary.word2idx[word] for word in args.prompt.split()]
+        prompt = torch.tensor(known, device=device)
     else:
         prompt = torch.randint(len(dictionary), (1,)).to(device)
 
     words = sample(model, criterion, prompt, args.temperature, args.top_k)
-    pieces = []
+    ids = []
     with Bar(args.words, "generating", "word") as bar:
         for number in range(1, args.words + 1):
-            pieces.append(dictionary.idx2word[next(words)])
-            pieces.append("\n" if number % WORDS_PER_LINE == 0 else " ")
+            ids.append(next(words))
             bar.update(1)
             # Standard output holds the text and nothing else.
             if number % args.log_interval == 0 and args.outf != "-":
                 bar.line(f"| Generated {number}/{args.words} words")
+    # All at once: asking for each word's number would have a GPU wait for the host every time.
+    pieces = []
+    for number, word in enumerate(torch.cat(ids).tolist(), start=1):
+        pieces.append(dictionary.idx2word[word])
+        pieces.append("\n" if number % WORDS_PER_LINE == 0 else " ")
     text = "".join(pieces)
     if args.outf == "-":
         sys.stdout.write(text.rstrip() + "\n")
