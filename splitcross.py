@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+import aligned
+
 # Rows of logits are made in blocks of at most so many numbers: a long evaluation chunk over a large
 # vocabulary would otherwise need gigabytes at once. Still smaller ones, that stay in the cache,
 # measured no faster.
@@ -41,11 +43,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hiddens), rows):
             block = slice(start, start + rows)
             inputs, target = hiddens[block].to(low), targets[block].unsqueeze(1)
-            if low == bias.dtype and device != "cpu":
-                # On the CPU this copies the bias to every row first: seven times the sum's time.
-                logits = torch.addmm(bias, inputs, matrix.t())
-            else:
+            if low != bias.dtype:
                 logits = (inputs @ matrix.t()).to(bias.dtype).add_(bias)
+            elif device == "cpu":
+                # Not addmm: that copies the bias to every row first, at seven times the sum's time.
+                logits = aligned.matmul(inputs, matrix.t()).add_(bias)
+            else:
+                logits = torch.addmm(bias, inputs, matrix.t())
             top = logits.amax(dim=1, keepdim=True)
             # Before the logits go.
             chosen = logits.gather(1, target)
@@ -145,7 +149,7 @@ class SplitCrossEntropyLoss(nn.Module):
         self, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor
     ) -> Tensor:
         if self.nsplits == 1:
-            logits = functional.linear(hiddens, weight, bias)
+            logits = aligned.linear(hiddens, weight, bias)
             return -functional.cross_entropy(logits, targets, reduction="none")
         bucket = self._buckets(targets)
         head = self._head(weight, bias, hiddens)
@@ -188,12 +192,12 @@ class SplitCrossEntropyLoss(nn.Module):
     def _head(self, weight: Tensor, bias: Tensor, hiddens: Tensor) -> Tensor:
         """`log p` of the head's words, then of the tombstones: (n, splits[0] + number of tails)."""
         weight, bias = self._head_parameters(weight, bias)
-        return functional.log_softmax(functional.linear(hiddens, weight, bias), dim=1)
+        return functional.log_softmax(aligned.linear(hiddens, weight, bias), dim=1)
 
     def _tail(self, k: int, weight: Tensor, bias: Tensor, hiddens: Tensor) -> Tensor:
         """`log p` of tail k's words within the tail: (n, size of tail k)."""
         words = self._words(k, len(weight))
-        return functional.log_softmax(functional.linear(hiddens, weight[words], bias[words]), dim=1)
+        return functional.log_softmax(aligned.linear(hiddens, weight[words], bias[words]), dim=1)
 
 
 def default_splits(ntoken: int) -> list[int]:

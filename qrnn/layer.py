@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from aligned import Linear
 from qrnn.forget_mult import qrnn_pool, qrnn_pool_both_ways, valid_steps
 
 
@@ -53,7 +54,7 @@ class QRNNLayer(nn.Module):
         self.use_cuda = use_cuda
         self.reverse = reverse
         self.prevX: Tensor | None = None
-        self.linear = nn.Linear(window * input_size, (3 if output_gate else 2) * self.hidden_size)
+        self.linear = Linear(window * input_size, (3 if output_gate else 2) * self.hidden_size)
 
     def reset(self) -> None:
         """Forget the inputs kept from the last call."""

@@ -38,6 +38,7 @@ FLOORS = {
     "splitcross": 0,
     "qrnn": 0,
     "utils": -1,
+    "aligned": -1,
 }
 
 
