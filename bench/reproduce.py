@@ -1,0 +1,419 @@
+"""Run a row of the published table through its stages, in pieces that can be stopped and resumed.
+
+    python bench/reproduce.py ptb-qrnn --minutes 9
+
+runs main.py, finetune.py and pointer.py with the published flags, stops cleanly after 9 minutes,
+and goes on exactly where it was when it is called again. After every piece it writes what there is
+to `results/ROW.md` and, for programs and curves, `results/ROW.metrics.jsonl`. Flags after `--` go
+to main.py and finetune.py, for a run of reduced size; its files are named ROW-reduced. Models and
+logs stay in the work folder: copy that to go on elsewhere.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import checkpoint
+import metrics
+import options
+from bench.common import cpu_name
+from bench.published import BITS, ROWS
+from checkpoint import CheckpointError
+from utils import ToolkitError, bits, perplexity, replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("train.txt", "valid.txt", "test.txt")
+
+
+class Work:
+    """The work folder of a row: `main.pt` and so on, each stage's numbers and output, `state.json`.
+
+    `state.json` holds what is known of each stage: seconds, commits, devices, the figures. One
+    process at a time may use it; raises ToolkitError if another one does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        # Held by the stage, too, so that one that has lost its parent still counts.
+        self.lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ToolkitError(
+                f"another run is at work in {folder}: wait for it, or pass another --work"
+            ) from None
+        os.set_inheritable(self.lock.fileno(), True)
+        path = folder / "state.json"
+        self.state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What is known of a stage; a new one's is empty."""
+        empty = {"seconds": 0.0, "commits": [], "devices": [], "commands": [], "done": False}
+        return self.state.setdefault(name, empty)
+
+    def save(self) -> None:
+        """Write `state.json`."""
+        with replacing(self.folder / "state.json") as file:
+            file.write(json.dumps(self.state, indent=1).encode())
+
+
+class Stop:
+    """When the running stage is to end: at the deadline or when this process is told to."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.signum = 0
+        self.process: subprocess.Popen | None = None
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self._note)
+
+    @property
+    def asked(self) -> bool:
+        """Whether it is time to stop."""
+        return bool(self.signum) or time.monotonic() >= self.deadline
+
+    def end_stage(self) -> None:
+        """Have the stage save and end."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.process is not None:
+                self.process.send_signal(signal.SIGTERM)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.signum = signum
+        self.end_stage()
+
+    @contextlib.contextmanager
+    def watching(self, process: subprocess.Popen) -> Iterator[None]:
+        """Within this context `process` is ended at the deadline."""
+        self.process = process
+        left = self.deadline - time.monotonic()
+        timer = threading.Timer(max(0.0, left), self.end_stage) if left < math.inf else None
+        if timer is not None:
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self.process = None
+
+
+def device_name(no_cuda: bool) -> str:
+    """The GPU, or the processor and its threads."""
+    if torch.cuda.is_available() and not no_cuda:
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda: bool) -> bool:
+    """Run a stage; whether it came to its end. Raises ToolkitError if it failed."""
+    known = work.stage(name)
+    flags = [*flags, *(["--no-cuda"] if no_cuda else [])]
+    words = ["python", f"{name}.py", *flags]
+    print("$", *words, flush=True)
+    for key, value in (
+        ("commands", _told(words, work, data)),
+        ("commits", metrics.commit()),
+        ("devices", device_name(no_cuda)),
+    ):
+        if value not in known[key]:
+            known[key].append(value)
+    work.save()
+    before, start = known["seconds"], time.monotonic()
+    command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
+    with (
+        open(work.folder / f"{name}.log", "a", encoding="utf-8") as log,
+        # Of its own session: Ctrl-C would have main.py end early and look finished.
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+            pass_fds=[work.lock.fileno()],
+        ) as process,
+        # The cache keeps no state, and takes minutes: it is let run.
+        stop.watching(process) if name != "pointer" else contextlib.nullcontext(),
+    ):
+        if stop.asked and name != "pointer":
+            stop.end_stage()
+        lines = []
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            print(line, end="", flush=True)
+            lines.append(line)
+            if line.startswith("Model total parameters:"):
+                known["parameters"] = int(line.split()[-1])
+            if line.startswith("| end of epoch"):
+                known["seconds"] = before + time.monotonic() - start
+                work.save()
+            if line.startswith("| End of pointer"):
+                kind = "valid" if "val loss" in line else "test"
+                known[f"{kind}_ppl"] = float(line.split(" ppl ")[1].split("|")[0])
+    known["seconds"] = before + time.monotonic() - start
+    known["done"] = process.returncode == 0
+    work.save()
+    # Minus the signal: it came before the script had begun to listen.
+    if process.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
+        last = lines[-1].strip() if lines else "without a word"
+        raise ToolkitError(
+            f"{name}.py ended with exit status {process.returncode} ({last}): see "
+            f"{work.folder / name}.log"
+        )
+    return known["done"]
+
+
+def stage_flags(work: Work, row: str, name: str, data: Path, extra: list[str]) -> list[str]:
+    """The flags to start a stage with, or to go on with it."""
+    model = work.folder / f"{name}.pt"
+    published = options.PRESETS[name][row].split()
+    where = ["--data", str(data), "--save", str(model)]
+    if name == "pointer":
+        # The last stage before it has the model.
+        return [*published, "--data", str(data), "--save", str(work.folder / "finetune.pt")]
+    where += ["--logdir", str(work.folder / name)]
+    if model.exists():
+        training = checkpoint.load(model).training
+        if training is not None and training["stage"] == f"{name}.py":
+            return ["--resume", str(model), *where]
+    if name == "finetune":
+        # A copy: main.py's result stays.
+        with replacing(model) as file, open(work.folder / "main.pt", "rb") as trained:
+            shutil.copyfileobj(trained, file)
+    return [*published, *extra, *where]
+
+
+def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
+    """By stage: epochs done and in all, valid and test in the row's unit, whether it is done."""
+    convert = bits if ROWS[row].unit == BITS else perplexity
+    result = {}
+    for name in ROWS[row].figures:
+        if name not in work.state:
+            continue
+        known = work.state[name]
+        found = {"done": known["done"], "seconds": round(known["seconds"], 1)}
+        if name == "pointer":
+            found |= {"valid": known.get("valid_ppl"), "test": known.get("test_ppl")}
+        else:
+            lines = read_metrics(work, name)
+            epochs = [line["epoch"] for line in lines if line.get("kind") == "epoch"]
+            tests = [line["test_loss"] for line in lines if line.get("kind") == "test"]
+            flags = next((line["flags"] for line in reversed(lines) if "flags" in line), {})
+            losses = [line["valid_loss"] for line in lines if line.get("kind") == "epoch"]
+            with contextlib.suppress(CheckpointError):
+                losses.append(checkpoint.load(work.folder / f"{name}.pt").valid_loss)
+            finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+            found |= {
+                "epochs": max(epochs, default=0),
+                "of": flags.get("epochs"),
+                "seed": flags.get("seed"),
+                "parameters": known.get("parameters"),
+                "valid": convert(min(finite)) if finite else None,
+                "test": convert(tests[-1]) if known["done"] and tests else None,
+            }
+        result[name] = found
+    return result
+
+
+def read_metrics(work: Work, name: str) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics file; none if there is none."""
+    path = work.folder / name / metrics.NAME
+    return metrics.read(path) if path.exists() else []
+
+
+def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Path:
+    """Write ROW.md and ROW.metrics.jsonl; return the first."""
+    published = ROWS[row]
+    stem = f"{row}-reduced" if reduced else row
+    found = figures(work, row)
+    head = {
+        "row": row,
+        "reduced": reduced,
+        "unit": published.unit,
+        "versions": metrics.versions(),
+        "stages": found,
+        "commands": {name: work.state[name]["commands"] for name in found},
+        "commits": sorted({str(c) for name in found for c in work.state[name]["commits"]}),
+        "devices": sorted({d for name in found for d in work.state[name]["devices"]}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / f"{stem}.metrics.jsonl") as file:
+        file.write(json.dumps(head).encode() + b"\n")
+        for name in found:
+            # The lines within an epoch would be megabytes.
+            for line in read_metrics(work, name):
+                if line.get("kind") in ("epoch", "switch", "test"):
+                    file.write(json.dumps({"stage": name, **line}).encode() + b"\n")
+    path = folder / f"{stem}.md"
+    with replacing(path) as file:
+        file.write(page(head, published.title).encode())
+    return path
+
+
+def page(head: dict[str, Any], title: str) -> str:
+    """ROW.md: what was run, how far it came, and the figures beside the published ones."""
+    published = ROWS[head["row"]]
+    lines = [f"# {title}, {head['unit']}", ""]
+    if head["reduced"]:
+        lines += [
+            f"**A run of reduced size (`{' '.join(head['reduced'])}`): it shows that the stages "
+            "work and says nothing about the published figures.**",
+            "",
+        ]
+    first = next(iter(head["stages"].values()), {})
+    lines += [
+        f"- commit {', '.join(head['commits'])}",
+        f"- {', '.join(f'{name} {version}' for name, version in head['versions'].items())}",
+        f"- {', '.join(head['devices'])}",
+        f"- parameters: {first.get('parameters') or 0:,}",
+        "",
+        "| stage | epochs | time | seed | valid | published | test | published |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, known in head["stages"].items():
+        theirs = ["" if value is None else f"{value:g}" for value in published.figures[name]]
+        ours = [_number(known[kind], published.unit) for kind in ("valid", "test")]
+        epochs = f"{known['epochs']} of {known['of']}" if "epochs" in known else ""
+        lines.append(
+            f"| {name}.py{'' if known['done'] else ' (not finished)'} | {epochs} | "
+            f"{known['seconds'] / 60:.1f} min | {known.get('seed', '')} | {ours[0]} | {theirs[0]} "
+            f"| {ours[1]} | {theirs[1]} |"
+        )
+    missing = [name for name in published.figures if name not in head["stages"]]
+    if missing:
+        lines += ["", f"Not begun: {', '.join(f'{name}.py' for name in missing)}."]
+    lines += ["", "```", *(c for words in head["commands"].values() for c in words), "```", ""]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value:.{3 if unit == BITS else 2}f}"
+
+
+def _told(words: list[str], work: Work, data: Path) -> str:
+    """A command without the names of this machine's folders."""
+    told = " ".join(words).replace(str(work.folder), "WORK")
+    return told.replace(f"--data {data} ", "--data DATA ")
+
+
+def pack(data: Path, target: Path) -> None:
+    """Write the three texts of a corpus as one .tar.xz."""
+    with replacing(target) as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
+        for name in FILES:
+            archive.add(data / name, arcname=name)
+
+
+def unpack(archive_path: Path, target: Path) -> None:
+    """Unpack what `pack` wrote; raises ToolkitError if it holds anything but three plain texts."""
+    try:
+        with tarfile.open(archive_path, "r:xz") as archive:
+            members = archive.getmembers()
+            plain = all(member.isfile() for member in members)
+            if not plain or sorted(member.name for member in members) != sorted(FILES):
+                raise ToolkitError(
+                    f"{archive_path} holds something other than {', '.join(FILES)}: make it with "
+                    "--pack"
+                )
+            target.mkdir(parents=True, exist_ok=True)
+            for member in members:
+                with replacing(target / member.name) as file:
+                    shutil.copyfileobj(archive.extractfile(member), file)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise ToolkitError(
+            f"cannot unpack {archive_path} ({error}): make it with --pack"
+        ) from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("row", choices=ROWS, help="row of the published table")
+    parser.add_argument(
+        "--minutes",
+        type=options.positive,
+        metavar="M",
+        help="stop cleanly after so long; pointer.py, once begun, is let come to its end",
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="the corpus, if elsewhere")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="the corpus, made with --pack")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="write the corpus as a .tar.xz and run nothing"
+    )
+    parser.add_argument("--work", type=Path, metavar="DIR", help="default: reproduce/ROW")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
+    parser.add_argument("--no-cuda", action="store_true", help="stay on the CPU")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what time allows; the exit status. Raises ToolkitError for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    preset = options.PRESETS["main"][args.row].split()
+    named = preset[preset.index("--data") + 1] if "--data" in preset else "data/penn"
+    data = args.data or ROOT / named
+    if args.pack:
+        pack(data, args.pack)
+        print(f"Wrote {args.pack}")
+        return 0
+    stop = Stop(args.minutes)
+    work = Work(args.work or ROOT / "reproduce" / args.row)
+    if args.corpus:
+        data = work.folder / "corpus"
+        unpack(args.corpus, data)
+    if "flags" not in work.state:
+        work.state["flags"] = extra
+    elif work.state["flags"] != extra:
+        raise ToolkitError(
+            f"{work.folder} was begun with the flags {' '.join(work.state['flags']) or '(none)'} "
+            "after --: give the same, or another --work"
+        )
+    path = args.results / f"{args.row}{'-reduced' if extra else ''}.md"
+    try:
+        for name in ROWS[args.row].figures:
+            if work.stage(name)["done"]:
+                continue
+            if stop.asked:
+                break
+            flags = stage_flags(work, args.row, name, data, extra)
+            if not run(work, name, flags, data, stop, args.no_cuda):
+                break
+    finally:
+        path = write_results(work, args.row, args.results, extra)
+    left = [name for name in ROWS[args.row].figures if not work.stage(name)["done"]]
+    if left:
+        print(f"Stopped before the end of {left[0]}.py: the same command goes on. Wrote {path}")
+    else:
+        print(f"All stages are done. Wrote {path}")
+    return 128 + stop.signum if stop.signum else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ToolkitError, CheckpointError, OSError) as error:
+        sys.stderr.write(f"reproduce.py: error: {error}\n")
+        sys.exit(1)
