@@ -205,7 +205,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
         run = found.get(("LSTM", 1, without))
         valid, test = after(run, last), tested(run)
         theirs = PUBLISHED_ABLATIONS[without]
-        paper = "" if theirs[0] is None else f"{theirs[0]:g} / {theirs[1]:g}"
+        paper = "" if theirs[0] is None else f"{theirs[0]:.1f} / {theirs[1]:.1f}"
         lines.append(
             f"| {without or 'everything'} | {_told(valid)} | {_told(test)} | "
             f"{_change(valid, after(base, last), without)} | {paper} | "

@@ -29,7 +29,7 @@ def published_cell(row: Row, stage: str) -> str:
         return ""
     if row.unit == BITS:
         return f"test {test:.3f} bpc"
-    return f"{valid:g} / {test:g}" if valid is not None else f"test {test:g}"
+    return f"{valid:.1f} / {test:.1f}"
 
 
 def our_cell(row: Row, known: dict[str, Any] | None) -> str:

@@ -1,0 +1,164 @@
+"""bench/reproduce.py: a row in pieces is the row in one piece, whatever ends the pieces."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import checkpoint
+from bench import reproduce
+from utils import ToolkitError
+
+REDUCED = [*TINY, "--lr", "5", "--epochs", "3", "--save-every", "0", "--log-interval", "2"]
+
+
+def command(corpus, folder, *more):
+    script = str(ROOT / "bench" / "reproduce.py")
+    where = ["--data", str(corpus), "--work", str(folder / "work"), "--results", str(folder)]
+    return [sys.executable, script, "ptb-lstm", "--no-cuda", *where, *more, "--", *REDUCED]
+
+
+def start(corpus, folder, *more):
+    return subprocess.Popen(
+        command(corpus, folder, *more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # One thread, as the sums of several may be in another order.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def until(process, text):
+    """Read its output up to a line with `text`; all of it up to there."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"no {text!r} in\n{''.join(lines)}")
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert finish(start(corpus_dir, whole))[0] == 0
+
+    # Told to stop within main.py: it saves, and says how far it came.
+    process = start(corpus_dir, cut)
+    until(process, "end of epoch   1")
+    process.send_signal(signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 128 + signal.SIGTERM
+    assert "Stopped before the end of main.py" in output
+    page = (cut / "ptb-lstm-reduced.md").read_text()
+    assert "main.py (not finished) | 1 of 3" in page or "(not finished) | 2 of 3" in page
+    assert "A run of reduced size" in page
+    assert "Not begun: finetune.py, pointer.py" in page
+
+    # Killed within finetune.py, and once more within a minute that is no time at all.
+    process = start(corpus_dir, cut)
+    until(process, "finetune.py")
+    until(process, "end of epoch   1")
+    process.kill()
+    process.stdout.close()
+    process.wait()
+    with open(cut / "work" / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the stage, which lost its parent, has ended
+    status, output = finish(start(corpus_dir, cut, "--minutes", "0.001"))
+    assert status == 0
+    assert "Stopped before the end of finetune.py" in output
+    status, output = finish(start(corpus_dir, cut))
+    assert status == 0
+    assert "All stages are done" in output
+
+    for name in ("main", "finetune"):
+        ours, theirs = (checkpoint.load(f / "work" / f"{name}.pt") for f in (cut, whole))
+        assert (ours.epoch, ours.valid_loss) == (theirs.epoch, theirs.valid_loss)
+        for key, tensor in ours.model.items():
+            assert torch.equal(tensor, theirs.model[key]), key
+    heads = []
+    for folder in (cut, whole):
+        lines = (folder / "ptb-lstm-reduced.metrics.jsonl").read_text().splitlines()
+        heads.append(json.loads(lines[0])["stages"])
+        epochs = {(e["stage"], e["epoch"]): e["valid_loss"] for e in map(json.loads, lines[1:])
+                  if e["kind"] == "epoch"}  # fmt: skip
+        assert {epoch for stage, epoch in epochs if stage == "main"} == {1, 2, 3}
+        heads[-1]["curve"] = epochs
+    assert all(heads[0][name]["done"] for name in ("main", "finetune", "pointer"))
+    for name in ("main", "finetune", "pointer"):
+        for kind in ("valid", "test"):
+            assert heads[0][name][kind] == heads[1][name][kind] > 1
+    assert heads[0]["curve"] == heads[1]["curve"]
+    page = (cut / "ptb-lstm-reduced.md").read_text()
+    assert str(tmp_path) not in page
+    assert "| 61.2 |" in page
+    assert "56.5" in page
+
+    # Done is done; with other flags it would be another run.
+    status, output = finish(start(corpus_dir, cut))
+    assert (status, output.count("$")) == (0, 0)
+    other = subprocess.run(
+        [*command(corpus_dir, cut), "--nhid", "20"], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 1
+    assert other.stderr.startswith("reproduce.py: error:")
+    assert len(other.stderr.splitlines()) == 1
+
+
+def test_two_at_once_are_refused(tmp_path):
+    first = reproduce.Work(tmp_path / "work")
+    with pytest.raises(ToolkitError, match="another run is at work"):
+        reproduce.Work(tmp_path / "work")
+    first.lock.close()
+    reproduce.Work(tmp_path / "work")
+
+
+def test_a_stage_that_fails_is_said_in_a_line(corpus_dir, tmp_path):
+    bad = [*command(corpus_dir, tmp_path), "--dropout", "2"]
+    result = subprocess.run(bad, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "main.py ended with exit status 2" in result.stderr
+    assert "--dropout" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_corpus_travels(corpus_dir, tmp_path, capsys):
+    archive = tmp_path / "tiny.tar.xz"
+    flags = ["ptb-lstm", "--data", str(corpus_dir)]
+    assert reproduce.main([*flags, "--pack", str(archive)]) == 0
+    reproduce.unpack(archive, tmp_path / "corpus")
+    for name in reproduce.FILES:
+        assert (tmp_path / "corpus" / name).read_bytes() == (corpus_dir / name).read_bytes()
+
+
+@pytest.mark.parametrize("case", ["path", "link", "missing", "text"])
+def test_what_is_no_packed_corpus_is_refused(case, corpus_dir, tmp_path):
+    archive = tmp_path / "bad.tar.xz"
+    if case == "text":
+        archive.write_text("no archive")
+    else:
+        with tarfile.open(archive, "w:xz") as tar:
+            for name in reproduce.FILES[case == "missing" :]:
+                renamed = f"../{name}" if case == "path" else name
+                if case == "link":
+                    info = tarfile.TarInfo(name)
+                    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                    tar.addfile(info)
+                else:
+                    tar.add(corpus_dir / name, arcname=renamed)
+    with pytest.raises(ToolkitError, match="--pack"):
+        reproduce.unpack(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
