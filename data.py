@@ -9,7 +9,7 @@ import secrets
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -20,7 +20,7 @@ import torch
 
 from utils import ToolkitError
 
-EOS = "<eos>"
+EOS, UNK = "<eos>", "<unk>"
 SPLITS = ("train", "valid", "test")
 
 # Text is read in blocks of this size: small enough that a block's words stay in the processor's
@@ -99,8 +99,13 @@ class Corpus:
     kept as it is, counts included. With `cache`, the encoded corpus is kept beside the text, or in
     the user's cache folder, and used for as long as the three files hold the same bytes.
 
-    Raises CorpusError when a file is missing, empty, unreadable or not UTF-8, and when the
-    corpus has words that `dictionary` lacks.
+    Words that `dictionary` lacks are read as `<unk>`, if it has that; `unknown` is the number of
+    such tokens. With `split`, two fractions, the folder has only a train.txt, whose last lines
+    become test, and those before them valid, each that share of all lines. `tick` is told of bytes
+    as they are read.
+
+    Raises CorpusError when a file is missing, empty, unreadable or not UTF-8, when the corpus has
+    words that a `dictionary` without `<unk>` lacks, and when `split` leaves a part without a line.
     """
 
     def __init__(
@@ -108,10 +113,18 @@ class Corpus:
         path: str | os.PathLike[str],
         dictionary: Dictionary | None = None,
         cache: bool = True,
+        split: Sequence[float] | None = None,
+        tick: Callable[[int], object] = lambda size: None,
     ) -> None:
         folder = Path(path)
-        _check_files(folder)
-        encoded = _encode_cached(folder) if cache else _encode(folder)
+        _check_files(folder, split is not None)
+        if split is not None:
+            encoded = _split_lines(_encode(folder, tick=tick, names=SPLITS[:1]), split, folder)
+        elif cache:
+            encoded = _encode_cached(folder, tick)
+        else:
+            encoded = _encode(folder, tick=tick)
+        self.unknown = 0
         if dictionary is None:
             self.dictionary = Dictionary.from_words(encoded.words, encoded.counts.tolist())
             splits = encoded.splits
@@ -119,7 +132,44 @@ class Corpus:
             self.dictionary = dictionary
             new_ids = _ids_in(dictionary, encoded.words, folder)
             splits = [new_ids[ids] for ids in encoded.splits]
+            lacking = [w not in dictionary.word2idx for w in encoded.words]
+            self.unknown = int(encoded.counts[lacking].sum())
         self.train, self.valid, self.test = (torch.from_numpy(ids) for ids in splits)
+
+    def __len__(self) -> int:
+        """The number of tokens in all three parts."""
+        return len(self.train) + len(self.valid) + len(self.test)
+
+    def with_fewer_words(self, vocab_size: int | None = None, min_count: int = 0) -> Corpus:
+        """Return the same corpus with rare words read as `<unk>`.
+
+        Kept are the words that occur `min_count` times or more in train, and of these the most
+        frequent, ties by first appearance, so that the vocabulary has at most `vocab_size` words,
+        `<unk>` and `<eos>` among them. Ids stay in order of first appearance. If nothing need go,
+        the corpus is returned as it is.
+        """
+        old = self.dictionary
+        counts = np.bincount(self.train.numpy(), minlength=len(old))
+        special = [old.word2idx[word] for word in (EOS, UNK) if word in old.word2idx]
+        keep = counts >= min_count
+        keep[special] = True
+        if vocab_size is not None and (keep.sum() > vocab_size or not keep.all()):
+            room = max(0, vocab_size - 2)
+            ranked = np.argsort(np.where(keep, -counts, 1), kind="stable")
+            ranked = ranked[~np.isin(ranked, special)][:room]
+            keep &= np.isin(np.arange(len(old)), [*ranked, *special])
+        if keep.all():
+            return self
+        words: dict[str, int] = {}
+        new_ids = np.empty(len(old), dtype=np.int32)
+        for idx, word in enumerate(old.idx2word):
+            new_ids[idx] = words.setdefault(word if keep[idx] else UNK, len(words))
+        fewer = copy.copy(self)
+        splits = [new_ids[getattr(self, split).numpy()] for split in SPLITS]
+        for split, ids in zip(SPLITS, splits, strict=True):
+            setattr(fewer, split, torch.from_numpy(ids))
+        fewer.dictionary = Dictionary.from_words(list(words), _count(splits, len(words)).tolist())
+        return fewer
 
     def sorted_by_frequency(self) -> Corpus:
         """Return the same corpus with ids renumbered by falling count, ties in their old order.
@@ -151,12 +201,13 @@ class _Encoded:
     splits: list[np.ndarray]  # train, valid, test: (tokens,) int32
 
 
-def _check_files(folder: Path) -> None:
-    """Raise CorpusError unless the folder and its three files are there."""
+def _check_files(folder: Path, split: bool = False) -> None:
+    """Raise CorpusError unless the folder has its files, with `split` a train.txt and no other."""
     try:
         is_file, is_folder = folder.is_file(), folder.is_dir()
         names = [f"{split}.txt" for split in SPLITS]
         missing = [name for name in names if is_folder and not (folder / name).exists()]
+        given = [name for name in names if name not in missing]
     except OSError as error:
         raise _cannot_read(folder, error) from None
     if is_file:
@@ -168,6 +219,18 @@ def _check_files(folder: Path) -> None:
         raise CorpusError(
             f"there is no corpus folder {folder}: fetch one with ./getdata.sh NAME, or say with "
             "--data where it is"
+        )
+    if split:
+        others = [name for name in given if name != "train.txt"]
+        if others and "train.txt" in given:
+            raise CorpusError(
+                f"{folder} has a {others[0]} already: leave --split out, or move it away"
+            )
+        missing = [name for name in missing if name == "train.txt"]
+    elif missing == names[1:]:
+        raise CorpusError(
+            f"the corpus folder {folder} has a train.txt alone: cut valid and test off its end "
+            "with --split 0.05 0.05, or bring valid.txt and test.txt"
         )
     if missing:
         raise CorpusError(
@@ -185,24 +248,47 @@ def _cannot_read(path: Path, error: OSError) -> CorpusError:
 def _ids_in(dictionary: Dictionary, words: list[str], folder: Path) -> np.ndarray:
     """Return the id in `dictionary` of each of `words`: (len(words),) int32."""
     unknown = [word for word in words if word not in dictionary.word2idx]
-    if unknown:
+    unk = dictionary.word2idx.get(UNK)
+    if unknown and unk is None:
         examples = ", ".join(map(repr, unknown[:3]))
         noun = "word" if len(unknown) == 1 else "words"
         raise CorpusError(
             f"the corpus {folder} has {len(unknown)} distinct {noun} that the model's vocabulary "
-            f"lacks, such as {examples}: use the corpus that the model was trained on, or train a "
-            "model on this one"
+            f"lacks, such as {examples}, and no {UNK} to read them as: use the corpus that the "
+            "model was trained on, or train a model on this one"
         )
-    return np.fromiter(map(dictionary.word2idx.__getitem__, words), np.int32, len(words))
+    ids = (dictionary.word2idx.get(word, unk) for word in words)
+    return np.fromiter(ids, np.int32, len(words))
+
+
+def _split_lines(encoded: _Encoded, split: Sequence[float], folder: Path) -> _Encoded:
+    """Cut valid and test off the end of the only part, each so much of all its lines."""
+    (ids,) = encoded.splits
+    ends = np.flatnonzero(ids == encoded.words.index(EOS)) + 1
+    valid, test = (round(share * len(ends)) for share in split)
+    train = len(ends) - valid - test
+    if min(train, valid, test) < 1:
+        raise CorpusError(
+            f"--split {split[0]:g} {split[1]:g} makes {train}, {valid} and {test} of the "
+            f"{len(ends)} lines of {folder / 'train.txt'} train, valid and test: each must have "
+            "one or more"
+        )
+    cuts = [ends[train - 1], ends[train + valid - 1]]
+    return _Encoded(encoded.words, encoded.counts, np.split(ids, cuts))
 
 
 # Reading and encoding
 
 
-def _text_blocks(path: Path, digest: hashlib.blake2b | None = None) -> Iterator[str]:
+def _text_blocks(
+    path: Path,
+    digest: hashlib.blake2b | None = None,
+    tick: Callable[[int], object] = lambda size: None,
+) -> Iterator[str]:
     r"""Yield the file's text in blocks that cut no word, with every line ended by one "\n".
 
-    `digest` is fed the file's bytes. Raises CorpusError when the file cannot be read or decoded.
+    `digest` is fed the file's bytes, `tick` their number. Raises CorpusError when the file cannot
+    be read or decoded.
     """
     line = 1
     encoding = "utf-8-sig"  # a byte order mark is dropped, at the file's start only
@@ -213,6 +299,7 @@ def _text_blocks(path: Path, digest: hashlib.blake2b | None = None) -> Iterator[
         with path.open("rb") as file:
             while not at_end:
                 chunk = file.read(BLOCK_BYTES)
+                tick(len(chunk))
                 if digest is not None:
                     digest.update(chunk)
                 at_end = not chunk
@@ -247,15 +334,20 @@ def _universal_newlines(text: str) -> str:
     return text
 
 
-def _encode(folder: Path, digests: list[hashlib.blake2b] | None = None) -> _Encoded:
-    """Encode the three files; `digests`, one for each, are fed the bytes that were encoded."""
+def _encode(
+    folder: Path,
+    digests: list[hashlib.blake2b] | None = None,
+    tick: Callable[[int], object] = lambda size: None,
+    names: Sequence[str] = SPLITS,
+) -> _Encoded:
+    """Encode the files of `names`; `digests`, one for each, are fed the bytes that were encoded."""
     # A word that is looked up for the first time takes the counter's next number, all in C.
     word2idx: defaultdict[str, int] = defaultdict(count().__next__)
     splits = []
-    for number, split in enumerate(SPLITS):
+    for number, split in enumerate(names):
         path = folder / f"{split}.txt"
         pieces = []
-        for text in _text_blocks(path, digests[number] if digests else None):
+        for text in _text_blocks(path, digests[number] if digests else None, tick):
             words = text.replace("\n", f" {EOS} ").split()
             pieces.append(np.fromiter(map(word2idx.__getitem__, words), np.int32, len(words)))
         if not any(map(len, pieces)):
@@ -314,7 +406,7 @@ def _cache_places(folder: Path, key: str) -> list[Path]:
     return places
 
 
-def _encode_cached(folder: Path) -> _Encoded:
+def _encode_cached(folder: Path, tick: Callable[[int], object]) -> _Encoded:
     """Take the encoded corpus from a cache that fits, else encode it and leave a cache."""
     key = _hash_files(folder)
     for path in _cache_places(folder, key):
@@ -323,7 +415,7 @@ def _encode_cached(folder: Path) -> _Encoded:
             return encoded
     # Hashed again while encoding: the key stays true if a file changes between the two readings.
     digests = _new_digests()
-    encoded = _encode(folder, digests)
+    encoded = _encode(folder, digests, tick)
     key = _cache_key(digests)
     for path in _cache_places(folder, key):
         if _write_cache(path, key, encoded):

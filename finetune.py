@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import checkpoint
 import engine
@@ -16,9 +17,11 @@ import metrics
 import options
 import parallel
 from checkpoint import Checkpoint
-from data import Corpus
+from model import RNNModel
 from nt_asgd import NTASGD, NonMonotonicTrigger
+from progress import Bar
 from safekeeping import SaveClock, Stopped, StopRequests
+from splitcross import SplitCrossEntropyLoss
 from training_step import TrainingLoss, make_step
 from utils import (
     ToolkitError,
@@ -27,6 +30,7 @@ from utils import (
     epoch_line,
     make_deterministic,
     out_of_memory,
+    perplexity,
     seed_everything,
     select_device,
     set_precision,
@@ -37,6 +41,7 @@ def build_parser() -> options.Parser:
     """The command line of finetune.py."""
     parser = options.Parser(options.CLASSIC["finetune"], __doc__)
     options.add_data(parser, "data/penn/")
+    options.add_split(parser)
     options.add_model(parser)
     options.add_save(parser, "model file to start from, replaced when a better model is found")
     options.add_sizes(parser)
@@ -108,7 +113,7 @@ def train(
 ) -> None:
     """Everything after the command line: what is trained, the epochs, the test score."""
     parallel.check_columns(ranks, args.batch_size)
-    corpus = Corpus(args.data, start_from.dictionary)
+    corpus = options.read_corpus(args, print, start_from.dictionary, start_from.args, ranks.first)
     if args.resume:
         checkpoint.check_same_text(corpus.train, start_from.training, args.data, args.resume)
     train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
@@ -130,6 +135,21 @@ def train(
         "finetune.py", options.plain(args), checkpoint.fingerprint(corpus.train),
         model, criterion, optimizer, trigger, rng, ranks,
     )  # fmt: skip
+
+    def evaluate(
+        what: str, model: RNNModel, criterion: SplitCrossEntropyLoss, source: Tensor
+    ) -> float:
+        """The mean cross-entropy of a part of the corpus, told to stop between chunks."""
+        with Bar(source.numel(), what, wanted=ranks.first) as bar:
+
+            def after_chunk() -> None:
+                bar.update(args.bptt * source.size(1))
+                stop.check()
+
+            return engine.evaluate(
+                model, criterion, source, args.bptt, args.max_batches, after_chunk, ranks
+            )
+
     print("Args:", options.plain(args))
     print("Model total parameters:", sum(p.numel() for p in params))
     best = start_from
@@ -143,9 +163,7 @@ def train(
                 group["lr"] = args.lr
     else:
         # Scored here and not taken from the file: that may have been another corpus or a trial.
-        best_loss = engine.evaluate(
-            model, criterion, valid_data, args.bptt, args.max_batches, stop.check, ranks
-        )
+        best_loss = evaluate("valid.txt", model, criterion, valid_data)
         print(f"| start of finetuning | valid loss {best_loss:5.2f}")
     # The original's cap: a drawn length is at most ten steps longer than the base.
     max_seq_len = args.bptt + 10 if args.max_seq_len is None else args.max_seq_len
@@ -169,10 +187,13 @@ def train(
         """How far the run has come, in rows of the corpus."""
         return (epoch - 1) * train_data.size(0) + row
 
-    def report(epoch: int, row: int, **numbers: float) -> None:
+    def report(epoch: int, bar: Bar, row: int, **numbers: float) -> None:
         log.write("batch", step=step(epoch, row), epoch=epoch, **numbers)
+        ppl = perplexity(numbers["loss"])
+        bar.update(0, loss=f"{numbers['loss']:.2f}", ppl=f"{ppl:.2f}")
 
-    def after_batch(_: engine.Position) -> None:
+    def after_batch(bar: Bar, at: engine.Position) -> None:
+        bar.to(at.row * train_data.size(1))
         stop.check()
         if ranks.decided(clock.due()):
             save()
@@ -183,24 +204,23 @@ def train(
         for epoch in range(finished + 1, last + 1):
             start = time.time()
             position = engine.Position() if position is None else position
-            engine.train_epoch(
-                training_step,
-                epoch=epoch,
-                rng=rng,
-                max_seq_len=max_seq_len,
-                fixed_length=args.fixed_length,
-                max_batches=args.max_batches,
-                log_interval=args.log_interval,
-                log=print,
-                report=functools.partial(report, epoch),
-                position=position,
-                after_batch=after_batch,
-            )
+            with Bar(train_data.numel(), f"epoch {epoch}", wanted=ranks.first) as bar:
+                engine.train_epoch(
+                    training_step,
+                    epoch=epoch,
+                    rng=rng,
+                    max_seq_len=max_seq_len,
+                    fixed_length=args.fixed_length,
+                    max_batches=args.max_batches,
+                    log_interval=args.log_interval,
+                    log=bar.line,
+                    report=functools.partial(report, epoch, bar),
+                    position=position,
+                    after_batch=functools.partial(after_batch, bar),
+                )
             # The averaged weights are scored and kept; training goes on from the raw ones.
             with optimizer.averaged():
-                valid_loss = engine.evaluate(
-                    model, criterion, valid_data, args.bptt, args.max_batches, stop.check, ranks
-                )
+                valid_loss = evaluate("valid.txt", model, criterion, valid_data)
                 check_valid_loss(valid_loss, epoch, args.lr)
                 print("-" * 89)
                 seconds = time.time() - start
@@ -237,9 +257,7 @@ def train(
         print("Exiting from finetuning early")
 
     model, criterion = checkpoint.rebuild(best, device)
-    test_loss = engine.evaluate(
-        model, criterion, test_data, args.bptt, args.max_batches, stop.check, ranks
-    )
+    test_loss = evaluate("test.txt", model, criterion, test_data)
     print("=" * 89)
     print(end_line("training", "test", test_loss))
     log.write("test", step=step(finished + 1, 0), test_loss=test_loss)

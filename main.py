@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 import checkpoint
 import engine
@@ -17,9 +18,9 @@ import metrics
 import options
 import parallel
 from checkpoint import Checkpoint
-from data import Corpus
 from model import RNNModel
 from nt_asgd import NTASGD, NonMonotonicTrigger
+from progress import Bar
 from safekeeping import SaveClock, Stopped, StopRequests
 from splitcross import SplitCrossEntropyLoss, default_splits
 from training_step import TrainingLoss, make_step
@@ -30,6 +31,7 @@ from utils import (
     epoch_line,
     make_deterministic,
     out_of_memory,
+    perplexity,
     seed_everything,
     select_device,
     set_precision,
@@ -43,6 +45,8 @@ def build_parser() -> options.Parser:
     """The command line of main.py."""
     parser = options.Parser(options.CLASSIC["main"], __doc__)
     options.add_data(parser, "data/penn/")
+    options.add_split(parser)
+    options.add_vocabulary(parser)
     options.add_model(parser)
     options.add_save(parser, "model file to write")
     options.add_sizes(parser)
@@ -77,6 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train; raises ToolkitError for what the user can mend."""
     args = options.parse(build_parser, argv)
     resumed = initial = None
+    if args.init or args.resume:
+        for flag in ("vocab_size", "min_count"):
+            if flag in args.given:
+                raise ToolkitError(
+                    f"--{flag.replace('_', '-')} makes a vocabulary, and --resume and --init take "
+                    "the model's: leave it out"
+                )
     if args.init:
         if args.resume:
             raise ToolkitError(
@@ -126,11 +137,11 @@ def train(
     rng = seed_everything(args.seed)
     parallel.check_columns(ranks, args.batch_size)
     if initial is not None:
-        corpus = Corpus(args.data, initial.dictionary)
+        corpus = options.read_corpus(args, print, initial.dictionary, initial.args, ranks.first)
         rates = {name: getattr(args, name) for name in options.DROPOUTS}
         model, criterion = checkpoint.rebuild(initial, device, **rates)
     elif resumed is None:
-        corpus = Corpus(args.data)
+        corpus = options.read_corpus(args, print, first=ranks.first)
         splits = default_splits(len(corpus.dictionary))
         if splits:
             corpus = corpus.sorted_by_frequency()
@@ -149,7 +160,7 @@ def train(
         ).to(device)
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits).to(device)
     else:
-        corpus = Corpus(args.data, resumed.dictionary)
+        corpus = options.read_corpus(args, print, resumed.dictionary, resumed.args, ranks.first)
         checkpoint.check_same_text(corpus.train, resumed.training, args.data, args.resume)
         model, criterion = checkpoint.rebuild(resumed, device, **options.given_dropouts(args))
     train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
@@ -185,6 +196,20 @@ def train(
 
     vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
 
+    def evaluate(
+        what: str, model: RNNModel, criterion: SplitCrossEntropyLoss, source: Tensor
+    ) -> float:
+        """The mean cross-entropy of a part of the corpus, told to stop between chunks."""
+        with Bar(source.numel(), what, wanted=ranks.first) as bar:
+
+            def after_chunk() -> None:
+                bar.update(args.bptt * source.size(1))
+                stop.check()
+
+            return engine.evaluate(
+                model, criterion, source, args.bptt, args.max_batches, after_chunk, ranks
+            )
+
     clock = SaveClock(args.save_every)
 
     def save() -> None:
@@ -199,10 +224,13 @@ def train(
         """How far the run has come, in rows of the corpus."""
         return (epoch - 1) * train_data.size(0) + row
 
-    def report(epoch: int, row: int, **numbers: float) -> None:
+    def report(epoch: int, bar: Bar, row: int, **numbers: float) -> None:
         log.write("batch", step=step(epoch, row), epoch=epoch, **numbers)
+        ppl = perplexity(numbers["loss"])
+        bar.update(0, loss=f"{numbers['loss']:.2f}", ppl=f"{ppl:.2f}")
 
-    def after_batch(_: engine.Position) -> None:
+    def after_batch(bar: Bar, at: engine.Position) -> None:
+        bar.to(at.row * train_data.size(1))
         stop.check()
         if ranks.decided(clock.due()):
             save()
@@ -211,25 +239,24 @@ def train(
         for epoch in range(finished + 1, args.epochs + 1):
             start = time.time()
             position = engine.Position() if position is None else position
-            engine.train_epoch(
-                training_step,
-                epoch=epoch,
-                rng=rng,
-                max_seq_len=args.max_seq_len,
-                fixed_length=args.fixed_length,
-                max_batches=args.max_batches,
-                log_interval=args.log_interval,
-                log=print,
-                report=functools.partial(report, epoch),
-                position=position,
-                after_batch=after_batch,
-            )
+            with Bar(train_data.numel(), f"epoch {epoch}", wanted=ranks.first) as bar:
+                engine.train_epoch(
+                    training_step,
+                    epoch=epoch,
+                    rng=rng,
+                    max_seq_len=args.max_seq_len,
+                    fixed_length=args.fixed_length,
+                    max_batches=args.max_batches,
+                    log_interval=args.log_interval,
+                    log=bar.line,
+                    report=functools.partial(report, epoch, bar),
+                    position=position,
+                    after_batch=functools.partial(after_batch, bar),
+                )
             averaging = args.optimizer == "sgd" and optimizer.averaging
             # The averaged weights, once there are, are scored and kept; training stays on the raw.
             with optimizer.averaged() if averaging else contextlib.nullcontext():
-                valid_loss = engine.evaluate(
-                    model, criterion, valid_data, args.bptt, args.max_batches, stop.check, ranks
-                )
+                valid_loss = evaluate("valid.txt", model, criterion, valid_data)
                 check_valid_loss(valid_loss, epoch, optimizer.param_groups[0]["lr"])
                 print("-" * 89)
                 seconds = time.time() - start
@@ -272,9 +299,7 @@ def train(
         print("Exiting from training early")
 
     model, criterion = checkpoint.rebuild(best, device)
-    test_loss = engine.evaluate(
-        model, criterion, test_data, args.bptt, args.max_batches, stop.check, ranks
-    )
+    test_loss = evaluate("test.txt", model, criterion, test_data)
     print("=" * 89)
     print(end_line("training", "test", test_loss))
     log.write("test", step=step(finished + 1, 0), test_loss=test_loss)

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 import torch
 
 import parallel
+from data import SPLITS, Corpus, Dictionary
 from model import RNN_TYPES
+from progress import Bar
 from safekeeping import Stopped
 from utils import ToolkitError, keep_memory
 
@@ -308,6 +310,11 @@ def seed(text: str) -> int:
     return _number(text, int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
+def vocabulary_size(text: str) -> int:
+    """A whole number of 3 or more."""
+    return _number(text, int, lambda n: n >= 3, "a whole number of 3 or more")
+
+
 def positive(text: str) -> float:
     """A finite number above 0."""
     return _number(text, float, lambda x: 0 < x < math.inf, "a number above 0")
@@ -341,6 +348,76 @@ def add_data(parser: Parser, default: str) -> None:
         metavar="FOLDER",
         help="the corpus: train.txt, valid.txt and test.txt, tokens apart by white space",
     )
+
+
+def fraction(text: str) -> float:
+    """A number above 0 and below 1."""
+    return _number(text, float, lambda x: 0 < x < 1, "above 0 and below 1")
+
+
+def add_split(parser: Parser) -> None:
+    """--split."""
+    parser.group("files").add_argument(
+        "--split",
+        type=fraction,
+        nargs=2,
+        metavar=("VALID", "TEST"),
+        help="for a folder with a train.txt alone: the shares of its lines, at its end, that "
+        "become valid and test, such as 0.05 0.05; later stages take it from the model file",
+    )
+
+
+def add_vocabulary(parser: Parser) -> None:
+    """--vocab-size and --min-count."""
+    group = parser.group("files").add_mutually_exclusive_group()
+    group.add_argument(
+        "--vocab-size",
+        type=vocabulary_size,
+        metavar="N",
+        help="keep the N most frequent words of train.txt, <unk> and <eos> among them, and read "
+        "the others as <unk>; PTB has 10,000",
+    )
+    group.add_argument(
+        "--min-count",
+        type=positive_int,
+        metavar="N",
+        help="keep the words that occur N times or more in train.txt, and read the others as "
+        "<unk>; WikiText-2 and -103 have 3",
+    )
+
+
+def read_corpus(
+    args: argparse.Namespace,
+    say: Callable[[str], None],
+    dictionary: Dictionary | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    first: bool = True,
+) -> Corpus:
+    """The corpus of --data in the vocabulary `dictionary` of a model, or its own.
+
+    `recorded` are the flags a model file holds: their --split counts where none is given and the
+    folder has a train.txt alone. On a terminal a bar shows the reading, on the `first` process.
+    `say` is told what is read as <unk>. Raises CorpusError.
+    """
+    folder = Path(args.data)
+    parts = [folder / f"{name}.txt" for name in SPLITS]
+    split = args.split
+    if split is None and recorded is not None and not any(part.exists() for part in parts[1:]):
+        split = recorded.get("split")
+    size = sum(part.stat().st_size for part in parts if part.is_file())
+    with Bar(size, "reading", "B", wanted=first) as bar:
+        corpus = Corpus(folder, dictionary, split=split, tick=bar.update)
+    if corpus.unknown:
+        say(
+            f"| {corpus.unknown} of the {len(corpus)} tokens of {args.data} "
+            f"({corpus.unknown / len(corpus):.2%}) are not in the model's vocabulary: read as <unk>"
+        )
+    if dictionary is None and (args.vocab_size or args.min_count):
+        fewer = corpus.with_fewer_words(args.vocab_size, args.min_count or 0)
+        rare = len(corpus.dictionary) - len(fewer.dictionary)
+        say(f"| vocabulary of {len(fewer.dictionary)} words, {max(0, rare)} rarer ones left out")
+        return fewer
+    return corpus
 
 
 def add_model(parser: Parser) -> None:

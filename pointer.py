@@ -17,7 +17,6 @@ import plotting
 import scoring
 from cache_search import Setting
 from continuous_cache import ContinuousCache
-from data import Corpus
 from model import RNNModel
 from progress import Bar
 from scoring import Piece
@@ -31,6 +30,7 @@ def build_parser() -> options.Parser:
     """The command line of pointer.py."""
     parser = options.Parser(options.CLASSIC["pointer"], __doc__)
     options.add_data(parser, "data/penn")
+    options.add_split(parser)
     options.add_model(parser)
     options.add_save(parser, "model file to score")
     options.add_cache(parser)
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = checkpoint.load(args.save)
     options.check_architecture(args, loaded.config, args.save)
     device = select_device(args.cuda)
-    corpus = Corpus(args.data, loaded.dictionary)
+    corpus = options.read_corpus(args, print, loaded.dictionary, loaded.args)
     model, criterion = checkpoint.rebuild(loaded, device)
     valid_data = batchify(corpus.valid, 1).to(device)
     test_data = batchify(corpus.test, 1).to(device)

@@ -8,13 +8,16 @@ from typing import Any
 class Bar:
     """A bar on standard error that counts `total` units; silent unless that is a terminal.
 
-    Used as a context manager. In a file or a pipe, and without tqdm, nothing is drawn and the
-    log lines are all there is.
+    It is also silent if it is not `wanted`, as off the first of several processes. Used as a
+    context manager. In a file or a pipe, and without tqdm, nothing is drawn and the log lines are
+    all there is.
     """
 
-    def __init__(self, total: int | None, what: str, unit: str = "tok") -> None:
+    def __init__(
+        self, total: int | None, what: str, unit: str = "tok", *, wanted: bool = True
+    ) -> None:
         self._bar: Any = None
-        if not sys.stderr.isatty():
+        if not wanted or not sys.stderr.isatty():
             return
         try:
             from tqdm import tqdm
@@ -53,6 +56,11 @@ class Bar:
             if numbers:
                 self._bar.set_postfix(numbers, refresh=False)
             self._bar.update(n)
+
+    def to(self, n: int) -> None:
+        """Go on to `n` units in all."""
+        if self._bar is not None:
+            self._bar.update(n - self._bar.n)
 
     def line(self, text: str) -> None:
         """Write a line to standard output, above the bar."""
