@@ -9,11 +9,13 @@ PERPLEXITY, BITS = "perplexity", "bits per character"
 class Row:
     """A row of the published table: by stage the figures on validation and test, None if unknown.
 
-    They are from arXiv 1708.02182 and 1803.08240 and the original's documentation.
+    `tokens` are those of its train.txt, line ends counted, None if not known. The figures are from
+    arXiv 1708.02182 and 1803.08240 and the original's documentation.
     """
 
     title: str
     unit: str
+    tokens: int | None
     figures: dict[str, tuple[float | None, float | None]]
 
 
@@ -21,29 +23,33 @@ ROWS = {
     "ptb-lstm": Row(
         "PTB LSTM",
         PERPLEXITY,
+        929_589,
         {"main": (61.2, 58.8), "finetune": (58.8, 56.5), "pointer": (53.2, 52.5)},
     ),
     "ptb-qrnn": Row(
         "PTB QRNN",
         PERPLEXITY,
+        929_589,
         {"main": (60.6, 58.3), "finetune": (59.1, 56.7), "pointer": (53.4, 52.6)},
     ),
     "wt2-lstm": Row(
         "WikiText-2 LSTM",
         PERPLEXITY,
+        2_088_628,
         {"main": (68.7, 65.6), "finetune": (67.4, 64.7), "pointer": (52.2, 50.6)},
     ),
     "wt2-qrnn": Row(
         "WikiText-2 QRNN",
         PERPLEXITY,
+        2_088_628,
         {"main": (69.3, 66.8), "finetune": (68.5, 65.9), "pointer": (53.6, 52.1)},
     ),
-    "ptbc": Row("PTB characters LSTM", BITS, {"main": (None, 1.175)}),
-    "enwik8": Row("enwik8 LSTM", BITS, {"main": (None, 1.232)}),
-    "wt103": Row("WikiText-103 QRNN", PERPLEXITY, {"main": (32.0, 33.0)}),
+    "ptbc": Row("PTB characters LSTM", BITS, 5_017_482, {"main": (None, 1.175)}),
+    "enwik8": Row("enwik8 LSTM", BITS, None, {"main": (None, 1.232)}),
+    "wt103": Row("WikiText-103 QRNN", PERPLEXITY, 103_227_021, {"main": (32.0, 33.0)}),
 }
 
-# On PTB, finetuned, LSTM at its full size; arXiv 1708.02182, table 5: validation, test.
+# On PTB, finetuned, LSTM at its full size; arXiv 1708.02182: validation, test.
 ABLATIONS = {
     "": (60.0, 57.3),
     "no weight drop": (71.1, 68.9),

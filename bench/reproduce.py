@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import lzma
 import math
 import os
 import shutil
@@ -190,17 +191,27 @@ def stage_flags(work: Work, row: str, name: str, data: Path, extra: list[str]) -
     where = ["--data", str(data), "--save", str(model)]
     if name == "pointer":
         # The last stage before it has the model.
-        return [*published, "--data", str(data), "--save", str(work.folder / "finetune.pt")]
+        model = work.folder / "finetune.pt"
+        return [*published, "--data", str(data), "--save", str(model), *cut_short(extra)]
     where += ["--logdir", str(work.folder / name)]
     if model.exists():
         training = checkpoint.load(model).training
         if training is not None and training["stage"] == f"{name}.py":
-            return ["--resume", str(model), *where]
+            # What a resumed run does not take from the file.
+            return ["--resume", str(model), *where, *cut_short(extra)]
     if name == "finetune":
         # A copy: main.py's result stays.
         with replacing(model) as file, open(work.folder / "main.pt", "rb") as trained:
             shutil.copyfileobj(trained, file)
     return [*published, *extra, *where]
+
+
+def cut_short(extra: list[str]) -> list[str]:
+    """The `--max-batches N` among flags, if any: the one that a stage is given every time."""
+    if "--max-batches" not in extra:
+        return []
+    at = extra.index("--max-batches")
+    return extra[at : at + 2]
 
 
 def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
@@ -250,6 +261,7 @@ def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Pat
         "row": row,
         "reduced": reduced,
         "unit": published.unit,
+        "tokens": work.state.get("tokens"),
         "versions": metrics.versions(),
         "stages": found,
         "commands": {name: work.state[name]["commands"] for name in found},
@@ -274,6 +286,12 @@ def page(head: dict[str, Any], title: str) -> str:
     """ROW.md: what was run, how far it came, and the figures beside the published ones."""
     published = ROWS[head["row"]]
     lines = [f"# {title}, {head['unit']}", ""]
+    if head["tokens"] != published.tokens is not None:
+        lines += [
+            f"**Another text than the row's: train.txt has {head['tokens']:,} tokens in place of "
+            f"{published.tokens:,}.**",
+            "",
+        ]
     if head["reduced"]:
         lines += [
             f"**A run of reduced size (`{' '.join(head['reduced'])}`): it shows that the stages "
@@ -312,15 +330,22 @@ def _number(value: float | None, unit: str) -> str:
 
 def _told(words: list[str], work: Work, data: Path) -> str:
     """A command without the names of this machine's folders."""
-    told = " ".join(words).replace(str(work.folder), "WORK")
-    return told.replace(f"--data {data} ", "--data DATA ")
+
+    def name(word: str) -> str:
+        path = Path(word)
+        if path == data:
+            return "DATA"
+        return f"WORK/{path.name}" if path.parent == work.folder else word
+
+    return " ".join(name(word) for word in words)
 
 
 def pack(data: Path, target: Path) -> None:
     """Write the three texts of a corpus as one .tar.xz."""
     with replacing(target) as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
         for name in FILES:
-            archive.add(data / name, arcname=name)
+            # Through a link to the text.
+            archive.add((data / name).resolve(), arcname=name)
 
 
 def unpack(archive_path: Path, target: Path) -> None:
@@ -338,7 +363,7 @@ def unpack(archive_path: Path, target: Path) -> None:
             for member in members:
                 with replacing(target / member.name) as file:
                     shutil.copyfileobj(archive.extractfile(member), file)
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, lzma.LZMAError) as error:
         raise ToolkitError(
             f"cannot unpack {archive_path} ({error}): make it with --pack"
         ) from error
@@ -390,6 +415,15 @@ def main(argv: list[str] | None = None) -> int:
         raise ToolkitError(
             f"{work.folder} was begun with the flags {' '.join(work.state['flags']) or '(none)'} "
             "after --: give the same, or another --work"
+        )
+    # Words and line ends, as main.py counts them.
+    text = (data / "train.txt").read_bytes()
+    work.state["tokens"] = len(text.split()) + text.count(b"\n")
+    if work.state["tokens"] != ROWS[args.row].tokens is not None and not extra:
+        raise ToolkitError(
+            f"{data / 'train.txt'} has {work.state['tokens']:,} tokens and the row's "
+            f"{ROWS[args.row].tokens:,}: fetch it with ./getdata.sh, or give flags after -- for a "
+            "run that is not the row's"
         )
     path = args.results / f"{args.row}{'-reduced' if extra else ''}.md"
     try:

@@ -133,3 +133,33 @@ def test_commit(monkeypatch):
     assert found is None or len(found.removesuffix("+")) == 40
     monkeypatch.setenv("PATH", "")
     assert metrics.commit() is None
+
+
+def test_tensorboard_reads_every_number(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    numbers = {"lr": 30.0, "loss": 5.0, "tokens_per_second": 1000.0, "grad_norm": 0.5}
+    with metrics.MetricsWriter(tmp_path, command=["main.py"], flags={}, device="cpu") as log:
+        assert log.no_events is None
+        for step in (10, 20):
+            log.write("batch", step=step, epoch=1, batch=step, row=step, **numbers)
+        log.write("epoch", step=30, epoch=1, time=2.0, valid_loss=4.0)
+        log.write("switch", step=30, epoch=1)
+        log.write("test", step=30, test_loss=3.0)
+    events = accumulator(str(tmp_path))
+    events.Reload()
+    for name, value in {
+        **{f"batch/{name}": value for name, value in numbers.items()},
+        "batch/ppl": math.exp(5),
+        "batch/bpc": 5 / math.log(2),
+        "epoch/valid_loss": 4.0,
+        "epoch/valid_ppl": math.exp(4),
+        "epoch/valid_bpc": 4 / math.log(2),
+        "test/test_ppl": math.exp(3),
+    }.items():
+        scalars = events.Scalars(name)
+        assert [s.value for s in scalars] == [pytest.approx(value)] * len(scalars), name
+        assert scalars[0].step == (10 if name.startswith("batch") else 30)
+    (switch,) = (tag for tag in events.Tags()["tensors"] if tag.startswith("switch"))
+    assert events.Tensors(switch)[0].step == 30

@@ -16,7 +16,7 @@ import checkpoint
 from bench import reproduce
 from utils import ToolkitError
 
-REDUCED = [*TINY, "--lr", "5", "--epochs", "3", "--save-every", "0", "--log-interval", "2"]
+REDUCED = [*TINY, "--lr", "5", "--epochs", "3", "--save-every", "0", "--max-batches", "9"]
 
 
 def command(corpus, folder, *more):
@@ -104,6 +104,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     assert heads[0]["curve"] == heads[1]["curve"]
     page = (cut / "ptb-lstm-reduced.md").read_text()
     assert str(tmp_path) not in page
+    assert "Another text than the row's" in page
     assert "| 61.2 |" in page
     assert "56.5" in page
 
@@ -116,6 +117,14 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     assert other.returncode == 1
     assert other.stderr.startswith("reproduce.py: error:")
     assert len(other.stderr.splitlines()) == 1
+
+
+def test_another_text_is_not_the_rows(corpus_dir, tmp_path):
+    whole = command(corpus_dir, tmp_path)
+    result = subprocess.run(whole[: whole.index("--")], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "929,589" in result.stderr
+    assert not list(tmp_path.glob("*.md"))
 
 
 def test_two_at_once_are_refused(tmp_path):
@@ -137,18 +146,27 @@ def test_a_stage_that_fails_is_said_in_a_line(corpus_dir, tmp_path):
 
 def test_a_corpus_travels(corpus_dir, tmp_path, capsys):
     archive = tmp_path / "tiny.tar.xz"
-    flags = ["ptb-lstm", "--data", str(corpus_dir)]
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in reproduce.FILES:
+        (linked / name).symlink_to(corpus_dir / name)
+    flags = ["ptb-lstm", "--data", str(linked)]
     assert reproduce.main([*flags, "--pack", str(archive)]) == 0
     reproduce.unpack(archive, tmp_path / "corpus")
     for name in reproduce.FILES:
         assert (tmp_path / "corpus" / name).read_bytes() == (corpus_dir / name).read_bytes()
 
 
-@pytest.mark.parametrize("case", ["path", "link", "missing", "text"])
+@pytest.mark.parametrize("case", ["path", "link", "missing", "text", "damaged"])
 def test_what_is_no_packed_corpus_is_refused(case, corpus_dir, tmp_path):
     archive = tmp_path / "bad.tar.xz"
     if case == "text":
         archive.write_text("no archive")
+    elif case == "damaged":
+        reproduce.pack(corpus_dir, archive)
+        data = bytearray(archive.read_bytes())
+        data[len(data) // 2] ^= 255
+        archive.write_bytes(data)
     else:
         with tarfile.open(archive, "w:xz") as tar:
             for name in reproduce.FILES[case == "missing" :]:

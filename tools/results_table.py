@@ -40,7 +40,9 @@ def our_cell(row: Row, known: dict[str, Any] | None) -> str:
     valid = f"{known['valid']:.{digits}f}"
     if known["done"] and known.get("test") is not None:
         return f"{valid} / {known['test']:.{digits}f}"
-    return f"valid {valid} after {known.get('epochs')} of {known.get('of')} epochs"
+    if not known.get("epochs"):
+        return ""
+    return f"valid {valid} after {known['epochs']} of {known['of']} epochs"
 
 
 def published_table(results: Path) -> str:
@@ -54,8 +56,8 @@ def published_table(results: Path) -> str:
         stages = {}
         if path.exists():
             with open(path, encoding="utf-8") as file:
-                head = json.loads(next(file))
-            if not head["reduced"]:
+                head = json.loads(file.readline() or "{}")
+            if head and not head["reduced"]:
                 stages = head["stages"]
         cells = [published_cell(row, stage) for stage in STAGES]
         cells += [our_cell(row, stages.get(stage)) for stage in STAGES]

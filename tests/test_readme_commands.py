@@ -1,0 +1,120 @@
+"""README.md's commands run, in its order, on corpora of a hundred lines in the places it names.
+
+Those of the scripts run in this process as they are written. Those that train, for hours as
+written, get `--epochs 1 --max-batches 1` and a tiny network's sizes behind their flags; the cache's
+get `--max-batches 1`. At their real sizes the published ones run in `test_readme.py`. What is not
+run is listed in EXCLUDED with its reason.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_readme import commands
+
+import checkpoint
+
+EXCLUDED = {
+    "make demo": "minutes; its stages are those of the commands below",
+    "make test": "these tests",
+    "make test-fast": "these tests",
+    "make bench": "minutes; tests/test_readme.py checks that the target is there",
+    "pip install": "installs",
+    "python bench/reproduce.py": "hours; tests/test_reproduce.py runs it at a reduced size",
+    "torchrun": "starts several processes; tests of the same name in tests/ do it",
+    "PYTHONPATH=the/original": "needs the original and the PyTorch that can read its files",
+    "./getdata.sh": "fetches from the internet; tests/test_getdata.py runs it from a folder",
+}
+PROGRAMS = (
+    "python ",
+    ".venv/bin/python ",
+    "./",
+    "make ",
+    "pip ",
+    "torchrun ",
+    "PYTHONPATH=",
+    "grep ",
+)
+SHORT = {
+    "main.py": "--epochs 1 --max-batches 1 --emsize 8 --nhid 8 --nlayers 2 --no-cuda",
+    "finetune.py": "--epochs 1 --max-batches 1 --emsize 8 --nhid 8 --nlayers 2 --no-cuda",
+    "pointer.py": "--max-batches 1 --no-cuda",
+    "generate.py": "--no-cuda",
+    "score.py": "--no-cuda",
+    "plot.py": "",
+}
+# What the README's own texts say must be in the vocabulary.
+SPOKEN = "the company said it would sell its shares\n"
+
+
+def excluded(command):
+    return any(command == name or command.startswith(f"{name} ") for name in EXCLUDED)
+
+
+def test_what_is_excluded_is_in_the_readme():
+    for name in EXCLUDED:
+        assert any(c == name or c.startswith(f"{name} ") for c in commands()), name
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A folder with small corpora where the README's commands look for them, made the current."""
+    sample = {
+        name: (ROOT / "data" / "sample" / f"{name}.txt").read_text(encoding="utf-8")
+        for name in ("train", "valid", "test")
+    }
+    for corpus in ("penn", "pennchar", "wikitext-2", "wikitext-103", "enwik8"):
+        folder = tmp_path / "data" / corpus
+        folder.mkdir(parents=True)
+        for name, text in sample.items():
+            head = "".join(text.splitlines(keepends=True)[:100])
+            (folder / f"{name}.txt").write_text(SPOKEN + head, encoding="utf-8")
+    own = tmp_path / "data" / "own"
+    own.mkdir()
+    shutil.copy(tmp_path / "data" / "penn" / "train.txt", own)
+    shutil.copytree(
+        ROOT / "data" / "sample",
+        tmp_path / "data" / "sample",
+        ignore=lambda _, names: {name for name in names if not name.endswith(".txt")},
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_run(tree, script):
+    pytest.importorskip("matplotlib")
+    ran = 0
+    for command in commands():
+        if not command.startswith(PROGRAMS) or excluded(command):
+            continue
+        if command.startswith("grep "):
+            assert subprocess.run(command, shell=True).returncode == 0, command
+            continue
+        program, name, *argv = shlex.split(command)
+        if program == "python":
+            status, out, err = script(name.removesuffix(".py"), *argv, *SHORT[name].split())
+            assert (status, err) == (0, ""), command
+            assert out, command
+            if name == "main.py":
+                # Runs to compare, as the README's plot.py takes them.
+                for log in ("lstm.log", "gru.log"):
+                    (tree / log).write_text(out, encoding="utf-8")
+        else:
+            assert (program, name) == (".venv/bin/python", "tools/import_original.py")
+            model = checkpoint.load("PTB.pt")
+            state = {"model": model.model, "criterion": model.criterion}
+            torch.save(state, "exported.pt")
+            result = subprocess.run(
+                [sys.executable, str(ROOT / name), *argv], capture_output=True, text=True
+            )
+            assert result.returncode == 0, result.stderr
+        ran += 1
+    assert ran > 20
+    # What they were to leave.
+    left = ["PTB.pt", "WT2.pt", "PTBC.pt", "ENWIK8.pt", "WT103.12hr.QRNN.pt", "OWN.pt"]
+    for name in [*left, "surprisal.html", "words.png", "curves.png"]:
+        assert (tree / name).stat().st_size > 0, name
