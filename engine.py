@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from data import Corpus
 from model import Hidden, RNNModel
 from parallel import Ranks
+from progress import Bar
 from training_step import TrainingStep
 from utils import (
     ToolkitError,
@@ -207,27 +208,31 @@ def evaluate(
     max_batches: int | None = None,
     after_chunk: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
+    what: str = "",
 ) -> float:
     """Mean cross-entropy, nats a predicted token, over `source` (rows, bsz) in chunks of `bptt`.
 
     The hidden state is carried from chunk to chunk. The mean is over the `rows - 1` positions that
     have a next word. `max_batches` stops early. `after_chunk` may end it by raising. Among several
-    `ranks`, `source` is this rank's columns, and the mean is over those of all.
+    `ranks`, `source` is this rank's columns, and the mean is over those of all. On a terminal a bar
+    is shown if it is told `what` this is.
     """
     model.eval()
     model.reset()
     hidden = model.init_hidden(source.size(1))
     total = torch.zeros((), dtype=torch.float64, device=source.device)
     rows = 0
-    for chunk, i in enumerate(range(0, source.size(0) - 1, bptt)):
-        if chunk == max_batches:
-            break
-        data, targets = get_batch(source, i, bptt)
-        output, hidden = model(data, hidden)
-        loss = criterion(model.decoder.weight, model.decoder.bias, output, targets)
-        total += loss.double() * len(data)
-        rows += len(data)
-        after_chunk()
+    with Bar(source.numel(), what, wanted=bool(what) and ranks.first) as bar:
+        for chunk, i in enumerate(range(0, source.size(0) - 1, bptt)):
+            if chunk == max_batches:
+                break
+            data, targets = get_batch(source, i, bptt)
+            output, hidden = model(data, hidden)
+            loss = criterion(model.decoder.weight, model.decoder.bias, output, targets)
+            total += loss.double() * len(data)
+            rows += len(data)
+            bar.update(data.numel())
+            after_chunk()
     # What the QRNN kept was made in inference mode and must not reach training.
     model.reset()
     return ranks.mean(total.item() / rows, weight=source.size(1))

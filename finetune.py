@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import checkpoint
 import engine
@@ -17,11 +16,9 @@ import metrics
 import options
 import parallel
 from checkpoint import Checkpoint
-from model import RNNModel
 from nt_asgd import NTASGD, NonMonotonicTrigger
 from progress import Bar
 from safekeeping import SaveClock, Stopped, StopRequests
-from splitcross import SplitCrossEntropyLoss
 from training_step import TrainingLoss, make_step
 from utils import (
     ToolkitError,
@@ -136,20 +133,6 @@ def train(
         model, criterion, optimizer, trigger, rng, ranks,
     )  # fmt: skip
 
-    def evaluate(
-        what: str, model: RNNModel, criterion: SplitCrossEntropyLoss, source: Tensor
-    ) -> float:
-        """The mean cross-entropy of a part of the corpus, told to stop between chunks."""
-        with Bar(source.numel(), what, wanted=ranks.first) as bar:
-
-            def after_chunk() -> None:
-                bar.update(args.bptt * source.size(1))
-                stop.check()
-
-            return engine.evaluate(
-                model, criterion, source, args.bptt, args.max_batches, after_chunk, ranks
-            )
-
     print("Args:", options.plain(args))
     print("Model total parameters:", sum(p.numel() for p in params))
     best = start_from
@@ -163,7 +146,16 @@ def train(
                 group["lr"] = args.lr
     else:
         # Scored here and not taken from the file: that may have been another corpus or a trial.
-        best_loss = evaluate("valid.txt", model, criterion, valid_data)
+        best_loss = engine.evaluate(
+            model,
+            criterion,
+            valid_data,
+            args.bptt,
+            args.max_batches,
+            stop.check,
+            ranks,
+            "valid.txt",
+        )
         print(f"| start of finetuning | valid loss {best_loss:5.2f}")
     # The original's cap: a drawn length is at most ten steps longer than the base.
     max_seq_len = args.bptt + 10 if args.max_seq_len is None else args.max_seq_len
@@ -220,7 +212,16 @@ def train(
                 )
             # The averaged weights are scored and kept; training goes on from the raw ones.
             with optimizer.averaged():
-                valid_loss = evaluate("valid.txt", model, criterion, valid_data)
+                valid_loss = engine.evaluate(
+                    model,
+                    criterion,
+                    valid_data,
+                    args.bptt,
+                    args.max_batches,
+                    stop.check,
+                    ranks,
+                    "valid.txt",
+                )
                 check_valid_loss(valid_loss, epoch, args.lr)
                 print("-" * 89)
                 seconds = time.time() - start
@@ -257,7 +258,9 @@ def train(
         print("Exiting from finetuning early")
 
     model, criterion = checkpoint.rebuild(best, device)
-    test_loss = evaluate("test.txt", model, criterion, test_data)
+    test_loss = engine.evaluate(
+        model, criterion, test_data, args.bptt, args.max_batches, stop.check, ranks, "test.txt"
+    )
     print("=" * 89)
     print(end_line("training", "test", test_loss))
     log.write("test", step=step(finished + 1, 0), test_loss=test_loss)

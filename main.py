@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 import checkpoint
 import engine
@@ -196,20 +195,6 @@ def train(
 
     vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
 
-    def evaluate(
-        what: str, model: RNNModel, criterion: SplitCrossEntropyLoss, source: Tensor
-    ) -> float:
-        """The mean cross-entropy of a part of the corpus, told to stop between chunks."""
-        with Bar(source.numel(), what, wanted=ranks.first) as bar:
-
-            def after_chunk() -> None:
-                bar.update(args.bptt * source.size(1))
-                stop.check()
-
-            return engine.evaluate(
-                model, criterion, source, args.bptt, args.max_batches, after_chunk, ranks
-            )
-
     clock = SaveClock(args.save_every)
 
     def save() -> None:
@@ -256,7 +241,16 @@ def train(
             averaging = args.optimizer == "sgd" and optimizer.averaging
             # The averaged weights, once there are, are scored and kept; training stays on the raw.
             with optimizer.averaged() if averaging else contextlib.nullcontext():
-                valid_loss = evaluate("valid.txt", model, criterion, valid_data)
+                valid_loss = engine.evaluate(
+                    model,
+                    criterion,
+                    valid_data,
+                    args.bptt,
+                    args.max_batches,
+                    stop.check,
+                    ranks,
+                    "valid.txt",
+                )
                 check_valid_loss(valid_loss, epoch, optimizer.param_groups[0]["lr"])
                 print("-" * 89)
                 seconds = time.time() - start
@@ -299,7 +293,9 @@ def train(
         print("Exiting from training early")
 
     model, criterion = checkpoint.rebuild(best, device)
-    test_loss = evaluate("test.txt", model, criterion, test_data)
+    test_loss = engine.evaluate(
+        model, criterion, test_data, args.bptt, args.max_batches, stop.check, ranks, "test.txt"
+    )
     print("=" * 89)
     print(end_line("training", "test", test_loss))
     log.write("test", step=step(finished + 1, 0), test_loss=test_loss)
