@@ -45,11 +45,12 @@ class _AlignedLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`functional.linear` of `x` (..., n_in): (..., n_out), with aligned rows on the CPU.
 
-    `weight` is (n_out, n_in), `bias` (n_out,). On a GPU, under autocast and in narrower types than
-    float32 it is `functional.linear` itself.
+    `weight` is (n_out, n_in), `bias` (n_out,). On a GPU, under autocast or torch.compile, and in
+    narrower types than float32 it is `functional.linear` itself.
     """
     narrow = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
-    if x.device.type != "cpu" or narrow:
+    # A compiler lays out its results itself.
+    if x.device.type != "cpu" or narrow or torch.compiler.is_compiling():
         return functional.linear(x, weight, bias)
     y = _AlignedLinear.apply(x.reshape(-1, x.size(-1)), weight, bias)
     return y.view(*x.shape[:-1], y.size(1))

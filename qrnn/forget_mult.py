@@ -51,6 +51,8 @@ def forget_mult(
             f"not {tuple(f.shape)} and {tuple(x.shape)}"
         )
     initial = initial_state(hidden_init, x)
+    if use_cuda and torch.compiler.is_compiling():
+        return _registered().forget_mult(f, x, initial, reverse)
     kernels = _kernels_for(x) if use_cuda else None
     if kernels:
         return kernels.ForgetMultFunction.apply(f, x, initial, reverse)
@@ -87,9 +89,13 @@ def qrnn_pool(
     """
     hidden = y.size(2) // (3 if output_gate else 2)
     initial = initial_state(c_init, y[..., :hidden])
+    mask, scale = (zoneout, None) if isinstance(zoneout, Tensor) else (None, zoneout)
+    if use_cuda and torch.compiler.is_compiling():
+        options = (mask, scale, output_gate, reverse, lengths)
+        h, last, _ = _registered().pool(y, initial, *options)
+        return h, last.unsqueeze(0)
     kernels = _kernels_for(y) if use_cuda else None
     if kernels:
-        mask, scale = (zoneout, None) if isinstance(zoneout, Tensor) else (None, zoneout)
         options = (mask, scale, output_gate, reverse, lengths)
         h, last = kernels.QRNNFunction.apply(y, initial, *options)
         return h, last.unsqueeze(0)
@@ -111,7 +117,7 @@ def qrnn_pool_both_ways(
     `c_init` is (2, batch, hidden), forwards first, or None; `zoneout` is each direction's. Returns
     (seq_len, batch, 2 * hidden) and the last states (2, batch, hidden).
     """
-    kernels = _kernels_for(y) if use_cuda else None
+    kernels = _kernels_for(y) if use_cuda and not torch.compiler.is_compiling() else None
     if kernels:
         if c_init is not None:
             c_init = c_init.to(y.dtype)
@@ -152,6 +158,13 @@ def initial_state(hidden_init: Tensor | None, x: Tensor) -> Tensor | None:
         )
     # Under autocast the linear map comes out narrower than the state that was carried over.
     return hidden_init.to(x.dtype)
+
+
+def _registered() -> ModuleType:
+    """The operators that a compiler takes as they are; registered when first asked for."""
+    from qrnn import operators  # it imports this module
+
+    return operators
 
 
 def _kernels_for(x: Tensor) -> ModuleType | None:

@@ -1,0 +1,190 @@
+"""The recurrence and the fused layer as registered operators, for torch.compile.
+
+A compiler can trace neither CuPy's launches nor a loop over a thousand steps; it takes each of
+these as one operation. Outside compilation the autograd functions are called directly, which saves
+the dispatcher's time. Importing this module registers `awd_qrnn::forget_mult`, `awd_qrnn::pool` and
+their backward operators.
+"""
+
+import torch
+from torch import Tensor
+
+from qrnn import forget_mult as eager
+
+
+@torch.library.custom_op("awd_qrnn::forget_mult", mutates_args=())
+def forget_mult(f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+    """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` of `f` and `x` (seq_len, batch, hidden).
+
+    `h0` is (batch, hidden) or None for zeros.
+    """
+    kernels = eager._kernels_for(x)
+    if kernels:
+        return kernels.forget_mult_forward(f, x, h0, reverse)
+    # A copy: it is a part of a longer tensor, and an operator's result stands for itself.
+    return eager._ForgetMult.apply(f, x, h0, reverse).clone()
+
+
+@forget_mult.register_fake
+def _(f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("awd_qrnn::forget_mult_backward", mutates_args=())
+def forget_mult_backward(
+    grad: Tensor, f: Tensor, x: Tensor, h: Tensor, h0: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `f`, `x` and `h0`; the last is empty where there is no `h0`."""
+    kernels = eager._kernels_for(x)
+    if kernels:
+        grad_f, grad_x, grad_h0 = kernels.forget_mult_backward(grad, f, x, h, h0, reverse)
+    else:
+        inputs = [t.detach().requires_grad_() for t in (f, x, h0) if t is not None]
+        with torch.enable_grad():
+            again = eager._ForgetMult.apply(*inputs, *[None] * (h0 is None), reverse)
+        grad_f, grad_x, *rest = torch.autograd.grad(again, inputs, grad)
+        grad_h0 = rest[0] if rest else None
+    return grad_f, grad_x, x.new_empty(0) if grad_h0 is None else grad_h0
+
+
+@forget_mult_backward.register_fake
+def _(
+    grad: Tensor, f: Tensor, x: Tensor, h: Tensor, h0: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return like, torch.empty_like(like), x.new_empty(0 if h0 is None else h0.shape)
+
+
+def _keep_forget_mult(ctx, inputs, output) -> None:
+    f, x, h0, ctx.reverse = inputs
+    ctx.save_for_backward(f, x, output, h0)
+
+
+def _forget_mult_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    f, x, h, h0 = ctx.saved_tensors
+    grad_f, grad_x, grad_h0 = forget_mult_backward(grad.contiguous(), f, x, h, h0, ctx.reverse)
+    return grad_f, grad_x, None if h0 is None else grad_h0, None
+
+
+forget_mult.register_autograd(_forget_mult_gradients, setup_context=_keep_forget_mult)
+
+
+@torch.library.custom_op("awd_qrnn::pool", mutates_args=())
+def pool(
+    y: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    reverse: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused layer, as `qrnn.forget_mult.qrnn_pool`, whose zoneout is `mask` or `scale`.
+
+    Returns the output (seq_len, batch, hidden), the last state (batch, hidden), and what the
+    backward operator needs beside the inputs: the states, or nothing.
+    """
+    kernels = eager._kernels_for(y)
+    if kernels:
+        h, c, last = kernels.qrnn_forward(y, c0, mask, scale, gate, reverse, lengths)
+        # Without a gate they are the output itself, and results may not share memory.
+        return h, last, c if gate else y.new_empty(0)
+    h, last = _pool_on_cpu(y, c0, mask, scale, gate, reverse, lengths)
+    return h, last.squeeze(0).clone(), y.new_empty(0)
+
+
+@pool.register_fake
+def _(
+    y: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    reverse: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    seq_len, batch, width = y.shape
+    hidden = width // (3 if gate else 2)
+    states = (seq_len, batch, hidden) if gate and eager._kernels_for(y) else (0,)
+    shapes = ((seq_len, batch, hidden), (batch, hidden), states)
+    h, last, c = (y.new_empty(shape) for shape in shapes)
+    return h, last, c
+
+
+@torch.library.custom_op("awd_qrnn::pool_backward", mutates_args=())
+def pool_backward(
+    grad_h: Tensor,
+    grad_last: Tensor,
+    y: Tensor,
+    h: Tensor,
+    c: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    reverse: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `y` and `c0`; the second is empty where there is no `c0`."""
+    kernels = eager._kernels_for(y)
+    if kernels:
+        states = c if gate else h
+        options = (c0, mask, scale, gate, reverse, lengths)
+        grad_y, grad_c0 = kernels.qrnn_backward(grad_h, grad_last, y, states, *options)
+    else:
+        inputs = [t.detach().requires_grad_() for t in (y, c0) if t is not None]
+        initial = inputs[1] if c0 is not None else None
+        with torch.enable_grad():
+            again = _pool_on_cpu(inputs[0], initial, mask, scale, gate, reverse, lengths)
+        grad_y, *rest = torch.autograd.grad(again, inputs, (grad_h, grad_last.unsqueeze(0)))
+        grad_c0 = rest[0] if rest else None
+    return grad_y, y.new_empty(0) if grad_c0 is None else grad_c0
+
+
+@pool_backward.register_fake
+def _(
+    grad_h: Tensor,
+    grad_last: Tensor,
+    y: Tensor,
+    h: Tensor,
+    c: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    reverse: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    like = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return like, y.new_empty(0 if c0 is None else c0.shape)
+
+
+def _keep_pool(ctx, inputs, output) -> None:
+    y, c0, mask, ctx.scale, ctx.gate, ctx.reverse, lengths = inputs
+    h, _, c = output
+    ctx.save_for_backward(y, h, c, c0, mask, lengths)
+
+
+def _pool_gradients(ctx, grad_h: Tensor, grad_last: Tensor, _: Tensor) -> tuple:
+    y, h, c, c0, mask, lengths = ctx.saved_tensors
+    options = (c0, mask, ctx.scale, ctx.gate, ctx.reverse, lengths)
+    grads = pool_backward(grad_h.contiguous(), grad_last.contiguous(), y, h, c, *options)
+    return grads[0], None if c0 is None else grads[1], *[None] * 5
+
+
+pool.register_autograd(_pool_gradients, setup_context=_keep_pool)
+
+
+def _pool_on_cpu(
+    y: Tensor,
+    c0: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    reverse: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    zoneout = scale if mask is None else mask
+    valid = None if lengths is None else eager.valid_steps(lengths, y)
+    # Nothing may be done to its results: within an operator autograd sees this function alone.
+    return eager._QRNNPool.apply(y, c0, zoneout, gate, reverse, valid)
