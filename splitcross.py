@@ -58,7 +58,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not any(ctx.needs_input_grad):
                 continue
             d_logits = logits.div_(mass)
-            d_logits.scatter_add_(1, target, d_logits.new_full((), -1).expand_as(target))
+            # Not scatter_add_, which need not give the same bits twice on a GPU.
+            d_logits.scatter_(1, target, d_logits.gather(1, target) - 1)
             if need_bias:
                 d_bias += d_logits.sum(dim=0)
             d_logits = d_logits.to(low)

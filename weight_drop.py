@@ -111,7 +111,9 @@ def run_from_one_buffer(
         zeros = input.new_zeros(1, input.size(1), module.hidden_size)
         hidden = (zeros, zeros) if lstm else zeros
     names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    weights = _OneBuffer.apply(*(getattr(module, name) for name in names))
+    weights = [getattr(module, name) for name in names]
+    if not torch.is_autocast_enabled(input.device.type):  # which makes a buffer of its own dtype
+        weights = list(_OneBuffer.apply(*weights))
     options = (weights, True, 1, 0.0, module.training, False, False)
     if lstm:
         output, h, c = torch.lstm(input, hidden, *options)
@@ -129,8 +131,6 @@ def _suits_cudnn(module: nn.Module, input: Any) -> bool:
         and (module.num_layers, module.bidirectional, module.proj_size) == (1, False, 0)
         and module.bias
         and not module.batch_first
-        # Autocast copies them anyway, to its own dtype.
-        and not torch.is_autocast_enabled("cuda")
         and torch.backends.cudnn.is_acceptable(input)
     )
 

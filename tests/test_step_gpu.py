@@ -90,9 +90,10 @@ def test_precisions_stay_close_to_float32(rnn_type, precision):
     assert (losses - expected).abs().mean() < 0.05
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
-def test_cudnn_gets_its_weights_without_a_warning_and_parameters_stay_in_place(rnn_type):
-    step = make(rnn_type)
+def test_cudnn_gets_its_weights_without_a_warning_and_parameters_stay(rnn_type, precision):
+    step = make(rnn_type, precision=precision)
     addresses = [p.data_ptr() for p in step.params]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
