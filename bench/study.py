@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,7 @@ def collected(work: Path) -> list[dict[str, Any]]:
                     "without": "no averaging" if run.raw else run.without,
                     "epochs": epochs,
                     "tests": tests,
+                    "parameters": _parameters(work / run.name / "main" / "output.log"),
                     "commits": commits,
                     "versions": heads[0]["versions"],
                     "device": heads[0]["device"],
@@ -155,6 +157,13 @@ def collected(work: Path) -> list[dict[str, Any]]:
                 }
             )
     return result
+
+
+def _parameters(log: Path) -> int | None:
+    """What main.py said of the model's size, if it has."""
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    found = re.search(r"^Model total parameters: (\d+)$", text, re.MULTILINE)
+    return None if found is None else int(found[1])
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -190,14 +199,16 @@ def tables(runs: list[dict[str, Any]]) -> str:
     found = {(run["cell"], run["seed"], run["without"]): run for run in runs}
     last = MAIN_EPOCHS + FINETUNE_EPOCHS
     lines = [
-        f"| cell | seed | valid after {MAIN_EPOCHS} epochs | after {last}, averaged | test |",
-        "|---|---|---|---|---|",
+        f"| cell | parameters | seed | valid after {MAIN_EPOCHS} epochs | after {last}, averaged "
+        "| test |",
+        "|---|---|---|---|---|---|",
     ]
     for cell in ("LSTM", "GRU", "QRNN"):
         for seed in (1, 2):
             run = found.get((cell, seed, ""))
             values = [after(run, MAIN_EPOCHS), after(run, last), tested(run)]
-            lines.append(f"| {cell} | {seed} | " + " | ".join(map(_told, values)) + " |")
+            size = f"{run['parameters']:,}" if run and run["parameters"] else ""
+            lines.append(f"| {cell} | {size} | {seed} | " + " | ".join(map(_told, values)) + " |")
     lines += [
         "",
         f"| LSTM, seed 1 | valid after {last} epochs | test | to the whole model | published, "

@@ -81,8 +81,8 @@ def run(cell, seed, without="", *, ppl, stage="finetune"):
     ]
     tests = {"main": math.log(ppl + 15), stage: math.log(ppl - 3)}
     return {"name": "x", "cell": cell, "seed": seed, "without": without, "epochs": epochs,
-            "tests": tests, "commits": ["abc"], "versions": {"torch": "2"}, "device": "cpu",
-            "flags": ""}  # fmt: skip
+            "tests": tests, "commits": ["abc"], "parameters": 1_234_567,
+            "versions": {"torch": "2"}, "device": "cpu", "flags": ""}  # fmt: skip
 
 
 def test_the_tables_of_the_study():
@@ -93,9 +93,23 @@ def test_the_tables_of_the_study():
         run("LSTM", 1, "no averaging", ppl=131, stage="raw"),
     ]
     table = study.tables(runs)
-    assert cells(table, "| LSTM | 1 |") == ["LSTM", "1", "140.00", "120.00", "117.00"]
-    assert cells(table, "| QRNN | 2 |") == ["QRNN", "2", "150.00", "130.00", "127.00"]
-    assert cells(table, "| GRU | 1 |")[2:] == ["not run"] * 3
+    assert cells(table, "| LSTM | 1,234,567 | 1 |") == [
+        "LSTM",
+        "1,234,567",
+        "1",
+        "140.00",
+        "120.00",
+        "117.00",
+    ]
+    assert cells(table, "| QRNN | 1,234,567 | 2 |") == [
+        "QRNN",
+        "1,234,567",
+        "2",
+        "150.00",
+        "130.00",
+        "127.00",
+    ]
+    assert cells(table, "| GRU |  | 1 |")[3:] == ["not run"] * 3
     weight_drop = ["118.50", "115.50", "-1.5", "71.1 / 68.9", "+11.1"]
     assert cells(table, "no weight drop")[1:] == weight_drop
     assert cells(table, "no averaging")[1:4] == ["131.00", "128.00", "+11.0"]
