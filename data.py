@@ -130,9 +130,8 @@ class Corpus:
             splits = encoded.splits
         else:
             self.dictionary = dictionary
-            new_ids = _ids_in(dictionary, encoded.words, folder)
+            new_ids, lacking = _ids_in(dictionary, encoded.words, folder)
             splits = [new_ids[ids] for ids in encoded.splits]
-            lacking = [w not in dictionary.word2idx for w in encoded.words]
             self.unknown = int(encoded.counts[lacking].sum())
         self.train, self.valid, self.test = (torch.from_numpy(ids) for ids in splits)
 
@@ -164,12 +163,9 @@ class Corpus:
         new_ids = np.empty(len(old), dtype=np.int32)
         for idx, word in enumerate(old.idx2word):
             new_ids[idx] = words.setdefault(word if keep[idx] else UNK, len(words))
-        fewer = copy.copy(self)
-        splits = [new_ids[getattr(self, split).numpy()] for split in SPLITS]
-        for split, ids in zip(SPLITS, splits, strict=True):
-            setattr(fewer, split, torch.from_numpy(ids))
-        fewer.dictionary = Dictionary.from_words(list(words), _count(splits, len(words)).tolist())
-        return fewer
+        occurrences = np.zeros(len(words), dtype=np.int64)
+        np.add.at(occurrences, new_ids, [old.counter[idx] for idx in range(len(old))])
+        return self._renumbered(new_ids, list(words), occurrences)
 
     def sorted_by_frequency(self) -> Corpus:
         """Return the same corpus with ids renumbered by falling count, ties in their old order.
@@ -182,10 +178,13 @@ class Corpus:
         new_ids = np.empty(len(order), dtype=np.int32)
         new_ids[order] = np.arange(len(order), dtype=np.int32)
 
+        words = [old.idx2word[idx] for idx in order.tolist()]
+        return self._renumbered(new_ids, words, counts[order])
+
+    def _renumbered(self, new_ids: np.ndarray, words: list[str], counts: np.ndarray) -> Corpus:
+        """Return a copy under `new_ids`, one for each old id, which are those of `words`."""
         renumbered = copy.copy(self)
-        renumbered.dictionary = Dictionary.from_words(
-            [old.idx2word[idx] for idx in order.tolist()], counts[order].tolist()
-        )
+        renumbered.dictionary = Dictionary.from_words(words, counts.tolist())
         for split in SPLITS:
             ids = getattr(self, split).numpy()
             setattr(renumbered, split, torch.from_numpy(new_ids[ids]))
@@ -245,20 +244,22 @@ def _cannot_read(path: Path, error: OSError) -> CorpusError:
     )
 
 
-def _ids_in(dictionary: Dictionary, words: list[str], folder: Path) -> np.ndarray:
-    """Return the id in `dictionary` of each of `words`: (len(words),) int32."""
-    unknown = [word for word in words if word not in dictionary.word2idx]
-    unk = dictionary.word2idx.get(UNK)
-    if unknown and unk is None:
-        examples = ", ".join(map(repr, unknown[:3]))
+def _ids_in(dictionary: Dictionary, words: list[str], folder: Path) -> tuple[np.ndarray, list[int]]:
+    """Return the id in `dictionary` of each of `words`, int32, and the places of those it lacks."""
+    unk = dictionary.word2idx.get(UNK, -1)
+    ids = [dictionary.word2idx.get(word) for word in words]
+    unknown = [place for place, idx in enumerate(ids) if idx is None]
+    if unknown and unk < 0:
+        examples = ", ".join(repr(words[place]) for place in unknown[:3])
         noun = "word" if len(unknown) == 1 else "words"
         raise CorpusError(
             f"the corpus {folder} has {len(unknown)} distinct {noun} that the model's vocabulary "
             f"lacks, such as {examples}, and no {UNK} to read them as: use the corpus that the "
             "model was trained on, or train a model on this one"
         )
-    ids = (dictionary.word2idx.get(word, unk) for word in words)
-    return np.fromiter(ids, np.int32, len(words))
+    for place in unknown:
+        ids[place] = unk
+    return np.array(ids, np.int32), unknown
 
 
 def _split_lines(encoded: _Encoded, split: Sequence[float], folder: Path) -> _Encoded:

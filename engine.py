@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data import Corpus
 from model import Hidden, RNNModel
-from parallel import Ranks
+from parallel import ALONE, Ranks
 from progress import Bar
 from training_step import TrainingStep
 from utils import (
@@ -22,8 +22,6 @@ from utils import (
     check_length,
     get_batch,
 )
-
-ALONE = Ranks()
 
 EVAL_BATCH_SIZE = 10
 TEST_BATCH_SIZE = 1

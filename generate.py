@@ -1,6 +1,5 @@
 """Sample text from a trained model, word by word."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +11,7 @@ import options
 from model import RNNModel
 from progress import Bar
 from splitcross import SplitCrossEntropyLoss
-from utils import ToolkitError, replacing, seed_everything, select_device, unwritable
+from utils import ToolkitError, seed_everything, select_device, unwritable, writing
 
 WORDS_PER_LINE = 20
 
@@ -130,13 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.outf == "-":
         sys.stdout.write(text.rstrip() + "\n")
         return
-    try:
-        with replacing(args.outf) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise ToolkitError(
-            f"cannot write {args.outf} ({os.strerror(error.errno)}): pass another --outf"
-        ) from error
+    with writing(args.outf, "--outf") as file:
+        file.write(text.encode())
 
 
 if __name__ == "__main__":

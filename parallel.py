@@ -123,6 +123,9 @@ class Ranks:
             dist.barrier()
 
 
+ALONE = Ranks()
+
+
 def join(device: torch.device) -> Ranks:
     """Meet the other processes that torchrun started, if it started any, each with its own GPU.
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from utils import ToolkitError, replacing, unwritable
+from utils import ToolkitError, unwritable, writing
 
 # What matplotlib can write without anything else installed.
 FORMATS = ("png", "pdf", "svg")
@@ -40,10 +40,5 @@ def figure_class() -> Any:
 def save(figure: Any, path: str | os.PathLike[str], flag: str) -> None:
     """Write a figure in the format that the name of `path` ends in; raises ToolkitError."""
     kind = Path(path).suffix.removeprefix(".").lower()
-    try:
-        with replacing(path) as file:
-            figure.savefig(file, format=kind, dpi=120)
-    except OSError as error:
-        raise ToolkitError(
-            f"cannot write {path} ({os.strerror(error.errno)}): pass another {flag}"
-        ) from error
+    with writing(path, flag) as file:
+        figure.savefig(file, format=kind, dpi=120)

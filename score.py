@@ -30,13 +30,12 @@ import checkpoint
 import options
 import scoring
 from continuous_cache import ContinuousCache
-from data import EOS, Dictionary
+from data import EOS, UNK, Dictionary
 from model import RNNModel
 from progress import Bar
 from splitcross import SplitCrossEntropyLoss
-from utils import ToolkitError, bits, perplexity, replacing, select_device, unwritable
+from utils import ToolkitError, bits, perplexity, select_device, unwritable, writing
 
-UNK = "<unk>"
 CACHE_FLAGS = ("window", "theta", "lambdasm", "cache_from_start")
 
 
@@ -519,13 +518,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = "text" if args.file in (None, "-") else Path(args.file).name
         title = f"{source}, scored by {Path(args.checkpoint).name}"
         page = to_html(tokens, title, said, len(dictionary), characters)
-        try:
-            with replacing(args.html) as file:
-                file.write(page.encode())
-        except OSError as error:
-            raise ToolkitError(
-                f"cannot write {args.html} ({os.strerror(error.errno)}): pass another --html"
-            ) from error
+        with writing(args.html, "--html") as file:
+            file.write(page.encode())
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from model import Hidden, RNNModel
 from nt_asgd import NTASGD
-from parallel import Ranks
-from utils import repackage_hidden
-
-ALONE = Ranks()
+from parallel import ALONE, Ranks
+from utils import get_batch, repackage_hidden
 
 # Graphs kept at once. Lengths around a bptt of 70 take 44 in an epoch, the rarest once.
 MOST_GRAPHS = 64
@@ -160,8 +158,7 @@ class TrainingStep:
         then are tensors too, it waits for no number from the device.
         """
         index = self.row + self._rows[: rows + 1]
-        text = self.source.index_select(0, index).long()
-        data, targets = text[:-1], text[1:].flatten()
+        data, targets = get_batch(self.source.index_select(0, index), 0, rows)
         self.optimizer.zero_grad(set_to_none=True)
         hidden = repackage_hidden(self.hidden)
         loss, raw_loss, hidden = self.network(data, targets, hidden, self.alpha, self.beta)

@@ -51,6 +51,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], flag: str) -> Iterator[IO[bytes]]:
+    """As `replacing`, for a result whose place the user names with `flag`: raises ToolkitError."""
+    try:
+        with replacing(path) as file:
+            yield file
+    except OSError as error:
+        raise ToolkitError(
+            f"cannot write {path} ({os.strerror(error.errno)}): pass another {flag}"
+        ) from error
+
+
 def _host() -> str:
     """This machine's name for a file name: process numbers mean something on one machine only."""
     return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]

@@ -4,9 +4,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+import metrics
 
 
 def cpu_name() -> str:
@@ -16,6 +20,12 @@ def cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def read_stage(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics file in its --logdir; none if there is none yet."""
+    path = folder / metrics.NAME
+    return metrics.read(path) if path.exists() else []
 
 
 def print_heading(settings: str, device: torch.device | None = None) -> None:

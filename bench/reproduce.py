@@ -34,9 +34,10 @@ import torch
 import checkpoint
 import metrics
 import options
-from bench.common import cpu_name
+from bench.common import cpu_name, read_stage
 from bench.published import BITS, ROWS
 from checkpoint import CheckpointError
+from tools.getdata import count_tokens
 from utils import ToolkitError, bits, perplexity, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,7 +227,7 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
         if name == "pointer":
             found |= {"valid": known.get("valid_ppl"), "test": known.get("test_ppl")}
         else:
-            lines = read_metrics(work, name)
+            lines = read_stage(work.folder / name)
             epochs = [line["epoch"] for line in lines if line.get("kind") == "epoch"]
             tests = [line["test_loss"] for line in lines if line.get("kind") == "test"]
             flags = next((line["flags"] for line in reversed(lines) if "flags" in line), {})
@@ -244,12 +245,6 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
             }
         result[name] = found
     return result
-
-
-def read_metrics(work: Work, name: str) -> list[dict[str, Any]]:
-    """The lines of a stage's metrics file; none if there is none."""
-    path = work.folder / name / metrics.NAME
-    return metrics.read(path) if path.exists() else []
 
 
 def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Path:
@@ -273,7 +268,7 @@ def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Pat
         file.write(json.dumps(head).encode() + b"\n")
         for name in found:
             # The lines within an epoch would be megabytes.
-            for line in read_metrics(work, name):
+            for line in read_stage(work.folder / name):
                 if line.get("kind") in ("epoch", "switch", "test"):
                     file.write(json.dumps({"stage": name, **line}).encode() + b"\n")
     path = folder / f"{stem}.md"
@@ -416,9 +411,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{work.folder} was begun with the flags {' '.join(work.state['flags']) or '(none)'} "
             "after --: give the same, or another --work"
         )
-    # Words and line ends, as main.py counts them.
-    text = (data / "train.txt").read_bytes()
-    work.state["tokens"] = len(text.split()) + text.count(b"\n")
+    if "tokens" not in work.state:
+        # Once: a text may be hundreds of megabytes. That it stays the same --resume sees to.
+        work.state["tokens"] = count_tokens(data / "train.txt")
     if work.state["tokens"] != ROWS[args.row].tokens is not None and not extra:
         raise ToolkitError(
             f"{data / 'train.txt'} has {work.state['tokens']:,} tokens and the row's "

@@ -22,8 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import metrics
 import plotting
+from bench.common import read_stage
 from bench.published import ABLATIONS as PUBLISHED_ABLATIONS
 from utils import perplexity, replacing
 
@@ -46,7 +46,7 @@ ABLATIONS = {
 
 @dataclass
 class Run:
-    """One model: name, cell, seed, what it leaves out; `raw` to go on without averaging."""
+    """One model: name, cell, seed, what it leaves out; `raw` to go on without averaging as well."""
 
     name: str
     cell: str
@@ -62,14 +62,13 @@ class Run:
 
 
 RUNS = [
-    Run("lstm-1", "LSTM", 1),
     Run("lstm-1", "LSTM", 1, raw=True),
     *(Run(f"lstm-1 {name}".replace(" ", "-"), "LSTM", 1, name) for name in ABLATIONS),
     Run("qrnn-1", "QRNN", 1),
     Run("gru-1", "GRU", 1),
-    *(Run(f"{cell.lower()}-2", cell, 2) for cell in ("LSTM", "QRNN")),
-    Run("gru-2", "GRU", 2),
     Run("lstm-2", "LSTM", 2, raw=True),
+    Run("qrnn-2", "QRNN", 2),
+    Run("gru-2", "GRU", 2),
 ]
 
 
@@ -106,7 +105,7 @@ def train(run: Run, data: Path, work: Path) -> None:
             shutil.copy(model, raw)
         epochs = ["--epochs", str(MAIN_EPOCHS + FINETUNE_EPOCHS)]
         stage(folder, "raw", "main.py", ["--resume", str(raw), *where, *epochs])
-    elif not (folder / "finetune" / "done").exists():
+    if not (folder / "finetune" / "done").exists():
         # Two short epochs: begun anew after an interruption.
         shutil.rmtree(folder / "finetune", ignore_errors=True)
         finetuned = folder / "finetune.pt"
@@ -119,12 +118,13 @@ def train(run: Run, data: Path, work: Path) -> None:
 def collected(work: Path) -> list[dict[str, Any]]:
     """Every run of which a number is in `work`, as plain values: epochs, losses, where it ran."""
     result = []
-    for run in RUNS:
-        stages = ["main", "raw" if run.raw else "finetune"]
-        lines = {name: _lines(work / run.name / name) for name in stages}
-        if not any(line.get("kind") == "epoch" for line in lines[stages[1]]):
-            # The first stage of a run without averaging is the base run's.
-            stages = stages[:0] if run.raw else stages[:1]
+    for run, second in [(r, s) for r in RUNS for s in ("finetune", "raw") if s != "raw" or r.raw]:
+        raw = second == "raw"
+        lines = {name: read_stage(work / run.name / name) for name in ("main", second)}
+        stages = list(lines)
+        if not any(line.get("kind") == "epoch" for line in lines[second]):
+            # Without its own epochs a run without averaging is the run itself.
+            stages = [] if raw else ["main"]
         epochs, tests, commits = [], {}, []
         for name in stages:
             before = MAIN_EPOCHS if name == "finetune" else 0
@@ -146,7 +146,7 @@ def collected(work: Path) -> list[dict[str, Any]]:
                     "name": run.name,
                     "cell": run.cell,
                     "seed": run.seed,
-                    "without": "no averaging" if run.raw else run.without,
+                    "without": "no averaging" if raw else run.without,
                     "epochs": epochs,
                     "tests": tests,
                     "parameters": _parameters(work / run.name / "main" / "output.log"),
@@ -164,11 +164,6 @@ def _parameters(log: Path) -> int | None:
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     found = re.search(r"^Model total parameters: (\d+)$", text, re.MULTILINE)
     return None if found is None else int(found[1])
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    path = folder / metrics.NAME
-    return metrics.read(path) if path.exists() else []
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -304,11 +299,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         epochs = [e["epoch"] for e in run["epochs"]]
         ppl = [perplexity(e["loss"]) for e in run["epochs"]]
         if raw:
-            kept = [(x, y) for x, y in zip(epochs, ppl, strict=True) if x >= MAIN_EPOCHS]
-            key = (run["cell"], run["seed"], "")
-            base = [r for r in runs if (r["cell"], r["seed"], r["without"]) == key]
-            start = [(MAIN_EPOCHS, after(base[0], MAIN_EPOCHS))] if base else []
-            points = start + [point for point in kept if point[0] > MAIN_EPOCHS]
+            points = [(x, y) for x, y in zip(epochs, ppl, strict=True) if x >= MAIN_EPOCHS]
             label = "LSTM without averaging" if run["seed"] == 1 else None
             ax.plot(*zip(*points, strict=True), ":", color="grey", marker=".", label=label)
             continue

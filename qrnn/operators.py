@@ -26,7 +26,7 @@ def forget_mult(f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool) -> Tenso
 
 
 @forget_mult.register_fake
-def _(f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+def _(f, x, h0, reverse):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -48,9 +48,7 @@ def forget_mult_backward(
 
 
 @forget_mult_backward.register_fake
-def _(
-    grad: Tensor, f: Tensor, x: Tensor, h: Tensor, h0: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad, f, x, h, h0, reverse):
     like = torch.empty_like(x, memory_format=torch.contiguous_format)
     return like, torch.empty_like(like), x.new_empty(0 if h0 is None else h0.shape)
 
@@ -94,15 +92,7 @@ def pool(
 
 
 @pool.register_fake
-def _(
-    y: Tensor,
-    c0: Tensor | None,
-    mask: Tensor | None,
-    scale: float | None,
-    gate: bool,
-    reverse: bool,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(y, c0, mask, scale, gate, reverse, lengths):
     seq_len, batch, width = y.shape
     hidden = width // (3 if gate else 2)
     states = (seq_len, batch, hidden) if gate and eager._kernels_for(y) else (0,)
@@ -142,19 +132,7 @@ def pool_backward(
 
 
 @pool_backward.register_fake
-def _(
-    grad_h: Tensor,
-    grad_last: Tensor,
-    y: Tensor,
-    h: Tensor,
-    c: Tensor,
-    c0: Tensor | None,
-    mask: Tensor | None,
-    scale: float | None,
-    gate: bool,
-    reverse: bool,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(grad_h, grad_last, y, h, c, c0, *options):
     like = torch.empty_like(y, memory_format=torch.contiguous_format)
     return like, y.new_empty(0 if c0 is None else c0.shape)
 
