@@ -46,6 +46,34 @@ def outputs(model, criterion):
         return criterion.logprob(model.decoder.weight, model.decoder.bias, output)
 
 
+@pytest.mark.parametrize("larger", [True, False])
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, larger):
+    # As by a run that saves every few batches: torch opens the path twice.
+    path, newer = tmp_path / "model.pt", tmp_path / "newer.pt"
+    old = make("LSTM")
+    new = make("GRU" if larger else "QRNN")
+    new.epoch = 4
+    new.args = {"note": "x" * 100_000 if larger else "x"}
+    checkpoint.save(path, old)
+    checkpoint.save(newer, new)
+    from_file = torch.UntypedStorage.from_file
+    replaced = []
+
+    def opened_again(*args, **options):
+        if not replaced:
+            os.replace(newer, path)
+            replaced.append(path)
+        return from_file(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", opened_again)
+    loaded = checkpoint.load(path)
+    assert replaced
+    assert loaded.epoch == 4
+    assert loaded.args == new.args
+    for name, tensor in new.model.items():
+        assert torch.equal(loaded.model[name], tensor), name
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("splits", [(), (5, 20)])
 @pytest.mark.parametrize("rnn_type", RNN_TYPES)
