@@ -396,14 +396,15 @@ def read_corpus(
     """The corpus of --data in the vocabulary `dictionary` of a model, or its own.
 
     `recorded` are the flags a model file holds: their --split counts where none is given and the
-    folder has a train.txt alone. On a terminal a bar shows the reading, on the `first` process.
-    `say` is told what is read as <unk>. Raises CorpusError.
+    folder has a train.txt alone, and goes into `args`. On a terminal a bar shows the reading, on
+    the `first` process. `say` is told what is read as <unk>. Raises CorpusError.
     """
     folder = Path(args.data)
     parts = [folder / f"{name}.txt" for name in SPLITS]
     split = args.split
     if split is None and recorded is not None and not any(part.exists() for part in parts[1:]):
-        split = recorded.get("split")
+        # Set, so that the file a later stage writes records it in turn.
+        args.split = split = recorded.get("split")
     size = sum(part.stat().st_size for part in parts if part.is_file())
     with Bar(size, "reading", "B", wanted=first) as bar:
         corpus = Corpus(folder, dictionary, split=split, tick=bar.update)

@@ -143,15 +143,17 @@ def test_all_stages_on_one_text_with_a_small_vocabulary(script, long_texts, tmp_
     vocabulary = checkpoint.load(model).dictionary.idx2word
     assert len(vocabulary) == 20
     assert {"<unk>", "<eos>"} <= set(vocabulary)
-    # The later stages take the vocabulary and the split from the file.
+    # The later stages take the vocabulary and the split from the file, whichever wrote it last.
     for argv in (
         ["main", "--resume", model, "--data", folder, "--epochs", 3, "--max-batches", 3],
-        ["finetune", *flags, *few, "--epochs", 1],
+        ["finetune", *flags, *TINY, "--lr", 5, "--max-batches", 20, "--epochs", 2],
         ["pointer", *flags, "--max-batches", 2, "--bptt", 20],
     ):
         status, out, err = script(*argv)
         assert (status, err) == (0, ""), argv
         assert "are not in the model's vocabulary: read as <unk>" in out
+    written = checkpoint.load(model)
+    assert (written.stage, written.args["split"]) == ("finetune.py", [0.1, 0.1])
     for flag in (["--vocab-size", 10], ["--min-count", 2]):
         status, _, err = script("main", "--init", model, *flags[:2], *flag)
         assert status == 1
