@@ -64,12 +64,12 @@ def test_a_reduced_run_is_no_row(tmp_path):
 def test_check_fails_on_a_changed_figure_and_writing_mends_it(tmp_path, capsys):
     readme = tmp_path / "README.md"
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme.write_text(text.replace("60.6 / 58.3", "60.5 / 58.3"))
+    readme.write_text(text.replace("60.6 / 58.3", "60.5 / 58.3"), encoding="utf-8")
     flags = ["--readme", str(readme), "--results", str(ROOT / "results")]
     assert results_table.main([*flags, "--check"]) == 1
     assert "tools/results_table.py" in capsys.readouterr().out
     assert results_table.main(flags) == 0
-    assert readme.read_text() == text
+    assert readme.read_text(encoding="utf-8") == text
     with pytest.raises(ValueError, match="markers"):
         results_table.filled(text.replace("<!-- end of study -->", ""), ROOT / "results")
 
