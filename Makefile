@@ -29,13 +29,7 @@ format: $(BIN)/.dev
 	$(BIN)/ruff format .
 
 bench: $(BIN)/.runtime
-	$(BIN)/python bench/corpus.py
-	$(BIN)/python bench/pointer.py
-	$(BIN)/python bench/forget_mult.py
-	$(BIN)/python bench/qrnn_layer.py
-	$(BIN)/python bench/train_step.py
-	$(BIN)/python bench/profile_step.py
-	$(BIN)/python bench/alignment.py
+	$(BIN)/python bench/run_all.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

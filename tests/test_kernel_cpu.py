@@ -735,8 +735,9 @@ def test_nvrtc_compiles(architecture, dtype):
         pytest.skip(f"this NVRTC no longer, or does not yet, know compute_{architecture}")
     source = kernels.SOURCE.read_text(encoding="utf-8")
     program = compiler.Program(source, "forget_mult.cu", lib_name=str(library))
-    # CuPy 13's default standard, the oldest in use.
-    options = ["--std=c++14", f"--gpu-architecture=compute_{architecture}"]
+    # CuPy's own options, with CuPy 13's default standard, the oldest in use.
+    options = ["--std=c++14", "-ftz=true", "--device-as-default-execution-space"]
+    options.append(f"--gpu-architecture=compute_{architecture}")
     ptx = program.compile([*options, f"-DSCALAR={kernels.SCALARS[dtype]}"])
     assert set(re.findall(r"\.entry (\w+)\(", ptx)) == set(kernels.KERNEL_NAMES)
     assert ".local" not in ptx
