@@ -131,7 +131,7 @@ class RNNModel(nn.Module):
 
 def _draw(count: int, device: torch.device) -> None:
     """Draw `count` uniform numbers and forget them, in blocks: they may be hundreds of millions."""
-    if device.type == "meta":
+    if device.type == "meta" or not count:
         return
     block = torch.empty(min(count, 2**20), device=device)
     for start in range(0, count, len(block)):

@@ -74,6 +74,15 @@ def test_shapes(rnn_type, tie):
     assert sizes == [(1, 4, 12), (1, 4, 12), (1, 4, last)]
 
 
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+def test_one_unit_and_one_layer(rnn_type, tie):
+    rates = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0.5)
+    model = RNNModel(rnn_type, 1, 1, 1, 1, **rates, tie_weights=tie)
+    output, _ = model(torch.zeros(3, 2, dtype=torch.int64), model.init_hidden(2))
+    assert output.shape == (6, 1)
+
+
 @pytest.mark.parametrize("rnn_type", RNN_TYPES)
 def test_two_halves_with_carried_state_equal_the_whole(rnn_type):
     model = make(rnn_type, wdrop=0.5).eval()
