@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import engine
 from data import Dictionary
@@ -198,14 +199,28 @@ def _same_file(one: os.stat_result, other: os.stat_result) -> bool:
     return looks[0] == looks[1]
 
 
+class _NoInitialWeights(TorchFunctionMode):
+    """Within this context nothing is drawn: most of the time it takes to make a large model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Those of Tensor and those of torch.nn.init.
+        if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def rebuild(
     checkpoint: Checkpoint, device: torch.device, **dropouts: float
 ) -> tuple[RNNModel, SplitCrossEntropyLoss]:
     """The model and criterion of a file, on `device`; `dropouts` override those of the file."""
     config = {**checkpoint.config, **dropouts}
     splits = config.pop("splits")
-    model = RNNModel(**config)
-    criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
+    with _NoInitialWeights():
+        model = RNNModel(**config)
+        criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
     load_state(model, checkpoint.model)
     load_state(criterion, checkpoint.criterion)
     return model.to(device), criterion.to(device)

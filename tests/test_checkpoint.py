@@ -46,6 +46,20 @@ def outputs(model, criterion):
         return criterion.logprob(model.decoder.weight, model.decoder.bias, output)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+def test_rebuilding_draws_nothing(rnn_type, tie):
+    # Initial weights, which the file's replace at once, would take seconds for a large vocabulary.
+    written = make(rnn_type, splits=(5, 20), tie=tie)
+    before = torch.get_rng_state()
+    model, criterion = checkpoint.rebuild(written, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    for module, state in ((model, written.model), (criterion, written.criterion)):
+        assert module.state_dict().keys() == state.keys()
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+
+
 @pytest.mark.parametrize("larger", [True, False])
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, larger):
     # As by a run that saves every few batches: torch opens the path twice.
