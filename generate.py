@@ -75,6 +75,8 @@ def sample(
     model.reset()
     hidden = model.init_hidden(1)
     data = prompt.unsqueeze(1)
+    # In float32 a smaller number is 0, and every quotient by it infinite.
+    temperature = max(temperature, 1e-30)
     while True:
         output, hidden = model(data, hidden)
         logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output[-1:])

@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -205,17 +206,45 @@ def _as_flag(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
+class _Output:
+    """Standard output, of which writing raises ToolkitError where nothing takes it any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            # What is still in the buffer would fail once more as the interpreter ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            raise ToolkitError(
+                f"standard output takes no more ({os.strerror(error.errno)}): send it to where "
+                "there is room; what was saved before is whole"
+            ) from error
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's `main` and end the process.
 
     A ToolkitError becomes one line on stderr and exit status 1; a signal that was obeyed one line
     and 128 + its number.
     """
+    # None where the caller has closed them.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     # Log lines reach a file or a pipe as they are made.
     sys.stdout.reconfigure(line_buffering=True)
     keep_memory()
     try:
-        main()
+        with contextlib.redirect_stdout(_Output(sys.stdout)):
+            main()
     except ToolkitError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         parallel.leave(1)

@@ -5,12 +5,15 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import checkpoint
 import engine
@@ -335,6 +338,7 @@ def test_generate(script, trained, tmp_path):
     greedy = script("generate", *prompted, "--seed", 3)[1]
     assert script("generate", *prompted, "--seed", 4)[1] == greedy
     assert script("generate", *prompted[:-2], "--temperature", 0.001)[1] == greedy
+    assert script("generate", *prompted[:-2], "--temperature", 1e-300)[1] == greedy
     hot = script("generate", *argv, "--temperature", 50, "--words", 300)[1]
     assert len(set(hot.split())) > 50
 
@@ -588,6 +592,28 @@ def test_a_full_disk(case, script, corpus_dir, trained, tmp_path, monkeypatch):
     assert len(err.splitlines()) == 1
     assert "cannot write" in err
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("case", ["full", "broken pipe", "closed"])
+def test_output_that_nothing_takes(case, trained):
+    command = [sys.executable, ROOT / "generate.py", "--checkpoint", trained["LSTM"]]
+    command += ["--outf", "-", "--words", "9", "--no-cuda"]
+    if case == "full":
+        with open("/dev/full", "wb") as output:
+            result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    elif case == "broken pipe":
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+        os.close(write_end)
+    else:
+        line = shlex.join(map(str, command))
+        result = subprocess.run(f"{line} >&- 2>&-", shell=True, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
+        return
+    assert result.returncode == 1
+    assert result.stderr.startswith("generate.py: error: standard output takes no more (")
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.fixture
