@@ -262,8 +262,9 @@ def report(runs: list[dict[str, Any]]) -> str:
         "from its first step; `no averaging` is main.py for all of the epochs.",
         "",
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}; "
-        f"{runs[0]['device']}; commits {', '.join(commits)}. Two runs at a time, one thread each, "
-        "beside other work: no times are given, as they would not compare.",
+        f"{runs[0]['device']}; commits {', '.join(commits)} (CHANGELOG.md says what moves "
+        "numbers). Two runs at a time, one thread each, beside other work: no times are given, as "
+        "they would not compare.",
         "",
         tables(runs),
         "",
@@ -277,9 +278,6 @@ def report(runs: list[dict[str, Any]]) -> str:
         "well cost a small one that has seen the text eight times. The sign of "
         "a regulariser's effect here is no evidence against the paper's, which is of a model of 24 "
         "million parameters trained to its end.",
-        "- Runs were started and resumed at different commits, between which the random numbers of "
-        "weight drop changed (CHANGELOG.md): the same seed gives the same initial weights and "
-        "lengths, but not the same masks, so a difference to the base run includes that chance.",
         "- The three cells have other numbers of parameters at the same width and share their "
         "dropouts, which were tuned for none of them. The GRU has a learning rate of 5; at the "
         "others' 30 it diverges (results/gru-rate.md).",
