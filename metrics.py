@@ -41,14 +41,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this folder, with a + where files differ from it; None outside git."""
+    """The commit of this folder, with a + where code differs from it; None outside git."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        # Its own results are what a run in pieces writes as it goes.
+        changed = git("status", "--porcelain", "--untracked-files=no", ".", ":(exclude)results")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
