@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 import sys
 import types
 
@@ -133,6 +135,29 @@ def test_commit(monkeypatch):
     assert found is None or len(found.removesuffix("+")) == 40
     monkeypatch.setenv("PATH", "")
     assert metrics.commit() is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_commit_with_changed_code_says_so(tmp_path, monkeypatch):
+    def git(*words):
+        someone = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *someone, *words], check=True, capture_output=True)
+
+    (tmp_path / "results").mkdir()
+    code, result = tmp_path / "main.py", tmp_path / "results" / "run.md"
+    code.write_text("a")
+    result.write_text("a")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
+    clean = metrics.commit()
+    assert len(clean) == 40
+    # A run in pieces writes its results as it goes.
+    result.write_text("b")
+    assert metrics.commit() == clean
+    code.write_text("b")
+    assert metrics.commit() == f"{clean}+"
 
 
 def test_tensorboard_reads_every_number(tmp_path):
