@@ -239,8 +239,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    # Log lines reach a file or a pipe as they are made.
-    sys.stdout.reconfigure(line_buffering=True)
+    # Log lines reach a file or a pipe as they are made, and a word or a file's name that the
+    # terminal cannot show ends nothing.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_memory()
     try:
         with contextlib.redirect_stdout(_Output(sys.stdout)):

@@ -8,9 +8,11 @@ there.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,8 +67,14 @@ def run(task: Task, seconds: float | None) -> tuple[str, str]:
     # What it printed stays when it is cut.
     unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile() as output:
+        # A group of its own, so that what it has started ends with it.
         process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=unbuffered
+            words,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=unbuffered,
+            start_new_session=True,
         )
         try:
             status = process.wait(seconds)
@@ -74,7 +82,8 @@ def run(task: Task, seconds: float | None) -> tuple[str, str]:
         except subprocess.TimeoutExpired:
             end = f"cut off after {seconds:.0f} s"
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
         return output.read().decode("utf-8", "replace"), end

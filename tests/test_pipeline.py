@@ -616,6 +616,18 @@ def test_output_that_nothing_takes(case, trained):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_words_that_the_terminal_cannot_show(trained, tmp_path):
+    model = checkpoint.load(trained["LSTM"])
+    model.vocabulary["words"] = [f"{word}\xe9" for word in model.vocabulary["words"]]
+    checkpoint.save(tmp_path / "m.pt", model)
+    command = [sys.executable, ROOT / "generate.py", "--checkpoint", tmp_path / "m.pt"]
+    command += ["--outf", "-", "--words", "3", "--no-cuda"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("\\xe9") == 3
+
+
 @pytest.fixture
 def bad_folder(tmp_path, monkeypatch, corpus_dir, trained, middle_of_an_epoch):
     """A folder with a good corpus and model, and bad ones of several kinds."""

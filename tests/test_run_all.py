@@ -7,7 +7,8 @@ from bench.run_all import Task
 
 GOOD = Task("python -c \"print('| a | 1 |')\"")
 BAD = Task("python -c \"import sys; print('before'); sys.exit(3)\"")
-LONG = Task("python -c \"import signal; print('so far'); signal.pause()\"")
+# Through a second process, which must end too.
+LONG = Task("sh -c 'echo so far; tail -f /dev/null; true'")
 
 
 @pytest.fixture
