@@ -133,6 +133,14 @@ def train(
         model, criterion, optimizer, trigger, rng, ranks,
     )  # fmt: skip
 
+    evaluate = functools.partial(
+        engine.evaluate,
+        bptt=args.bptt,
+        max_batches=args.max_batches,
+        after_chunk=stop.check,
+        ranks=ranks,
+    )
+
     print("Args:", options.plain(args))
     print("Model total parameters:", sum(p.numel() for p in params))
     best = start_from
@@ -146,16 +154,7 @@ def train(
                 group["lr"] = args.lr
     else:
         # Scored here and not taken from the file: that may have been another corpus or a trial.
-        best_loss = engine.evaluate(
-            model,
-            criterion,
-            valid_data,
-            args.bptt,
-            args.max_batches,
-            stop.check,
-            ranks,
-            "valid.txt",
-        )
+        best_loss = evaluate(model, criterion, valid_data, what="valid.txt")
         print(f"| start of finetuning | valid loss {best_loss:5.2f}")
     # The original's cap: a drawn length is at most ten steps longer than the base.
     max_seq_len = args.bptt + 10 if args.max_seq_len is None else args.max_seq_len
@@ -212,16 +211,7 @@ def train(
                 )
             # The averaged weights are scored and kept; training goes on from the raw ones.
             with optimizer.averaged():
-                valid_loss = engine.evaluate(
-                    model,
-                    criterion,
-                    valid_data,
-                    args.bptt,
-                    args.max_batches,
-                    stop.check,
-                    ranks,
-                    "valid.txt",
-                )
+                valid_loss = evaluate(model, criterion, valid_data, what="valid.txt")
                 check_valid_loss(valid_loss, epoch, args.lr)
                 print("-" * 89)
                 seconds = time.time() - start
@@ -258,9 +248,7 @@ def train(
         print("Exiting from finetuning early")
 
     model, criterion = checkpoint.rebuild(best, device)
-    test_loss = engine.evaluate(
-        model, criterion, test_data, args.bptt, args.max_batches, stop.check, ranks, "test.txt"
-    )
+    test_loss = evaluate(model, criterion, test_data, what="test.txt")
     print("=" * 89)
     print(end_line("training", "test", test_loss))
     log.write("test", step=step(finished + 1, 0), test_loss=test_loss)

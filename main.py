@@ -190,6 +190,14 @@ def train(
                 group["lr"] = args.lr
         if resumed.epoch:
             best = dataclasses.replace(resumed, args=options.plain(args))
+    evaluate = functools.partial(
+        engine.evaluate,
+        bptt=args.bptt,
+        max_batches=args.max_batches,
+        after_chunk=stop.check,
+        ranks=ranks,
+    )
+
     print("Args:", options.plain(args))
     print("Model total parameters:", sum(p.numel() for p in params))
 
@@ -241,16 +249,7 @@ def train(
             averaging = args.optimizer == "sgd" and optimizer.averaging
             # The averaged weights, once there are, are scored and kept; training stays on the raw.
             with optimizer.averaged() if averaging else contextlib.nullcontext():
-                valid_loss = engine.evaluate(
-                    model,
-                    criterion,
-                    valid_data,
-                    args.bptt,
-                    args.max_batches,
-                    stop.check,
-                    ranks,
-                    "valid.txt",
-                )
+                valid_loss = evaluate(model, criterion, valid_data, what="valid.txt")
                 check_valid_loss(valid_loss, epoch, optimizer.param_groups[0]["lr"])
                 print("-" * 89)
                 seconds = time.time() - start
@@ -293,9 +292,7 @@ def train(
         print("Exiting from training early")
 
     model, criterion = checkpoint.rebuild(best, device)
-    test_loss = engine.evaluate(
-        model, criterion, test_data, args.bptt, args.max_batches, stop.check, ranks, "test.txt"
-    )
+    test_loss = evaluate(model, criterion, test_data, what="test.txt")
     print("=" * 89)
     print(end_line("training", "test", test_loss))
     log.write("test", step=step(finished + 1, 0), test_loss=test_loss)

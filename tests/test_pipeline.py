@@ -244,7 +244,11 @@ def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_p
 
 
 def test_a_second_interrupt_stops_at_once(script, corpus_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "evaluate", lambda *_: [signal.raise_signal(2) for _ in range(2)])
+    def interrupted(*_, **__):
+        signal.raise_signal(2)
+        signal.raise_signal(2)
+
+    monkeypatch.setattr(engine, "evaluate", interrupted)
     flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", tmp_path / "m.pt"]
     status, out, _ = script("main", *flags)
     assert status == 130
