@@ -90,13 +90,12 @@ def qrnn_pool(
     hidden = y.size(2) // (3 if output_gate else 2)
     initial = initial_state(c_init, y[..., :hidden])
     mask, scale = (zoneout, None) if isinstance(zoneout, Tensor) else (None, zoneout)
+    options = (mask, scale, output_gate, reverse, lengths)
     if use_cuda and torch.compiler.is_compiling():
-        options = (mask, scale, output_gate, reverse, lengths)
         h, last, _ = _registered().pool(y, initial, *options)
         return h, last.unsqueeze(0)
     kernels = _kernels_for(y) if use_cuda else None
     if kernels:
-        options = (mask, scale, output_gate, reverse, lengths)
         h, last = kernels.QRNNFunction.apply(y, initial, *options)
         return h, last.unsqueeze(0)
     valid = None if lengths is None else valid_steps(lengths, y)

@@ -22,7 +22,7 @@ def forget_mult(f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool) -> Tenso
     if kernels:
         return kernels.forget_mult_forward(f, x, h0, reverse)
     # A copy: it is a part of a longer tensor, and an operator's result stands for itself.
-    return eager._ForgetMult.apply(f, x, h0, reverse).clone()
+    return eager.forget_mult(f, x, h0, reverse, use_cuda=False).clone()
 
 
 @forget_mult.register_fake
@@ -41,7 +41,7 @@ def forget_mult_backward(
     else:
         inputs = [t.detach().requires_grad_() for t in (f, x, h0) if t is not None]
         with torch.enable_grad():
-            again = eager._ForgetMult.apply(*inputs, *[None] * (h0 is None), reverse)
+            again = eager.forget_mult(*inputs, reverse=reverse, use_cuda=False)
         grad_f, grad_x, *rest = torch.autograd.grad(again, inputs, grad)
         grad_h0 = rest[0] if rest else None
     return grad_f, grad_x, x.new_empty(0) if grad_h0 is None else grad_h0
@@ -87,7 +87,8 @@ def pool(
         h, c, last = kernels.qrnn_forward(y, c0, mask, scale, gate, reverse, lengths)
         # Without a gate they are the output itself, and results may not share memory.
         return h, last, c if gate else y.new_empty(0)
-    h, last = _pool_on_cpu(y, c0, mask, scale, gate, reverse, lengths)
+    zoneout = scale if mask is None else mask
+    h, last = eager.qrnn_pool(y, c0, zoneout, gate, reverse, lengths, use_cuda=False)
     return h, last.squeeze(0).clone(), y.new_empty(0)
 
 
@@ -124,8 +125,10 @@ def pool_backward(
     else:
         inputs = [t.detach().requires_grad_() for t in (y, c0) if t is not None]
         initial = inputs[1] if c0 is not None else None
+        zoneout = scale if mask is None else mask
+        options = (zoneout, gate, reverse, lengths)
         with torch.enable_grad():
-            again = _pool_on_cpu(inputs[0], initial, mask, scale, gate, reverse, lengths)
+            again = eager.qrnn_pool(inputs[0], initial, *options, use_cuda=False)
         grad_y, *rest = torch.autograd.grad(again, inputs, (grad_h, grad_last.unsqueeze(0)))
         grad_c0 = rest[0] if rest else None
     return grad_y, y.new_empty(0) if grad_c0 is None else grad_c0
@@ -151,18 +154,3 @@ def _pool_gradients(ctx, grad_h: Tensor, grad_last: Tensor, _: Tensor) -> tuple:
 
 
 pool.register_autograd(_pool_gradients, setup_context=_keep_pool)
-
-
-def _pool_on_cpu(
-    y: Tensor,
-    c0: Tensor | None,
-    mask: Tensor | None,
-    scale: float | None,
-    gate: bool,
-    reverse: bool,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    zoneout = scale if mask is None else mask
-    valid = None if lengths is None else eager.valid_steps(lengths, y)
-    # Nothing may be done to its results: within an operator autograd sees this function alone.
-    return eager._QRNNPool.apply(y, c0, zoneout, gate, reverse, valid)
