@@ -177,26 +177,26 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 def _content(path: str | os.PathLike[str]) -> Any:
     """What torch reads from a file, without copying its tensors; raises whatever torch raises."""
     while True:
-        before = os.stat(path)
+        before = _stamp(path)
         try:
             # What torch says of odd bytes by the way is no help to the user.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception:
-            if _same_file(before, os.stat(path)):
+            if _stamp(path) == before:
                 raise
         else:
-            if _same_file(before, os.stat(path)):
+            if _stamp(path) == before:
                 return content
         # torch opens the path twice, for the index and for the tensors. A run has put a new file
         # there meanwhile, so that the one was of the old file and the other of the new.
 
 
-def _same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether nothing replaced or rewrote a file between two looks at it."""
-    looks = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in (one, other)]
-    return looks[0] == looks[1]
+def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """What differs once a file has been replaced or rewritten."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _NoInitialWeights(TorchFunctionMode):

@@ -131,8 +131,9 @@ class RNNModel(nn.Module):
 
 def _draw(count: int, device: torch.device) -> None:
     """Draw `count` uniform numbers and forget them, in blocks: they may be hundreds of millions."""
-    if device.type == "meta" or not count:
+    if device.type == "meta":
         return
-    block = torch.empty(min(count, 2**20), device=device)
-    for start in range(0, count, len(block)):
+    size = 2**20
+    block = torch.empty(min(count, size), device=device)
+    for start in range(0, count, size):
         block[: count - start].uniform_()

@@ -281,7 +281,7 @@ def page(head: dict[str, Any], title: str) -> str:
     """ROW.md: what was run, how far it came, and the figures beside the published ones."""
     published = ROWS[head["row"]]
     lines = [f"# {title}, {head['unit']}", ""]
-    if head["tokens"] != published.tokens is not None:
+    if another_text(head["row"], head["tokens"]):
         lines += [
             f"**Another text than the row's: train.txt has {head['tokens']:,} tokens in place of "
             f"{published.tokens:,}.**",
@@ -317,6 +317,11 @@ def page(head: dict[str, Any], title: str) -> str:
         lines += ["", f"Not begun: {', '.join(f'{name}.py' for name in missing)}."]
     lines += ["", "```", *(c for words in head["commands"].values() for c in words), "```", ""]
     return "\n".join(lines)
+
+
+def another_text(row: str, tokens: int) -> bool:
+    """Whether a train.txt of so many tokens is not the row's, as far as that is known."""
+    return ROWS[row].tokens not in (None, tokens)
 
 
 def _number(value: float | None, unit: str) -> str:
@@ -414,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     if "tokens" not in work.state:
         # Once: a text may be hundreds of megabytes. That it stays the same --resume sees to.
         work.state["tokens"] = count_tokens(data / "train.txt")
-    if work.state["tokens"] != ROWS[args.row].tokens is not None and not extra:
+    if another_text(args.row, work.state["tokens"]) and not extra:
         raise ToolkitError(
             f"{data / 'train.txt'} has {work.state['tokens']:,} tokens and the row's "
             f"{ROWS[args.row].tokens:,}: fetch it with ./getdata.sh, or give flags after -- for a "
