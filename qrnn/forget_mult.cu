@@ -15,10 +15,12 @@
 // one direction's half of a bidirectional output. One thread owns one (b, j) column and walks
 // time; neighbouring threads own neighbouring j, so every access is coalesced.
 //
-// Traffic. The layer reads Z, F, O and writes H and C (5 N), then reads Z, F, O, C, dH and writes
-// dZ, dF, dO (8 N): 13 N elements. The gates are recomputed in the backward kernel, because a special
-// function costs less than a load. C is stored, because getting c_{s-1} back from c_s divides by
-// 1 - f, and from h_s by o: both lose every digit as the gate closes.
+// Traffic. The layer reads Z, F, O and writes H (4 N), then reads Z, F, O, dH and writes dZ, dF, dO
+// (7 N): 11 N elements. Of the states c only one in CHUNK is written and read again, 2 N / CHUNK more:
+// the backward kernel walks each chunk forwards from there, with gates that it computes again anyway,
+// because special functions and multiplications cost less than loads. (Without a stored state,
+// c_{s-1} would come from c_s by dividing by 1 - f, or from h_s by o: both lose every digit as the
+// gate closes.)
 //
 // Latency. 31,000 columns (batch 20, 1550 wide) are 7 warps on each multiprocessor of a large GPU,
 // far too few to hide memory latency by switching between them, so each thread fetches a whole chunk
@@ -26,11 +28,12 @@
 // 3 TB/s * 700 ns = 2.1 MB must be in flight: 31,000 threads with 8 steps of three float
 // streams are 3 MB, and between one and two chunks are always under way.
 //
-// Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16, without any header,
-// so that NVRTC needs no CUDA toolkit. All arithmetic is in State: double for double, else float.
+// Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16 -DCHUNK=steps, without
+// any header, so that NVRTC needs no CUDA toolkit. All arithmetic is in State: double for double, else
+// float.
 
-#ifndef SCALAR
-#error "define SCALAR as double, float, Float16 or BFloat16"
+#if !defined(SCALAR) || !defined(CHUNK)
+#error "define SCALAR as double, float, Float16 or BFloat16, and CHUNK as a number of steps"
 #endif
 
 struct Float16 {
@@ -130,11 +133,8 @@ struct StateOf<double> {
 typedef SCALAR Scalar;
 typedef StateOf<Scalar>::type State;
 
-// Steps per chunk, by the streams a step reads: 30 to 40 values, of which two chunks fit the 128
-// registers of a thread. float64 is for checking gradients, not for speed.
-__device__ constexpr int chunk_steps(int streams) {
-    return sizeof(Scalar) == 8 ? 2 : streams <= 2 ? 16 : streams == 3 ? 12 : streams <= 5 ? 8 : 5;
-}
+// Steps that the forward kernel fetches at once, by the streams a step reads: 16 to 32 values.
+__device__ constexpr int forward_steps(int streams) { return streams <= 2 ? 2 * CHUNK : CHUNK; }
 
 // Where a thread stands in a stack of rows, in elements, and how far one step of its walk is.
 struct Cursor {
@@ -181,46 +181,61 @@ struct Chunk {
             cursor.at += cursor.step;
         }
     }
+
+    // The same with a cursor that walks from the last of these steps to the first.
+    template <typename Live>
+    __device__ __forceinline__ void fetch_back(const Scalar *__restrict__ source, Cursor &cursor,
+                                               int first, Live live) {
+#pragma unroll
+        for (int i = STEPS - 1; i >= 0; --i) {
+            Scalar value = {};
+            if (live(first + i)) value = source[cursor.at];
+            values[i] = value;
+            cursor.at += cursor.step;
+        }
+    }
 };
 
 // What both directions take first: Z, F, O as streams of one row size (ForgetMult: its x and f),
-// the initial state, the zoneout mask or scale, and the lengths of the batch columns (or null).
+// the zoneout mask or scale, and the lengths of the batch columns (or null).
 #define INPUTS                                                                                     \
     const Scalar *__restrict__ z, const Scalar *__restrict__ f, const Scalar *__restrict__ o,      \
-        long long in_row, const Scalar *__restrict__ c_init, const Scalar *__restrict__ mask,      \
-        double scale, const long long *__restrict__ lengths
+        long long in_row, const Scalar *__restrict__ mask, double scale,                           \
+        const long long *__restrict__ lengths
 
 #define SIZES long long seq_len, long long batch, long long hidden, long long reverse
 
-// Writes every row of h, and with a gate of c (without one, h is c). Beyond a column's length h is
-// 0 and c keeps its value. c_last may be null.
+// Writes every row of h, zeros beyond a column's length, and, where they are not null, the state
+// before each chunk of the walk, (chunks, batch, hidden), and the last one. c_init may be null.
 #define FORWARD_PARAMETERS                                                                         \
-    INPUTS, Scalar *__restrict__ h, long long h_row, Scalar *__restrict__ c,                       \
-        Scalar *__restrict__ c_last, SIZES
+    INPUTS, const Scalar *__restrict__ c_init, Scalar *__restrict__ h, long long h_row,            \
+        State *__restrict__ states, Scalar *__restrict__ c_last, SIZES
 
-// c is the forward kernel's c (without a gate its h). Both incoming gradients and grad_init may be
-// null. Writes every row of grad_z, grad_f and, with a gate, grad_o: zeros beyond a column's length.
+// Takes the forward kernel's states. Both incoming gradients and grad_init may be null. Writes every
+// row of grad_z, grad_f and, with a gate, grad_o: zeros beyond a column's length.
 #define BACKWARD_PARAMETERS                                                                        \
-    INPUTS, const Scalar *__restrict__ c, long long c_row, const Scalar *__restrict__ grad_h,      \
+    INPUTS, const State *__restrict__ states, const Scalar *__restrict__ grad_h,                   \
         long long grad_h_row, const Scalar *__restrict__ grad_last, Scalar *__restrict__ grad_z,   \
         Scalar *__restrict__ grad_f, Scalar *__restrict__ grad_o, long long grad_row,              \
         Scalar *__restrict__ grad_init, SIZES
 
-// One chunk of every stream; what a kernel does not read stays untouched.
+// What is fetched at once of every stream; what a kernel does not read stays untouched.
 template <int STEPS>
 struct Streams {
-    Chunk<STEPS> z, f, o, mask, c, grad;
+    Chunk<STEPS> z, f, o, mask, grad;
 };
 
-// WHOLE: no step of the chunk lies beyond the end, so none needs a branch around its stores, and the
+// WHOLE: none of these steps lies beyond the end, so none needs a branch around its stores, and the
 // steps overlap.
 template <bool WHOLE, bool FUSED, bool GATE, bool MASK, int STEPS>
 __device__ __forceinline__ void compute_forward(const Streams<STEPS> &now, int first, int steps,
                                                 const Window &window, State scale, State &state,
                                                 Scalar *__restrict__ h, Cursor &h_cursor,
-                                                Scalar *__restrict__ c, Cursor &c_cursor) {
+                                                State *__restrict__ states, long long columns) {
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
+        if (i % CHUNK == 0 && states && (WHOLE || first + i < steps))
+            states[(first + i) / CHUNK * columns] = state;
         State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
         if (FUSED) {
             x = tanh_of(x);
@@ -230,20 +245,17 @@ __device__ __forceinline__ void compute_forward(const Streams<STEPS> &now, int f
         const State moved = take * x + (State(1) - take) * state;
         state = inside ? moved : state;
         const State out = GATE ? sigmoid(widen(now.o.values[i])) * state : state;
-        if (WHOLE || first + i < steps) {
-            narrow(inside ? out : State(0), h[h_cursor.at]);
-            if (GATE) narrow(state, c[c_cursor.at]);
-        }
+        if (WHOLE || first + i < steps) narrow(inside ? out : State(0), h[h_cursor.at]);
         h_cursor.at += h_cursor.step;
-        c_cursor.at += c_cursor.step;
     }
 }
 
 template <bool FUSED, bool GATE, bool MASK>
 __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
-    constexpr int CHUNK = chunk_steps(2 + GATE + MASK);
+    constexpr int STEPS = forward_steps(2 + GATE + MASK);
     const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= batch * hidden) return;
+    const long long columns = batch * hidden;
+    if (column >= columns) return;
     const long long b = column / hidden, j = column - b * hidden;
     const int steps = (int)seq_len, direction = reverse ? -1 : 1;
     const long long t = reverse ? seq_len - 1 : 0;
@@ -251,9 +263,10 @@ __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
     const auto live = [&](int s) { return window.contains(s); };
 
     Cursor z_cursor(t, b, j, batch, in_row, direction), f_cursor = z_cursor, o_cursor = z_cursor;
-    Cursor m_cursor(t, b, j, batch, hidden, direction), c_cursor = m_cursor;
+    Cursor m_cursor(t, b, j, batch, hidden, direction);
     Cursor h_cursor(t, b, j, batch, h_row, direction);
-    Streams<CHUNK> now, next;
+    if (states) states += column;
+    Streams<STEPS> now, next;
     const auto fetch = [&](int first) {
         next.z.fetch(z, z_cursor, first, live);
         next.f.fetch(f, f_cursor, first, live);
@@ -264,125 +277,138 @@ __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
     const State factor = State(scale);
     State state = c_init ? widen(c_init[column]) : State(0);
     fetch(0);
-    for (int first = 0; first < steps; first += CHUNK) {
+    for (int first = 0; first < steps; first += STEPS) {
         now.z = next.z;
         now.f = next.f;
         if (GATE) now.o = next.o;
         if (MASK) now.mask = next.mask;
-        fetch(first + CHUNK);
-        if (first + CHUNK <= steps)
+        fetch(first + STEPS);
+        if (first + STEPS <= steps)
             compute_forward<true, FUSED, GATE, MASK>(now, first, steps, window, factor, state, h,
-                                                     h_cursor, c, c_cursor);
+                                                     h_cursor, states, columns);
         else
             compute_forward<false, FUSED, GATE, MASK>(now, first, steps, window, factor, state, h,
-                                                      h_cursor, c, c_cursor);
+                                                      h_cursor, states, columns);
     }
     if (c_last) narrow(state, c_last[column]);
 }
 
-template <bool WHOLE, bool FUSED, bool GATE, bool MASK, int STEPS>
-__device__ __forceinline__ void compute_backward(const Streams<STEPS> &now, int first, int steps,
-                                                 const Window &window, State scale, State initial,
+// One chunk: forwards from the state before it, to reduce each step to four numbers, and backwards
+// with those. `cursor` stands at the chunk's last step and walks to its first.
+template <bool WHOLE, bool FUSED, bool GATE, bool MASK>
+__device__ __forceinline__ void compute_backward(const Streams<CHUNK> &now, State state, int first,
+                                                 int steps, const Window &window, State scale,
                                                  State &carry, Scalar *__restrict__ grad_z,
                                                  Scalar *__restrict__ grad_f,
                                                  Scalar *__restrict__ grad_o, Cursor &cursor) {
+    State incoming[CHUNK], keep[CHUNK], slope_z[CHUNK], slope_f[CHUNK];
+    long long at = cursor.at + (CHUNK - 1) * cursor.step;
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
+    for (int i = 0; i < CHUNK; ++i) {
         const bool inside = window.contains(first + i);
-        const State before = window.contains(first + i + 1) ? widen(now.c.values[i]) : initial;
+        const State before = state;
         State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
-        State x_slope = State(1), take_slope = State(1);
+        slope_z[i] = slope_f[i] = State(1);
         if (FUSED) {
             const State open = sigmoid(take);
+            const State factor = MASK ? widen(now.mask.values[i]) : scale;
             x = tanh_of(x);
-            x_slope = State(1) - x * x;
-            take = open * (MASK ? widen(now.mask.values[i]) : scale);
-            take_slope = take * (State(1) - open);
+            take = open * factor;
+            slope_z[i] = State(1) - x * x;
+            slope_f[i] = take * (State(1) - open);
         }
-        State grad = widen(now.grad.values[i]), grad_gate = State(0);
+        slope_z[i] *= take;
+        slope_f[i] *= x - before;
+        keep[i] = State(1) - take;
+        state = inside ? take * x + keep[i] * before : before;
+        incoming[i] = widen(now.grad.values[i]);
         if (GATE) {
             const State gate = sigmoid(widen(now.o.values[i]));
-            const State state = take * x + (State(1) - take) * before;
-            grad_gate = grad * state * gate * (State(1) - gate);
-            grad *= gate;
+            const State grad = incoming[i] * state * gate * (State(1) - gate);
+            if (WHOLE || first + i < steps) narrow(inside ? grad : State(0), grad_o[at]);
+            incoming[i] *= gate;
         }
-        grad += carry;
-        carry = inside ? grad * (State(1) - take) : carry;
+        at -= cursor.step;
+    }
+#pragma unroll
+    for (int i = CHUNK - 1; i >= 0; --i) {
+        const bool inside = window.contains(first + i);
+        const State grad = incoming[i] + carry;
         if (WHOLE || first + i < steps) {
-            narrow(inside ? grad * take * x_slope : State(0), grad_z[cursor.at]);
-            narrow(inside ? grad * (x - before) * take_slope : State(0), grad_f[cursor.at]);
-            if (GATE) narrow(inside ? grad_gate : State(0), grad_o[cursor.at]);
+            narrow(inside ? grad * slope_z[i] : State(0), grad_z[cursor.at]);
+            narrow(inside ? grad * slope_f[i] : State(0), grad_f[cursor.at]);
         }
+        carry = inside ? grad * keep[i] : carry;
         cursor.at += cursor.step;
     }
 }
 
-// Walks against the direction of the forward kernel, so that the state before a step is the next
-// one of this walk, except at its end, where it is the initial state.
+// Walks from the forward kernel's last step to its first, chunk by chunk.
 template <bool FUSED, bool GATE, bool MASK>
 __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
-    constexpr int CHUNK = chunk_steps(4 + GATE + MASK);
     const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= batch * hidden) return;
+    const long long columns = batch * hidden;
+    if (column >= columns) return;
     const long long b = column / hidden, j = column - b * hidden;
     const int steps = (int)seq_len, direction = reverse ? 1 : -1;
-    const long long t = reverse ? 0 : seq_len - 1;
-    const Window window(lengths, b, steps, reverse == 0);
+    const int last = (steps - 1) / CHUNK * CHUNK;  // the first step of the last chunk
+    // Where the last chunk would end if it were whole.
+    const long long t = reverse ? seq_len - CHUNK - last : last + CHUNK - 1;
+    const Window window(lengths, b, steps, reverse != 0);
     const auto live = [&](int s) { return window.contains(s); };
-    const auto has_before = [&](int s) { return window.contains(s) && window.contains(s + 1); };
     const auto has_grad = [&](int s) { return grad_h && window.contains(s); };
 
     Cursor z_cursor(t, b, j, batch, in_row, direction), f_cursor = z_cursor, o_cursor = z_cursor;
     Cursor m_cursor(t, b, j, batch, hidden, direction);
-    Cursor c_cursor(t + direction, b, j, batch, c_row, direction);
     Cursor g_cursor(t, b, j, batch, grad_h_row, direction);
     Cursor out_cursor(t, b, j, batch, grad_row, direction);
     Streams<CHUNK> now, next;
+    State state, next_state;
     const auto fetch = [&](int first) {
-        next.z.fetch(z, z_cursor, first, live);
-        next.f.fetch(f, f_cursor, first, live);
-        if (GATE) next.o.fetch(o, o_cursor, first, live);
-        if (MASK) next.mask.fetch(mask, m_cursor, first, live);
-        next.c.fetch(c, c_cursor, first, has_before);
-        next.grad.fetch(grad_h, g_cursor, first, has_grad);
+        next.z.fetch_back(z, z_cursor, first, live);
+        next.f.fetch_back(f, f_cursor, first, live);
+        if (GATE) next.o.fetch_back(o, o_cursor, first, live);
+        if (MASK) next.mask.fetch_back(mask, m_cursor, first, live);
+        next.grad.fetch_back(grad_h, g_cursor, first, has_grad);
+        next_state = first >= 0 ? states[first / CHUNK * columns + column] : State(0);
     };
 
     const State factor = State(scale);
-    const State initial = c_init ? widen(c_init[column]) : State(0);
     State carry = grad_last ? widen(grad_last[column]) : State(0);
-    fetch(0);
-    for (int first = 0; first < steps; first += CHUNK) {
+    fetch(last);
+    for (int first = last; first >= 0; first -= CHUNK) {
         now.z = next.z;
         now.f = next.f;
         if (GATE) now.o = next.o;
         if (MASK) now.mask = next.mask;
-        now.c = next.c;
         now.grad = next.grad;
-        fetch(first + CHUNK);
+        state = next_state;
+        fetch(first - CHUNK);
         if (first + CHUNK <= steps)
-            compute_backward<true, FUSED, GATE, MASK>(now, first, steps, window, factor, initial,
+            compute_backward<true, FUSED, GATE, MASK>(now, state, first, steps, window, factor,
                                                       carry, grad_z, grad_f, grad_o, out_cursor);
         else
-            compute_backward<false, FUSED, GATE, MASK>(now, first, steps, window, factor, initial,
+            compute_backward<false, FUSED, GATE, MASK>(now, state, first, steps, window, factor,
                                                        carry, grad_z, grad_f, grad_o, out_cursor);
     }
     if (grad_init) narrow(carry, grad_init[column]);
 }
 
 // Blocks of at most 64 threads: 31,000 columns are 485 of them, work for every multiprocessor.
-// Eight resident blocks leave a thread 128 registers: enough for two chunks without spilling, and at
-// larger sizes enough warps to overlap one's arithmetic with another's loads.
-#define KERNEL extern "C" __global__ void __launch_bounds__(64, 8)
+// Six resident blocks leave a thread 168 registers: enough for two chunks of five streams and what a
+// chunk is reduced to, without spilling, and six blocks' chunks in flight are more than memory can
+// serve at once.
+#define KERNEL extern "C" __global__ void __launch_bounds__(64, 6)
 
 #define KERNELS(NAME, ...)                                                                         \
     KERNEL NAME##_forward(FORWARD_PARAMETERS) {                                                    \
-        walk_forward<__VA_ARGS__>(z, f, o, in_row, c_init, mask, scale, lengths, h, h_row, c,      \
+        walk_forward<__VA_ARGS__>(z, f, o, in_row, mask, scale, lengths, c_init, h, h_row, states, \
                                   c_last, seq_len, batch, hidden, reverse);                        \
     }                                                                                              \
     KERNEL NAME##_backward(BACKWARD_PARAMETERS) {                                                  \
-        walk_backward<__VA_ARGS__>(z, f, o, in_row, c_init, mask, scale, lengths, c, c_row,        \
-                                   grad_h, grad_h_row, grad_last, grad_z, grad_f, grad_o,          \
-                                   grad_row, grad_init, seq_len, batch, hidden, reverse);          \
+        walk_backward<__VA_ARGS__>(z, f, o, in_row, mask, scale, lengths, states, grad_h,          \
+                                   grad_h_row, grad_last, grad_z, grad_f, grad_o, grad_row,        \
+                                   grad_init, seq_len, batch, hidden, reverse);                    \
     }
 
 KERNELS(forget_mult, false, false, false)

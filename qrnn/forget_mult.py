@@ -52,7 +52,7 @@ def forget_mult(
         )
     initial = initial_state(hidden_init, x)
     if use_cuda and torch.compiler.is_compiling():
-        return _registered().forget_mult(f, x, initial, reverse)
+        return _registered().forget_mult(f, x, initial, reverse)[0]
     kernels = _kernels_for(x) if use_cuda else None
     if kernels:
         return kernels.ForgetMultFunction.apply(f, x, initial, reverse)

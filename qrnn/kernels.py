@@ -25,6 +25,9 @@ SCALARS = {
     torch.float16: "Float16",
     torch.bfloat16: "BFloat16",
 }
+# Steps between the states that a forward kernel keeps for the backward kernel, which holds as many
+# of every stream in registers, twice. float64 is for checking gradients, not for speed.
+_CHUNK = {torch.float64: 4, torch.float32: 8, torch.float16: 8, torch.bfloat16: 8}
 # By (output gate, mask given as a tensor).
 _STEMS = {
     (False, False): "qrnn",
@@ -41,7 +44,7 @@ KERNEL_NAMES = (
     *_BACKWARD.values(),
 )
 BLOCK = 64  # threads, the kernels' launch bound
-_MAX_STEPS = 2**31 - 64  # the kernels count steps, and look one chunk ahead, in 32 bits
+_MAX_STEPS = 2**31 - 64  # the kernels count steps, and look two chunks ahead, in 32 bits
 
 
 class KernelUnavailable(RuntimeError):
@@ -68,40 +71,60 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     _kernels(torch.cuda.current_device() if device.index is None else device.index, dtype)
 
 
+def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
+    """What the source must be compiled with for tensors of `dtype`."""
+    return f"-DSCALAR={SCALARS[dtype]}", f"-DCHUNK={_CHUNK[dtype]}"
+
+
+def kept_states(dtype: torch.dtype, sizes: torch.Size) -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype of the states that a forward pass over tensors of `dtype` keeps.
+
+    `sizes` are (seq_len, batch, hidden). The states are those before each chunk of steps, (chunks,
+    batch, hidden), in float32, or in float64 if `dtype` is.
+    """
+    chunks = -(-sizes[0] // _CHUNK[dtype])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.Size((chunks, *sizes[1:])), wide
+
+
 def forget_mult_forward(
-    f: Tensor, x: Tensor, h0: Tensor | None = None, reverse: bool = False
-) -> Tensor:
+    f: Tensor, x: Tensor, h0: Tensor | None = None, reverse: bool = False, keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` from `f` and `x`, both (seq_len, batch, hidden).
 
     `h0` is (batch, hidden), or None for zeros. With `reverse`, time runs from the end and `h_{t+1}`
-    takes the place of `h_{t-1}`. Returns (seq_len, batch, hidden).
+    takes the place of `h_{t-1}`. Returns `h` (seq_len, batch, hidden) and, with `keep`, the states
+    for the backward pass.
     """
     sizes = _sizes(x, 1)
-    inputs = _forget_mult_inputs(f, x, h0, sizes)
+    inputs = _forget_mult_inputs(f, x, sizes)
+    _check(x, ("h0", h0, sizes[1:]))
     h = _empty(sizes, x)
-    _launch_columns("forget_mult_forward", x, sizes, reverse, (*inputs, h, sizes[2], None, None))
-    return h
+    states = _empty_states(x, sizes) if keep else None
+    outputs = (_contiguous(h0), h, sizes[2], states, None)
+    _launch_columns("forget_mult_forward", x, sizes, reverse, (*inputs, *outputs))
+    return h, states
 
 
 def forget_mult_backward(
     grad_h: Tensor,
     f: Tensor,
     x: Tensor,
-    h: Tensor,
-    h0: Tensor | None = None,
+    states: Tensor,
     reverse: bool = False,
     need_h0: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `f`, `x` and, if `need_h0` and there is one, `h0`, from that of `h`.
+    """Gradients of `f`, `x` and, if `need_h0`, the initial state, from that of `h`.
 
-    `h` is the result of `forget_mult_forward`; `grad_h` has its shape, (seq_len, batch, hidden).
+    `states` is the second result of `forget_mult_forward`; `grad_h` is (seq_len, batch, hidden).
     """
     sizes = _sizes(x, 1)
-    inputs = _forget_mult_inputs(f, x, h0, sizes)
-    _check(x, ("h", h, sizes), ("grad_h", grad_h, sizes))
+    inputs = _forget_mult_inputs(f, x, sizes)
+    _check(x, ("grad_h", grad_h, sizes))
+    _check_states(states, x, sizes)
     grad_f, grad_x = _empty(sizes, x), _empty(sizes, x)
-    grad_h0 = _empty(sizes[1:], x) if need_h0 and h0 is not None else None
-    incoming = (*_rows(h), *_rows(grad_h), None)
+    grad_h0 = _empty(sizes[1:], x) if need_h0 else None
+    incoming = (states.contiguous(), *_rows(grad_h), None)
     outputs = (grad_x, grad_f, None, sizes[2], grad_h0)
     _launch_columns("forget_mult_backward", x, sizes, reverse, (*inputs, *incoming, *outputs))
     return grad_f, grad_x, grad_h0
@@ -116,7 +139,8 @@ def qrnn_forward(
     reverse: bool = False,
     lengths: Tensor | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """A QRNN layer from its linear map's output on, in one pass over memory.
 
     `y` is (seq_len, batch, 3 * hidden), Z | F | O, or without `gate` (seq_len, batch, 2 * hidden),
@@ -131,27 +155,26 @@ def qrnn_forward(
     walk starts at the last valid step. `out`, (seq_len, batch, hidden), receives `h`; it may be a
     slice of the columns of a wider tensor, as may `y`.
 
-    Returns `h` (seq_len, batch, hidden), `c` for the backward pass (the same shape, and without a
-    gate the same tensor), and the last state (batch, hidden).
+    Returns `h` (seq_len, batch, hidden), the last state (batch, hidden) and, with `keep`, the
+    states for the backward pass.
     """
-    y, sizes, inputs = _layer_inputs(y, c0, mask, scale, gate, lengths)
-    _check(y, ("out", out, sizes))
+    y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths)
+    _check(y, ("c0", c0, sizes[1:]), ("out", out, sizes))
     h, h_row = _rows(_empty(sizes, y) if out is None else out)
     if out is not None and h is not out:
         raise ValueError("out must be contiguous, or a slice of the columns of such a tensor")
-    c = _empty(sizes, y) if gate else h
     c_last = _empty(sizes[1:], y)
-    outputs = (h, h_row, c if gate else None, c_last)
+    states = _empty_states(y, sizes) if keep else None
+    outputs = (_contiguous(c0), h, h_row, states, c_last)
     _launch_columns(_FORWARD[gate, mask is not None], y, sizes, reverse, (*inputs, *outputs))
-    return h, c, c_last
+    return h, c_last, states
 
 
 def qrnn_backward(
     grad_h: Tensor | None,
     grad_c_last: Tensor | None,
     y: Tensor,
-    c: Tensor,
-    c0: Tensor | None,
+    states: Tensor,
     mask: Tensor | None,
     scale: float | None,
     gate: bool,
@@ -159,16 +182,17 @@ def qrnn_backward(
     lengths: Tensor | None = None,
     need_c0: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `y` and, if `need_c0` and there is one, `c0`, for `qrnn_forward`.
+    """Gradients of `y` and, if `need_c0`, the initial state, for `qrnn_forward`.
 
     `grad_h` (seq_len, batch, hidden) and `grad_c_last` (batch, hidden) may be None, which stands
-    for zeros; `c` is the second result of `qrnn_forward`. The gradient of `y` is contiguous.
+    for zeros; `states` is the third result of `qrnn_forward`. The gradient of `y` is contiguous.
     """
-    y, sizes, inputs = _layer_inputs(y, c0, mask, scale, gate, lengths)
-    _check(y, ("c", c, sizes), ("grad_h", grad_h, sizes), ("grad_c_last", grad_c_last, sizes[1:]))
+    y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths)
+    _check(y, ("grad_h", grad_h, sizes), ("grad_c_last", grad_c_last, sizes[1:]))
+    _check_states(states, y, sizes)
     grad_y = _empty(y.shape, y)
-    grad_c0 = _empty(sizes[1:], y) if need_c0 and c0 is not None else None
-    incoming = (*_rows(c), *_rows(grad_h), _contiguous(grad_c_last))
+    grad_c0 = _empty(sizes[1:], y) if need_c0 else None
+    incoming = (states.contiguous(), *_rows(grad_h), _contiguous(grad_c_last))
     outputs = (*_parts(grad_y, sizes[2], gate), y.size(2), grad_c0)
     arguments = (*inputs, *incoming, *outputs)
     _launch_columns(_BACKWARD[gate, mask is not None], y, sizes, reverse, arguments)
@@ -180,8 +204,8 @@ class ForgetMultFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool = False) -> Tensor:
-        h = forget_mult_forward(f, x, h0, reverse)
-        ctx.save_for_backward(f, x, h, h0)
+        h, states = forget_mult_forward(f, x, h0, reverse, any(ctx.needs_input_grad))
+        ctx.save_for_backward(f, x, states)
         ctx.reverse = reverse
         ctx.set_materialize_grads(False)
         return h
@@ -191,9 +215,8 @@ class ForgetMultFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_h is None:
             return None, None, None, None
-        f, x, h, h0 = ctx.saved_tensors
         need_h0 = ctx.needs_input_grad[2]
-        return *forget_mult_backward(grad_h, f, x, h, h0, ctx.reverse, need_h0), None
+        return *forget_mult_backward(grad_h, *ctx.saved_tensors, ctx.reverse, need_h0), None
 
 
 class QRNNFunction(torch.autograd.Function):
@@ -214,8 +237,9 @@ class QRNNFunction(torch.autograd.Function):
         reverse: bool = False,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        h, c, c_last = qrnn_forward(y, c0, mask, scale, gate, reverse, lengths)
-        ctx.save_for_backward(y, c, c0, mask, lengths)
+        keep = any(ctx.needs_input_grad)
+        h, c_last, states = qrnn_forward(y, c0, mask, scale, gate, reverse, lengths, keep=keep)
+        ctx.save_for_backward(y, states, mask, lengths)
         ctx.options = scale, gate, reverse
         ctx.set_materialize_grads(False)
         return h, c_last
@@ -227,9 +251,9 @@ class QRNNFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_h is None and grad_c_last is None:
             return (None,) * 7
-        y, c, c0, mask, lengths = ctx.saved_tensors
+        y, states, mask, lengths = ctx.saved_tensors
         options = (mask, *ctx.options, lengths, ctx.needs_input_grad[1])
-        return *qrnn_backward(grad_h, grad_c_last, y, c, c0, *options), *(None,) * 5
+        return *qrnn_backward(grad_h, grad_c_last, y, states, *options), *(None,) * 5
 
 
 class BidirectionalQRNNFunction(torch.autograd.Function):
@@ -257,15 +281,14 @@ class BidirectionalQRNNFunction(torch.autograd.Function):
         _check(y, ("c0", c0, torch.Size((2, *sizes[1:]))))
         h = _empty(torch.Size((*sizes[:2], 2 * sizes[2])), y)
         states, last_states = [], []
-        for reverse, source, keep in ((False, y, mask), (True, y_reverse, mask_reverse)):
+        for reverse, source, zoneout in ((False, y, mask), (True, y_reverse, mask_reverse)):
             initial = None if c0 is None else c0[int(reverse)]
             half = h[..., reverse * sizes[2] : (reverse + 1) * sizes[2]]
-            _, c, c_last = qrnn_forward(source, initial, keep, scale, gate, reverse, lengths, half)
-            states.append(c if gate else None)
+            options = (scale, gate, reverse, lengths, half, any(ctx.needs_input_grad))
+            _, c_last, kept = qrnn_forward(source, initial, zoneout, *options)
+            states.append(kept)
             last_states.append(c_last)
-        # Without a gate the states are h itself, and a result is saved whole, not as its slices.
-        saved_h = None if gate else h
-        ctx.save_for_backward(y, y_reverse, c0, mask, mask_reverse, lengths, saved_h, *states)
+        ctx.save_for_backward(y, y_reverse, mask, mask_reverse, lengths, *states)
         ctx.options = scale, gate
         ctx.set_materialize_grads(False)
         return h, torch.stack(last_states)
@@ -277,41 +300,32 @@ class BidirectionalQRNNFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_h is None and grad_c_last is None:
             return (None,) * 8
-        y, y_reverse, c0, mask, mask_reverse, lengths, h, *states = ctx.saved_tensors
-        if states[0] is None:
-            states = h.chunk(2, dim=2)
+        y, y_reverse, mask, mask_reverse, lengths, *states = ctx.saved_tensors
         scale, gate = ctx.options
-        need_c0 = c0 is not None and ctx.needs_input_grad[2]
+        need_c0 = ctx.needs_input_grad[2]
         halves = (None, None) if grad_h is None else grad_h.chunk(2, dim=2)
         grads_y, grads_c0 = [], []
-        for reverse, source, keep in ((False, y, mask), (True, y_reverse, mask_reverse)):
+        for reverse, source, zoneout in ((False, y, mask), (True, y_reverse, mask_reverse)):
             side = int(reverse)
             last = None if grad_c_last is None else grad_c_last[side]
-            initial = None if c0 is None else c0[side]
-            options = (keep, scale, gate, reverse, lengths, need_c0)
-            grads = qrnn_backward(halves[side], last, source, states[side], initial, *options)
+            options = (zoneout, scale, gate, reverse, lengths, need_c0)
+            grads = qrnn_backward(halves[side], last, source, states[side], *options)
             grads_y.append(grads[0])
             grads_c0.append(grads[1])
         return *grads_y, torch.stack(grads_c0) if need_c0 else None, *(None,) * 5
 
 
-def _forget_mult_inputs(f: Tensor, x: Tensor, h0: Tensor | None, sizes: torch.Size) -> tuple:
-    _check(x, ("f", f, sizes), ("h0", h0, sizes[1:]))
-    streams = (x.contiguous(), f.contiguous(), None, sizes[2])
-    return *streams, _contiguous(h0), None, 1.0, None
+def _forget_mult_inputs(f: Tensor, x: Tensor, sizes: torch.Size) -> tuple:
+    _check(x, ("f", f, sizes))
+    return x.contiguous(), f.contiguous(), None, sizes[2], None, 1.0, None
 
 
 def _layer_inputs(
-    y: Tensor,
-    c0: Tensor | None,
-    mask: Tensor | None,
-    scale: float | None,
-    gate: bool,
-    lengths: Tensor | None,
+    y: Tensor, mask: Tensor | None, scale: float | None, gate: bool, lengths: Tensor | None
 ) -> tuple[Tensor, torch.Size, tuple]:
     """The checked `y`, (seq_len, batch, hidden), and the first arguments of both kernels."""
     sizes = _sizes(y, 3 if gate else 2)
-    _check(y, ("c0", c0, sizes[1:]), ("mask", mask, sizes))
+    _check(y, ("mask", mask, sizes))
     if mask is not None and scale is not None:
         raise ValueError("zoneout takes a mask (training) or a scale (evaluation), not both")
     if lengths is not None:
@@ -325,7 +339,7 @@ def _layer_inputs(
         lengths = lengths.to(torch.int64).contiguous()
     y, y_row = _rows(y)
     factors = (_contiguous(mask), 1.0 if scale is None else float(scale), lengths)
-    return y, sizes, (*_parts(y, sizes[2], gate), y_row, _contiguous(c0), *factors)
+    return y, sizes, (*_parts(y, sizes[2], gate), y_row, *factors)
 
 
 def _parts(y: Tensor, hidden: int, gate: bool) -> tuple[int, int, int | None]:
@@ -361,6 +375,15 @@ def _check(like: Tensor, *tensors: tuple[str, Tensor | None, torch.Size]) -> Non
             )
 
 
+def _check_states(states: Tensor, like: Tensor, sizes: torch.Size) -> None:
+    shape, dtype = kept_states(like.dtype, sizes)
+    if (states.shape, states.dtype, states.device) != (shape, dtype, like.device):
+        raise ValueError(
+            f"states must be what the forward pass returned, {tuple(shape)} {dtype} on "
+            f"{like.device}, not {tuple(states.shape)} {states.dtype} on {states.device}"
+        )
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -383,8 +406,13 @@ def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     return tensor.contiguous(), hidden
 
 
-def _empty(shape: torch.Size, like: Tensor) -> Tensor:
-    return like.new_empty(shape)
+def _empty(shape: torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _empty_states(like: Tensor, sizes: torch.Size) -> Tensor:
+    shape, dtype = kept_states(like.dtype, sizes)
+    return _empty(shape, like, dtype)
 
 
 def _launch_columns(
@@ -452,7 +480,7 @@ def _kernels(device_index: int, dtype: torch.dtype) -> dict[str, Any]:
         raise KernelUnavailable(f"the QRNN's CUDA kernels need CuPy: {requirement()}") from cupy
     module = cupy.RawModule(
         code=SOURCE.read_text(encoding="utf-8"),
-        options=(f"-DSCALAR={SCALARS[dtype]}",),
+        options=compile_options(dtype),
         backend="nvrtc",
     )
     try:

@@ -13,31 +13,34 @@ from qrnn import forget_mult as eager
 
 
 @torch.library.custom_op("awd_qrnn::forget_mult", mutates_args=())
-def forget_mult(f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+def forget_mult(f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` of `f` and `x` (seq_len, batch, hidden).
 
-    `h0` is (batch, hidden) or None for zeros.
+    `h0` is (batch, hidden) or None for zeros. Returns `h` (seq_len, batch, hidden), and what the
+    backward operator needs beside the inputs: the kernels' states, or nothing.
     """
     kernels = eager._kernels_for(x)
     if kernels:
         return kernels.forget_mult_forward(f, x, h0, reverse)
     # A copy: it is a part of a longer tensor, and an operator's result stands for itself.
-    return eager.forget_mult(f, x, h0, reverse, use_cuda=False).clone()
+    return eager.forget_mult(f, x, h0, reverse, use_cuda=False).clone(), x.new_empty(0)
 
 
 @forget_mult.register_fake
 def _(f, x, h0, reverse):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), _fake_states(x, x.shape)
 
 
 @torch.library.custom_op("awd_qrnn::forget_mult_backward", mutates_args=())
 def forget_mult_backward(
-    grad: Tensor, f: Tensor, x: Tensor, h: Tensor, h0: Tensor | None, reverse: bool
+    grad: Tensor, f: Tensor, x: Tensor, h0: Tensor | None, states: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `f`, `x` and `h0`; the last is empty where there is no `h0`."""
     kernels = eager._kernels_for(x)
     if kernels:
-        grad_f, grad_x, grad_h0 = kernels.forget_mult_backward(grad, f, x, h, h0, reverse)
+        need_h0 = h0 is not None
+        grads = kernels.forget_mult_backward(grad, f, x, states, reverse, need_h0)
+        grad_f, grad_x, grad_h0 = grads
     else:
         inputs = [t.detach().requires_grad_() for t in (f, x, h0) if t is not None]
         with torch.enable_grad():
@@ -48,20 +51,20 @@ def forget_mult_backward(
 
 
 @forget_mult_backward.register_fake
-def _(grad, f, x, h, h0, reverse):
+def _(grad, f, x, h0, states, reverse):
     like = torch.empty_like(x, memory_format=torch.contiguous_format)
     return like, torch.empty_like(like), x.new_empty(0 if h0 is None else h0.shape)
 
 
 def _keep_forget_mult(ctx, inputs, output) -> None:
     f, x, h0, ctx.reverse = inputs
-    ctx.save_for_backward(f, x, output, h0)
+    ctx.save_for_backward(f, x, h0, output[1])
 
 
-def _forget_mult_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    f, x, h, h0 = ctx.saved_tensors
-    grad_f, grad_x, grad_h0 = forget_mult_backward(grad.contiguous(), f, x, h, h0, ctx.reverse)
-    return grad_f, grad_x, None if h0 is None else grad_h0, None
+def _forget_mult_gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    f, x, h0, states = ctx.saved_tensors
+    grads = forget_mult_backward(grad.contiguous(), f, x, h0, states, ctx.reverse)
+    return *grads[:2], None if h0 is None else grads[2], None
 
 
 forget_mult.register_autograd(_forget_mult_gradients, setup_context=_keep_forget_mult)
@@ -80,13 +83,11 @@ def pool(
     """The fused layer, as `qrnn.forget_mult.qrnn_pool`, whose zoneout is `mask` or `scale`.
 
     Returns the output (seq_len, batch, hidden), the last state (batch, hidden), and what the
-    backward operator needs beside the inputs: the states, or nothing.
+    backward operator needs beside the inputs: the kernels' states, or nothing.
     """
     kernels = eager._kernels_for(y)
     if kernels:
-        h, c, last = kernels.qrnn_forward(y, c0, mask, scale, gate, reverse, lengths)
-        # Without a gate they are the output itself, and results may not share memory.
-        return h, last, c if gate else y.new_empty(0)
+        return kernels.qrnn_forward(y, c0, mask, scale, gate, reverse, lengths)
     zoneout = scale if mask is None else mask
     h, last = eager.qrnn_pool(y, c0, zoneout, gate, reverse, lengths, use_cuda=False)
     return h, last.squeeze(0).clone(), y.new_empty(0)
@@ -95,11 +96,8 @@ def pool(
 @pool.register_fake
 def _(y, c0, mask, scale, gate, reverse, lengths):
     seq_len, batch, width = y.shape
-    hidden = width // (3 if gate else 2)
-    states = (seq_len, batch, hidden) if gate and eager._kernels_for(y) else (0,)
-    shapes = ((seq_len, batch, hidden), (batch, hidden), states)
-    h, last, c = (y.new_empty(shape) for shape in shapes)
-    return h, last, c
+    sizes = torch.Size((seq_len, batch, width // (3 if gate else 2)))
+    return y.new_empty(sizes), y.new_empty(sizes[1:]), _fake_states(y, sizes)
 
 
 @torch.library.custom_op("awd_qrnn::pool_backward", mutates_args=())
@@ -107,8 +105,7 @@ def pool_backward(
     grad_h: Tensor,
     grad_last: Tensor,
     y: Tensor,
-    h: Tensor,
-    c: Tensor,
+    states: Tensor,
     c0: Tensor | None,
     mask: Tensor | None,
     scale: float | None,
@@ -119,8 +116,7 @@ def pool_backward(
     """Gradients of `y` and `c0`; the second is empty where there is no `c0`."""
     kernels = eager._kernels_for(y)
     if kernels:
-        states = c if gate else h
-        options = (c0, mask, scale, gate, reverse, lengths)
+        options = (mask, scale, gate, reverse, lengths, c0 is not None)
         grad_y, grad_c0 = kernels.qrnn_backward(grad_h, grad_last, y, states, *options)
     else:
         inputs = [t.detach().requires_grad_() for t in (y, c0) if t is not None]
@@ -135,22 +131,29 @@ def pool_backward(
 
 
 @pool_backward.register_fake
-def _(grad_h, grad_last, y, h, c, c0, *options):
+def _(grad_h, grad_last, y, states, c0, *options):
     like = torch.empty_like(y, memory_format=torch.contiguous_format)
     return like, y.new_empty(0 if c0 is None else c0.shape)
 
 
 def _keep_pool(ctx, inputs, output) -> None:
     y, c0, mask, ctx.scale, ctx.gate, ctx.reverse, lengths = inputs
-    h, _, c = output
-    ctx.save_for_backward(y, h, c, c0, mask, lengths)
+    ctx.save_for_backward(y, output[2], c0, mask, lengths)
 
 
 def _pool_gradients(ctx, grad_h: Tensor, grad_last: Tensor, _: Tensor) -> tuple:
-    y, h, c, c0, mask, lengths = ctx.saved_tensors
+    y, states, c0, mask, lengths = ctx.saved_tensors
     options = (c0, mask, ctx.scale, ctx.gate, ctx.reverse, lengths)
-    grads = pool_backward(grad_h.contiguous(), grad_last.contiguous(), y, h, c, *options)
+    grads = pool_backward(grad_h.contiguous(), grad_last.contiguous(), y, states, *options)
     return grads[0], None if c0 is None else grads[1], *[None] * 5
 
 
 pool.register_autograd(_pool_gradients, setup_context=_keep_pool)
+
+
+def _fake_states(like: Tensor, sizes: torch.Size) -> Tensor:
+    kernels = eager._kernels_for(like)
+    if kernels is None:
+        return like.new_empty(0)
+    shape, dtype = kernels.kept_states(like.dtype, sizes)
+    return like.new_empty(shape, dtype=dtype)

@@ -19,12 +19,7 @@ pytestmark = [
 DTYPES = list(kernels.SCALARS)
 # Relative to 1 + |reference|; see test_kernel_cpu.py.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-GRAD_TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 4e-6,
-    torch.float16: 5e-3,
-    torch.bfloat16: 4e-2,
-}
+GRAD_TOLERANCE = TOLERANCE | {torch.float64: 1e-12, torch.float32: 4e-6}
 SHAPES = [(1, 1, 1), (7, 3, 65), (13, 2, 130), (70, 20, 155), (33, 5, 64), (700, 2, 33)]
 
 
@@ -91,7 +86,7 @@ def test_more_columns_than_a_32_bit_offset_reaches():
         pytest.skip("not enough GPU memory")
     f = torch.full(shape, 0.5, dtype=torch.float16, device="cuda")
     x = torch.ones(shape, dtype=torch.float16, device="cuda")
-    h = kernels.forget_mult_forward(f, x)
+    h, _ = kernels.forget_mult_forward(f, x)
     expected = torch.tensor([1 - 0.5 ** (t + 1) for t in range(33)]).half()
     assert torch.equal(h[:, -1, -1].cpu(), expected)
     assert torch.equal(h[:, 0, 0].cpu(), expected)

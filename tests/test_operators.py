@@ -20,9 +20,9 @@ def test_forget_mult_is_a_sound_operator(initial, reverse):
     f = torch.rand(5, 2, 3, dtype=torch.float64, requires_grad=True)
     args = (f, leaf(5, 2, 3), leaf(2, 3) if initial else None, reverse)
     torch.library.opcheck(registered.forget_mult, args)
-    assert torch.autograd.gradcheck(registered.forget_mult, args)
+    assert torch.autograd.gradcheck(lambda *args: registered.forget_mult(*args)[0], args)
     expected = naive_forget_mult(*args)
-    torch.testing.assert_close(registered.forget_mult(*args), expected)
+    torch.testing.assert_close(registered.forget_mult(*args)[0], expected)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -18,13 +18,16 @@ struct Buffer {
     operator Scalar *() const { return data.get(); }
 };
 
+static_assert(std::is_same<Scalar, State>::value, "one kind of buffer serves both");
+
 static void run(decltype(&forget_mult_forward) forward, decltype(&forget_mult_backward) backward,
                 bool gate, bool mask, long long seq_len, long long batch, long long hidden,
                 bool reverse, bool bare, const long long *lengths) {
     const long long rows = seq_len * batch, columns = batch * hidden;
     const long long in_row = 3 * hidden + 2, h_row = hidden + 1, grad_h_row = hidden + 3;
     const Buffer z(rows, in_row, hidden), f(rows, in_row, hidden), o(rows, in_row, hidden);
-    const Buffer initial(columns), keep(rows * hidden), h(rows, h_row, hidden), c(rows * hidden);
+    const Buffer initial(columns), keep(rows * hidden), h(rows, h_row, hidden);
+    const Buffer states((seq_len + CHUNK - 1) / CHUNK * columns);
     const Buffer last(columns), grad_h(rows, grad_h_row, hidden), grad_last(columns);
     const Buffer grad_z(rows, in_row, hidden), grad_f(rows, in_row, hidden);
     const Buffer grad_o(rows, in_row, hidden), grad_initial(columns);
@@ -35,25 +38,24 @@ static void run(decltype(&forget_mult_forward) forward, decltype(&forget_mult_ba
     // The launch takes addresses of arguments, as the driver's does.
     Scalar *z_at = z, *f_at = f, *o_at = gate ? (Scalar *)o : none;
     Scalar *keep_at = mask ? (Scalar *)keep : none, *initial_at = bare ? none : initial;
-    Scalar *h_at = h, *c_at = gate ? (Scalar *)c : none, *last_at = bare ? none : last;
-    Scalar *states_at = gate ? (Scalar *)c : h;
+    Scalar *h_at = h, *states_at = states, *kept_at = bare ? none : states;
+    Scalar *last_at = bare ? none : last;
     Scalar *grad_h_at = bare ? none : grad_h, *grad_last_at = bare ? none : grad_last;
     Scalar *grad_z_at = grad_z, *grad_f_at = grad_f, *grad_o_at = gate ? (Scalar *)grad_o : none;
     Scalar *grad_initial_at = bare ? none : grad_initial;
     long long in = in_row, h_step = h_row, grad_h_step = grad_h_row;
-    long long states_step = gate ? hidden : h_row;
     double scale = 0.75;
 
-    void *forward_arguments[] = {&z_at,     &f_at,     &o_at,     &in,      &initial_at, &keep_at,
-                                 &scale,    &lengths,  &h_at,     &h_step,  &c_at,       &last_at,
-                                 &sizes[0], &sizes[1], &sizes[2], &sizes[3]};
+    void *forward_arguments[] = {&z_at,      &f_at,     &o_at,     &in,        &keep_at,
+                                 &scale,     &lengths,  &initial_at, &h_at,    &h_step,
+                                 &kept_at,   &last_at,  &sizes[0], &sizes[1],  &sizes[2],
+                                 &sizes[3]};
     launch(forward, blocks, 64, forward_arguments);
-    void *backward_arguments[] = {&z_at,      &f_at,        &o_at,         &in,
-                                  &initial_at, &keep_at,    &scale,        &lengths,
-                                  &states_at, &states_step, &grad_h_at,    &grad_h_step,
-                                  &grad_last_at, &grad_z_at, &grad_f_at,   &grad_o_at,
-                                  &in,        &grad_initial_at, &sizes[0], &sizes[1],
-                                  &sizes[2],  &sizes[3]};
+    void *backward_arguments[] = {&z_at,         &f_at,      &o_at,      &in,
+                                  &keep_at,      &scale,     &lengths,   &states_at,
+                                  &grad_h_at,    &grad_h_step, &grad_last_at, &grad_z_at,
+                                  &grad_f_at,    &grad_o_at, &in,        &grad_initial_at,
+                                  &sizes[0],     &sizes[1],  &sizes[2],  &sizes[3]};
     launch(backward, blocks, 64, backward_arguments);
 }
 
