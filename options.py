@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,7 +15,7 @@ import parallel
 from data import SPLITS, Corpus, Dictionary
 from model import RNN_TYPES
 from progress import Bar
-from safekeeping import Stopped
+from safekeeping import Output, Stopped
 from utils import ToolkitError, keep_memory
 
 VERSION = "0.1.0"
@@ -206,29 +206,6 @@ def _as_flag(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
-class _Output:
-    """Standard output, of which writing raises ToolkitError where nothing takes it any more."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            # What is still in the buffer would fail once more as the interpreter ends.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-            raise ToolkitError(
-                f"standard output takes no more ({os.strerror(error.errno)}): send it to where "
-                "there is room; what was saved before is whole"
-            ) from error
-
-
 def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's `main` and end the process.
 
@@ -244,8 +221,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_memory()
     try:
-        with contextlib.redirect_stdout(_Output(sys.stdout)):
+        output = Output(sys.stdout)
+        with contextlib.redirect_stdout(output):
             main()
+        if output.failure:
+            raise ToolkitError(output.failure)
     except ToolkitError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         parallel.leave(1)

@@ -1,11 +1,16 @@
-"""When a run writes what it would go on from, and how signals ask it to end."""
+"""When a run writes what it would go on from, and how signals and a lost output ask it to end."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, TextIO
+
+from utils import ToolkitError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -18,17 +23,52 @@ class Stopped(Exception):
         self.signum = signum
 
 
+class Output:
+    """Standard output that may fail: because the disk is full, or what reads it has ended.
+
+    The first write that fails sends what follows nowhere and asks the run to end, as a signal does;
+    outside `StopRequests` it raises ToolkitError. `failure` says in one sentence what went wrong.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.failure = ""
+        self.stop: StopRequests | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            # What is still in the buffer would fail once more as the interpreter ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            self.failure = (
+                f"standard output takes no more ({os.strerror(error.errno)}): send it to where "
+                "there is room"
+            )
+            if self.stop is None:
+                raise ToolkitError(self.failure) from error
+            self.stop.output_failed(self.failure)
+            return len(text)
+
+
 class StopRequests:
     """Within this context SIGINT, SIGTERM and SIGHUP ask a run to end and do not break into it.
 
-    The handlers only note the signal, so that nothing is left half done; `check` obeys it. A second
-    SIGINT does break in, as KeyboardInterrupt. A signal that is ignored, as under nohup, stays so.
-    `agree` makes one signal of the one noted here and those of other processes; 0 is none.
+    So does an `Output` that fails, as if by SIGPIPE. The handlers only note the signal, so that
+    nothing is left half done; `check` obeys it. A second SIGINT does break in, as
+    KeyboardInterrupt. A signal that is ignored, as under nohup, stays so. `agree` makes one signal
+    of the one noted here and those of other processes; 0 is none.
     """
 
     def __init__(self, agree: Callable[[int], int] = lambda signum: signum) -> None:
         self._agree = agree
         self._noted = 0
+        self._failure = ""
         self._interrupts = 0
         self._ending = False
         self._old: dict[int, object] = {}
@@ -39,9 +79,13 @@ class StopRequests:
             for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._old[signum] = signal.signal(signum, self._note)
+        if isinstance(sys.stdout, Output):
+            sys.stdout.stop = self
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if isinstance(sys.stdout, Output):
+            sys.stdout.stop = None
         for signum, handler in self._old.items():
             signal.signal(signum, handler)
         self._old.clear()
@@ -52,7 +96,12 @@ class StopRequests:
         if signum:
             self._noted = 0
             self._ending = True
-            raise Stopped(signum)
+            raise Stopped(signum, self._failure if signum == signal.SIGPIPE else "")
+
+    def output_failed(self, failure: str) -> None:
+        """Ask the run to end, for the reason given in one sentence."""
+        self._failure = failure
+        self._noted = signal.SIGPIPE
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT:

@@ -620,6 +620,17 @@ def test_output_that_nothing_takes(case, trained):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_training_whose_output_nothing_takes(corpus_dir, tmp_path):
+    model = tmp_path / "m.pt"
+    command = [sys.executable, ROOT / "main.py", "--data", corpus_dir, "--save", model, *TINY]
+    with open("/dev/full", "wb") as output:
+        result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 128 + signal.SIGPIPE
+    assert result.stderr.startswith("main.py: standard output takes no more (")
+    assert result.stderr.endswith(f"; --resume {model} goes on from here\n")
+    assert checkpoint.load(model).training["position"]["batches"] == 1
+
+
 def test_words_that_the_terminal_cannot_show(trained, tmp_path):
     model = checkpoint.load(trained["LSTM"])
     model.vocabulary["words"] = [f"{word}\xe9" for word in model.vocabulary["words"]]

@@ -1,10 +1,13 @@
 """safekeeping.py: when a state is written, and how signals are noted and obeyed."""
 
+import contextlib
+import os
 import signal
 
 import pytest
 
-from safekeeping import SaveClock, Stopped, StopRequests
+from safekeeping import Output, SaveClock, Stopped, StopRequests
+from utils import ToolkitError
 
 
 class Time:
@@ -90,3 +93,33 @@ def test_ranks_obey_the_same_signal():
         # This process's own copy of the Ctrl-C comes late and is not a second one.
         signal.raise_signal(signal.SIGINT)
         assert stop._noted == 0
+
+
+@pytest.fixture
+def broken_pipe():
+    """A text stream that nothing reads any more."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w", buffering=1, encoding="utf-8") as stream:
+        yield stream
+
+
+def test_a_lost_output_ends_a_run_as_a_signal_does(broken_pipe):
+    output = Output(broken_pipe)
+    with contextlib.redirect_stdout(output), StopRequests() as stop:
+        stop.check()
+        output.write("one\n")
+        output.write("two goes nowhere, and fails no more\n")
+        with pytest.raises(Stopped, match="standard output takes no more") as stopped:
+            stop.check()
+        assert stopped.value.signum == signal.SIGPIPE
+        stop.check()
+    assert output.failure
+
+
+def test_a_lost_output_with_nothing_to_save(broken_pipe):
+    output = Output(broken_pipe)
+    with contextlib.redirect_stdout(output), StopRequests():
+        pass
+    with pytest.raises(ToolkitError, match="standard output takes no more"):
+        output.write("one\n")
