@@ -439,6 +439,46 @@ class TestStridesAndDirections:
         assert (out[..., :3] == 7).all()
         assert (out[..., 17:] == 7).all()
 
+    @pytest.mark.parametrize("function", ["layer", "ForgetMult"])
+    def test_every_input_may_be_strided(self, shim, function):
+        """Every second element of a tensor twice as wide, with NaN or -1 in between."""
+        torch.manual_seed(0)
+
+        def strided(tensor):
+            wide = torch.full((*tensor.shape[:-1], 2 * tensor.size(-1)), -1, dtype=tensor.dtype)
+            if tensor.is_floating_point():
+                wide.fill_(torch.nan)
+            wide[..., ::2] = tensor
+            return wide[..., ::2]
+
+        c0, weight = torch.randn(3, 5), torch.randn(9, 3, 5)
+        if function == "layer":
+            y, mask = torch.randn(9, 3, 15), torch.rand(9, 3, 5).lt(0.5).float()
+            lengths, grad_last = torch.tensor([9, 4, 7]), torch.randn(3, 5)
+
+            def results(change):
+                h, last, states = kernels.qrnn_forward(
+                    change(y), change(c0), change(mask), None, True, lengths=change(lengths)
+                )
+                grads = kernels.qrnn_backward(
+                    change(weight), change(grad_last), change(y), change(states), change(mask),
+                    None, True, lengths=change(lengths),
+                )  # fmt: skip
+                return h, last, states, *grads
+
+        else:
+            f, x = torch.rand(9, 3, 5), torch.randn(9, 3, 5)
+
+            def results(change):
+                h, states = kernels.forget_mult_forward(change(f), change(x), change(c0))
+                grads = kernels.forget_mult_backward(
+                    change(weight), change(f), change(x), change(states)
+                )
+                return h, states, *grads
+
+        for actual, expected in zip(results(strided), results(lambda t: t), strict=True):
+            assert torch.equal(actual, expected)
+
     def test_out_of_one_batch_column(self, shim):
         """A dimension of size 1 may have any stride; that is no reason to refuse a tensor."""
         y = torch.randn(4, 1, 6)
