@@ -11,7 +11,14 @@ import options
 from model import RNNModel
 from progress import Bar
 from splitcross import SplitCrossEntropyLoss
-from utils import ToolkitError, seed_everything, select_device, unwritable, writing
+from utils import (
+    ToolkitError,
+    score_as_trained,
+    seed_everything,
+    select_device,
+    unwritable,
+    writing,
+)
 
 WORDS_PER_LINE = 20
 
@@ -95,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = checkpoint.load(args.checkpoint)
     options.check_architecture(args, loaded.config, args.checkpoint)
     device = select_device(args.cuda)
+    score_as_trained(loaded.args, device)
     problem = None if args.outf == "-" else unwritable(args.outf)
     if problem:
         raise ToolkitError(f"cannot write {args.outf} ({problem}): pass another --outf")

@@ -714,7 +714,7 @@ def add_speed(parser: Parser) -> None:
         choices=["fp32", "tf32", "bf16"],
         help="of training's matrix products: float32, TensorFloat-32 (a GPU's, and its default) or "
         "bfloat16; weights, their gradients and evaluation are float32, in TensorFloat-32 with the "
-        "last two on a GPU",
+        "last two on a GPU, as are an LSTM's and a GRU's layers there with bf16",
     )
     add(
         "--no-cuda-graphs",

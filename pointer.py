@@ -21,7 +21,15 @@ from model import RNNModel
 from progress import Bar
 from scoring import Piece
 from splitcross import SplitCrossEntropyLoss
-from utils import batchify, check_length, end_line, out_of_memory, perplexity, select_device
+from utils import (
+    batchify,
+    check_length,
+    end_line,
+    out_of_memory,
+    perplexity,
+    score_as_trained,
+    select_device,
+)
 
 DRAWN_WORDS = 20
 
@@ -200,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = checkpoint.load(args.save)
     options.check_architecture(args, loaded.config, args.save)
     device = select_device(args.cuda)
+    score_as_trained(loaded.args, device)
     corpus = options.read_corpus(args, print, loaded.dictionary, loaded.args)
     model, criterion = checkpoint.rebuild(loaded, device)
     valid_data = batchify(corpus.valid, 1).to(device)

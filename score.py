@@ -34,7 +34,15 @@ from data import EOS, UNK, Dictionary
 from model import RNNModel
 from progress import Bar
 from splitcross import SplitCrossEntropyLoss
-from utils import ToolkitError, bits, perplexity, select_device, unwritable, writing
+from utils import (
+    ToolkitError,
+    bits,
+    perplexity,
+    score_as_trained,
+    select_device,
+    unwritable,
+    writing,
+)
 
 CACHE_FLAGS = ("window", "theta", "lambdasm", "cache_from_start")
 
@@ -498,6 +506,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         build_parser().error(f"--{idle[0].replace('_', '-')} is for the cache: add --cache")
     loaded = checkpoint.load(args.checkpoint)
     device = select_device(args.cuda)
+    score_as_trained(loaded.args, device)
     problem = unwritable(args.html) if args.html else None
     if problem:
         raise ToolkitError(f"cannot write {args.html} ({problem}): pass another --html")

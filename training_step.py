@@ -7,6 +7,7 @@ arXiv 1708.02182.
 """
 
 import contextlib
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -126,6 +127,10 @@ class TrainingStep:
         self.network.train()
         _copy(self.hidden, hidden)
         _copy(self.kept, kept if any(part is not None for part in kept) else None)
+        self._hand_out_kept()
+
+    def _hand_out_kept(self) -> None:
+        """Let every QRNN layer find its last inputs where they are kept from step to step."""
         for layer, inputs in zip(self.model.rnns, self.kept, strict=False):
             layer.prevX = inputs
 
@@ -173,7 +178,7 @@ class TrainingStep:
         for layer, inputs in zip(self.model.rnns, self.kept, strict=False):
             if inputs is not None:
                 inputs.copy_(layer.prevX)
-                layer.prevX = inputs
+        self._hand_out_kept()
 
     def _update(self, average_share: Tensor | None) -> None:
         grads = [p.grad for p in self.params if p.grad is not None]
@@ -231,6 +236,8 @@ class GraphedStep(TrainingStep):
         device = self.source.device
         self._lr = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._average_share = torch.zeros((), device=device)
+        # A kernel that eager steps do without: loading it could fail while a step is recorded.
+        torch.zeros(4, device=device).lerp_(torch.ones(4, device=device), self._average_share)
 
     def run(self, row: int, rows: int, seq_len: int) -> None:
         """As TrainingStep.run, from a graph where there is one."""
@@ -259,7 +266,13 @@ class GraphedStep(TrainingStep):
         except RuntimeError as error:
             self.recording = False
             self._replays.clear()
-            reason = str(error).strip().split("\n")[0]
+            # Nothing has happened, but a layer may hold a result that was never computed.
+            self._hand_out_kept()
+            # Ending the recording fails as well, and says less than what made it fail.
+            first: BaseException = error
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = str(first).strip().split("\n")[0]
             self.log(f"CUDA graphs are off, this step cannot be recorded: {reason}")
             return False
         finally:
@@ -313,11 +326,22 @@ class _CUDARecorder:
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        if not self._graphs:
+            # A pool that has lost its graphs may not be used again while a tensor lies in it.
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            work()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                work()
+        except RuntimeError:
+            # Before PyTorch 2.11 or so the generator still takes itself for one that is recorded.
+            generator = torch.cuda.default_generators[self.stream.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
+        self._graphs.add(graph)
         return graph.replay
 
 

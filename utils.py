@@ -7,7 +7,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -243,6 +243,15 @@ def set_precision(precision: str | None, device: torch.device) -> str:
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return precision
+
+
+def score_as_trained(recorded: Mapping[str, Any], device: torch.device) -> None:
+    """Set float32 matrix products to the precision that evaluation in training had.
+
+    `recorded` are the flags in the model file. On the CPU there is only one.
+    """
+    if device.type == "cuda":
+        set_precision(recorded.get("precision"), device)
 
 
 def keep_memory() -> None:

@@ -104,21 +104,23 @@ def run_from_one_buffer(
 
     cuDNN wants them so. `module` itself would move its Parameters into a new buffer at every call,
     since the dropped weight is another tensor each time, or warn and copy: both move the bytes too,
-    and the first also the addresses that a CUDA graph has recorded.
+    and the first also the addresses that a CUDA graph has recorded. In float32 under autocast too,
+    which would make float16 of everything for cuDNN, whatever it was asked for: gradients as small
+    as a language model's would lose most of their digits.
     """
     lstm = isinstance(module, nn.LSTM)
-    if hidden is None:
-        zeros = input.new_zeros(1, input.size(1), module.hidden_size)
-        hidden = (zeros, zeros) if lstm else zeros
     names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    weights = [getattr(module, name) for name in names]
-    if not torch.is_autocast_enabled(input.device.type):  # which makes a buffer of its own dtype
-        weights = list(_OneBuffer.apply(*weights))
-    options = (weights, True, 1, 0.0, module.training, False, False)
-    if lstm:
-        output, h, c = torch.lstm(input, hidden, *options)
-        return output, (h, c)
-    return torch.gru(input, hidden, *options)
+    with torch.autocast(input.device.type, enabled=False):
+        weights = list(_OneBuffer.apply(*(getattr(module, name) for name in names)))
+        input = input.to(weights[0].dtype)
+        if hidden is None:
+            zeros = input.new_zeros(1, input.size(1), module.hidden_size)
+            hidden = (zeros, zeros) if lstm else zeros
+        options = (weights, True, 1, 0.0, module.training, False, False)
+        if lstm:
+            output, h, c = torch.lstm(input, hidden, *options)
+            return output, (h, c)
+        return torch.gru(input, hidden, *options)
 
 
 def _suits_cudnn(module: nn.Module, input: Any) -> bool:

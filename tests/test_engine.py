@@ -346,3 +346,22 @@ def flatten(value):
     if isinstance(value, torch.Tensor):
         return [value]
     return [] if value is None else [tensor for part in value for tensor in flatten(part)]
+
+
+@pytest.fixture
+def own_precision():
+    """The settings of float32 products are as before afterwards."""
+    old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(old[0])
+    torch.backends.cudnn.allow_tf32 = old[1]
+
+
+@pytest.mark.parametrize("recorded", [{}, {"precision": None}, {"precision": "fp32"}])
+def test_a_model_is_scored_in_the_precision_of_its_evaluations(recorded, own_precision):
+    expected = {"fp32": ("highest", False)}.get(recorded.get("precision"), ("high", True))
+    utils.score_as_trained(recorded, torch.device("cuda"))
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
+    # There is no tf32 on the CPU, where such a model may be scored nevertheless.
+    utils.score_as_trained({"precision": "tf32"}, torch.device("cpu"))
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected

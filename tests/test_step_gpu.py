@@ -101,6 +101,46 @@ def test_cudnn_gets_its_weights_without_a_warning_and_parameters_stay(rnn_type, 
     assert [p.data_ptr() for p in step.params] == addresses
 
 
+def test_cudnn_takes_the_published_sizes_without_a_warning():
+    torch.manual_seed(0)
+    model = RNNModel("LSTM", 1000, 400, 1150, 3, **RATES, tie_weights=True).cuda()
+    source = torch.randint(1000, (200, 20), device="cuda", dtype=torch.int32)
+    network = TrainingLoss(model, SplitCrossEntropyLoss(400, []).cuda())
+    options = {"bptt": 20, "clip": 0.25, "alpha": 2.0, "beta": 1.0, "graphs": False}
+    step = make_step(network, NTASGD(network.parameters(), 1.0), source, **options)
+    addresses = [p.data_ptr() for p in step.params]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(step, 4).isfinite().all()
+    assert [p.data_ptr() for p in step.params] == addresses
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
+def test_bf16_makes_no_float16_of_recurrent_layers(rnn_type):
+    step = make(rnn_type, precision="bf16")
+    model = step.model.train()
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        outputs = model(step.source[:20], model.init_hidden(20), return_h=True)[2]
+    assert all(output.dtype == torch.float32 for output in outputs)
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+def test_after_a_recording_that_failed_steps_run_eagerly(rnn_type, capsys, monkeypatch):
+    eager, graphed = make(rnn_type), make(rnn_type, graphs=True)
+    forward = graphed.network.forward
+
+    def with_a_number_from_the_device(*args):
+        result = forward(*args)
+        result[1].item()
+        return result
+
+    monkeypatch.setattr(graphed.network, "forward", with_a_number_from_the_device)
+    losses = run(graphed, 20)
+    assert not graphed.recording
+    assert "CUDA graphs are off, this step cannot be recorded: " in capsys.readouterr().out
+    torch.testing.assert_close(losses, run(eager, 20), atol=1e-3, rtol=1e-3)
+
+
 def test_the_split_softmax_runs_eagerly_and_says_so(capsys):
     step = make("QRNN", "adam", graphs=True, splits=[100, 400])
     assert type(step) is TrainingStep

@@ -208,6 +208,17 @@ def test_from_one_buffer_a_cell_gives_the_same(cell, given):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_from_one_buffer_in_float32_under_autocast_too(cell):
+    torch.manual_seed(0)
+    module, x = cell(5, 7), torch.randn(6, 3, 5).bfloat16()
+    expected, _ = module(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = weight_drop.run_from_one_buffer(module, x)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected)
+
+
 def test_the_buffer_is_one_and_in_the_order_of_cudnn():
     tensors = [torch.randn(4, 3, requires_grad=True), torch.randn(4), torch.randn(4)]
     views = weight_drop._OneBuffer.apply(*tensors)
