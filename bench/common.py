@@ -1,7 +1,9 @@
 """What the benchmarks share: the heading, and timing in turns, fair on a drifting machine."""
 
+import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 
 import metrics
+from qrnn import kernels
 
 
 def cpu_name() -> str:
@@ -58,8 +61,9 @@ def on_gpu(
 ) -> dict[str, list[float]]:
     """Seconds of device time of every way, in turn: `call(k)` works on the k-th set of inputs.
 
-    Each way is captured in a CUDA graph that goes through all sets, so that neither the host's time
-    nor a cache that still holds the last inputs is measured; a replay's time is shared out evenly.
+    Each way is captured in a CUDA graph that goes through all sets, again and again for a
+    millisecond or more, so that neither the host's time nor a cache that still holds the last
+    inputs is measured; a replay's time is shared out evenly.
     """
     graphs = {}
     for way, call in ways.items():
@@ -69,22 +73,47 @@ def on_gpu(
             for k in range(sets):
                 call(k)
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for k in range(sets):
-                call(k)
-        graphs[way] = graph
+        calls = sets
+        graph = _captured(call, sets, calls)
+        once = _replay_seconds(graph)
+        if once < 1e-3:
+            calls *= math.ceil(1e-3 / once)
+            graph = _captured(call, sets, calls)
+        graphs[way] = graph, calls
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for run in range(runs + 1):
-        for way, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
+        for way, (graph, calls) in graphs.items():
+            took = _replay_seconds(graph)
             if run:
-                seconds[way].append(start.elapsed_time(end) / 1e3 / sets)
+                seconds[way].append(took / calls)
     return seconds
+
+
+def _captured(call: Callable[[int], object], sets: int, calls: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for k in range(calls):
+            call(k % sets)
+    return graph
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Keeps the device busy while the host queues the replay that is timed.
+    graph.replay()
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def need_kernels(device: torch.device) -> None:
+    """On a GPU, compile the QRNN's kernels; without them, end: the times would be another's."""
+    if device.type == "cuda":
+        if not kernels.available():
+            sys.exit(f"the QRNN's CUDA kernels are not there: {kernels.requirement()}")
+        kernels.warm_up(device, torch.float32)
 
 
 def copy_bandwidth(device: torch.device, runs: int = 10) -> float:

@@ -15,7 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from bench.common import copy_bandwidth, in_turns, input_sets, on_gpu, print_heading, spread
+from bench.common import (
+    copy_bandwidth,
+    in_turns,
+    input_sets,
+    need_kernels,
+    on_gpu,
+    print_heading,
+    spread,
+)
+from qrnn import kernels
 from qrnn.forget_mult import forget_mult, forget_mult_loop
 from utils import keep_memory, select_device
 
@@ -67,7 +76,7 @@ def naive_kernels() -> Callable[[Tensor, Tensor, Tensor], object]:
         grad_f, grad_x, running = torch.empty_like(f), torch.empty_like(f), torch.empty_like(f[0])
         size = (steps, columns)
         grid = ((columns + 255) // 256,)
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        with kernels.on_stream(torch.cuda.current_stream().cuda_stream):
             tensors = [t.data_ptr() for t in (f, x, h)]
             forward(grid, (256,), (*tensors, *size))
             tensors += [t.data_ptr() for t in (grad, running, grad_f, grad_x)]
@@ -90,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     keep_memory()  # as the scripts do
     device = select_device(False if args.no_cuda else None)
+    need_kernels(device)
     bandwidth = copy_bandwidth(device)
     print_heading(
         f"forward and backward, float32, no initial state; median of {args.runs} runs in turn; "

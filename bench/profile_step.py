@@ -21,7 +21,7 @@ from utils import keep_memory, select_device, set_precision
 # The first kind with a word of an operation's or kernel's name.
 KINDS = {
     "recurrent layers": ("rnn", "lstm", "gru", "qrnn", "forget_mult", "elemwiseforward"),
-    "matrix products": ("mm", "gemm", "xmma", "cutlass", "addmm", "cublas"),
+    "matrix products": ("mm", "gemm", "xmma", "cutlass", "addmm", "cublas", "nvjet"),
     "random numbers": ("bernoulli", "random", "dropout", "uniform", "distribution"),
     "optimiser": ("fused_sgd", "fused_adam", "lerp", "foreach", "multi_tensor"),
     "norm and sums": ("norm", "sum", "reduce", "mean", "amax"),
@@ -68,6 +68,9 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.synchronize()
     rows = profiler.key_averages()
     if device.type == "cuda":
+        # The kernels alone: the operations that launched them list the same time again.
+        rows = [row for row in rows if row.device_type != torch.autograd.DeviceType.CPU]
+        rows = [row for row in rows if not row.is_user_annotation]
         times = [(row.key, row.self_device_time_total, row.count) for row in rows]
     else:
         times = [(row.key, row.self_cpu_time_total, row.count) for row in rows]

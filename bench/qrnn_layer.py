@@ -5,6 +5,7 @@ fewer shapes, on the CPU.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -15,10 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.common import copy_bandwidth, in_turns, input_sets, on_gpu, print_heading, spread
+from bench.common import (
+    copy_bandwidth,
+    in_turns,
+    input_sets,
+    need_kernels,
+    on_gpu,
+    print_heading,
+    spread,
+)
 from qrnn import QRNNLayer
 from qrnn.forget_mult import forget_mult, qrnn_pool
-from utils import keep_memory, select_device
+from utils import keep_memory, select_device, set_precision
 
 SHAPES = {
     "cuda": [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 4, 1024)],
@@ -28,6 +37,8 @@ WINDOWS = {
     "cuda": [(70, 20, 400, 1550), (140, 60, 400, 2500), (140, 60, 2500, 2500)],
     "cpu": [(70, 20, 400, 1550)],
 }
+# In tf32, too, as PyTorch's own default makes an LSTM of it and float32 of a QRNN.
+PRECISIONS = {"cuda": ["fp32", "tf32"], "cpu": ["fp32"]}
 # Fused: forward reads Z, F, O and writes h; backward reads Z, F, O and a gradient and writes three;
 # one state in eight steps is written and read again.
 TENSORS = 11.25
@@ -59,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     keep_memory()  # as the scripts do
     device = select_device(False if args.no_cuda else None)
+    need_kernels(device)
     bandwidth = copy_bandwidth(device)
 
     def measure(calls, sets):
@@ -100,8 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     print()
     print("| seq_len, batch, hidden | layer | ms | fastest to slowest | x nn.LSTM |")
     print("|---|---|---|---|---|")
-    for shape in SHAPES[device.type]:
-        seq_len, batch, hidden = shape
+    for precision, shape in itertools.product(PRECISIONS[device.type], SHAPES[device.type]):
+        set_precision(precision, device)
+        hidden = shape[2]
         x = torch.randn(shape, device=device, requires_grad=True)
         grad = torch.randn(shape, device=device)
         layers = {
@@ -118,12 +131,14 @@ def main(argv: list[str] | None = None) -> None:
         base = statistics.median(seconds["nn.LSTM"])
         for name, times in seconds.items():
             ratio = base / statistics.median(times)
-            print(f"| {shape} | {name} | {spread(times, 1e-3)} | {ratio:.2f} |")
+            print(f"| {shape} | {name}, {precision} | {spread(times, 1e-3)} | {ratio:.2f} |")
 
     print()
     print("| seq_len, batch, input, hidden | window 2 | ms | fastest to slowest | x side by side |")
     print("|---|---|---|---|---|")
-    for seq_len, batch, n_in, hidden in WINDOWS[device.type]:
+    for precision, sizes in itertools.product(PRECISIONS[device.type], WINDOWS[device.type]):
+        set_precision(precision, device)
+        seq_len, batch, n_in, hidden = sizes
         padded = torch.randn(seq_len + 1, batch, n_in, device=device, requires_grad=True)
         weight = torch.randn(3 * hidden, 2 * n_in, device=device, requires_grad=True)
         bias = torch.randn(3 * hidden, device=device, requires_grad=True)
@@ -141,8 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         base = statistics.median(seconds["side by side"])
         for name, times in seconds.items():
             ratio = statistics.median(times) / base
-            shape = (seq_len, batch, n_in, hidden)
-            print(f"| {shape} | {name} | {spread(times, 1e-3)} | {ratio:.2f} |")
+            print(f"| {sizes} | {name}, {precision} | {spread(times, 1e-3)} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from bench.common import in_turns, print_heading
+from bench.common import in_turns, need_kernels, print_heading
 from locked_dropout import LockedDropout
 from model import RNNModel
 from nt_asgd import NTASGD
@@ -268,9 +268,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     keep_memory()
     device = select_device(False if args.no_cuda else None)
+    need_kernels(device)
     print_heading(
         f"a training step of bptt tokens and all columns; median of {args.runs} runs in turn; "
-        "memory is what a step allocates at its highest beside weights and what it keeps",
+        "memory is what a step allocates at its highest beside weights and what it keeps (that of "
+        "graphs is their pool's, not counted)",
         device,
     )
     print("| setting | way | ms a step | fastest to slowest | tokens/s | products' share | MB |")
@@ -295,11 +297,12 @@ def main(argv: list[str] | None = None) -> None:
         for way, times in seconds.items():
             precision = ways[way][0]
             middle = statistics.median(times)
+            memory = "" if way.startswith("graphs") else f"{peak_memory(calls[way], device):.0f}"
             share = statistics.median(seconds[f"products {precision}"]) / middle
             print(
                 f"| {name}, batch {setting.batch} x {setting.bptt} | {way} | {middle * 1e3:.2f} | "
                 f"{min(times) * 1e3:.2f} to {max(times) * 1e3:.2f} | {tokens / middle:,.0f} | "
-                f"{share:.0%} | {peak_memory(calls[way], device):.0f} |",
+                f"{share:.0%} | {memory} |",
                 flush=True,
             )
         del ways, calls

@@ -451,7 +451,7 @@ def _launch(
     kernel = _kernels(device.index, dtype)[name]
     cupy = _import_cupy()
     handle = torch.cuda.current_stream(device).cuda_stream
-    with torch.cuda.device(device), cupy.cuda.Device(device.index), _cupy_stream(cupy, handle):
+    with torch.cuda.device(device), cupy.cuda.Device(device.index), on_stream(handle):
         kernel(grid, block, arguments)
 
 
@@ -465,7 +465,9 @@ class _StreamHandle:
         return 0, self.handle
 
 
-def _cupy_stream(cupy: ModuleType, handle: int) -> Any:
+def on_stream(handle: int) -> Any:
+    """A context within which CuPy launches on the CUDA stream `handle`; CuPy must be there."""
+    cupy = _import_cupy()
     # CuPy 14 brings from_external and warns that ExternalStream is deprecated.
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(_StreamHandle(handle))

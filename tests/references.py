@@ -107,14 +107,17 @@ def naive_qrnn(y, c0, mask, scale, gate, reverse, lengths):
     hidden = y.size(2) // (3 if gate else 2)
     z, f, *o = y.split(hidden, dim=2)
     f = f.sigmoid() * (1 if mask is None else mask) * (1 if scale is None else scale)
+    z, o = z.tanh(), o[0].sigmoid() if gate else torch.ones_like(z)
+    # Taken apart once: the gradient of indexing, step by step, would be a whole tensor of zeros.
+    zs, fs, os = ([column.unbind() for column in part.unbind(1)] for part in (z, f, o))
     h_columns, last_columns = [], []
     for b in range(y.size(1)):
         length = len(y) if lengths is None else int(lengths[b])
         c = torch.zeros_like(z[0, 0]) if c0 is None else c0[b]
         h = [torch.zeros_like(c)] * len(y)
         for t in range(length - 1, -1, -1) if reverse else range(length):
-            c = f[t, b] * z[t, b].tanh() + (1 - f[t, b]) * c
-            h[t] = o[0][t, b].sigmoid() * c if gate else c
+            c = fs[b][t] * zs[b][t] + (1 - fs[b][t]) * c
+            h[t] = os[b][t] * c
         h_columns.append(torch.stack(h))
         last_columns.append(c)
     return torch.stack(h_columns, dim=1), torch.stack(last_columns)
