@@ -58,7 +58,7 @@ def available() -> bool:
 
 def requirement() -> str:
     """What to install where `available()` is False, and why it is not there now."""
-    return f"pip install {_package()} ({_import_cupy()})"
+    return f"pip install {_package()}, see requirements-gpu.txt ({_import_cupy()})"
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
@@ -489,10 +489,10 @@ def _kernels(device_index: int, dtype: torch.dtype) -> dict[str, Any]:
         with torch.cuda.device(device_index), cupy.cuda.Device(device_index):
             return {name: module.get_function(name) for name in KERNEL_NAMES}
     except (ImportError, OSError, RuntimeError) as error:
-        # What CuPy raises where it finds no NVRTC; an error in the source is a CompileException.
+        # What CuPy raises where it finds no NVRTC or no headers; an error in the source is another.
         raise KernelUnavailable(
-            "CuPy could not compile the QRNN's CUDA kernels; NVRTC comes with the CUDA toolkit or "
-            f"with pip install nvidia-cuda-nvrtc ({error})"
+            "CuPy could not compile the QRNN's CUDA kernels; it needs NVRTC and CUDA's headers, from "
+            f"the CUDA toolkit or pip install '{_package()}[ctk]' ({error})"
         ) from error
 
 
@@ -511,7 +511,7 @@ def _import_cupy() -> ModuleType | Exception:
 
 def _package() -> str:
     major = (torch.version.cuda or "13").split(".")[0]
-    return f"cupy-cuda{major}x, see requirements-gpu.txt"
+    return f"cupy-cuda{major}x"
 
 
 def _dtype_names() -> str:
