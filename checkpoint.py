@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,13 +319,19 @@ def training_state(
 def resume(run: Run, state: Mapping[str, Any]) -> tuple[int, engine.Position | None]:
     """Put a run where `training_state` left one; return that function's `epoch` and `position`.
 
-    The optimiser's weight decay is the new run's, its learning rate the old one's.
+    The optimiser's weight decay is the new run's, its learning rate the old one's. Weight drop may
+    be on in one of the two runs and off in the other.
     """
     device = run.model.encoder.weight.device
     load_state(run.model, state["model"])
     load_state(run.criterion, state["criterion"])
     decays = [group["weight_decay"] for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(state["optimizer"])
+    here = [_plain_name(name) for name, _ in run.model.named_parameters()]
+    before = _trained_names(state["model"], here)
+    others = range(len(here), len(here) + len(list(run.criterion.parameters())))
+    numbers = [*(here.index(name) for name in before), *others]
+    held = {numbers[number]: tensors for number, tensors in state["optimizer"]["state"].items()}
+    run.optimizer.load_state_dict({**state["optimizer"], "state": held})
     for group, decay in zip(run.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     run.trigger.losses = list(state["valid_losses"])
@@ -393,6 +399,14 @@ def _plain_name(name: str) -> str:
     return name.replace(".module.", ".").removesuffix("_raw")
 
 
+def _trained_names(state: Mapping[str, Tensor], names: Collection[str]) -> list[str]:
+    """The plain `names` of a model's parameters in the order in which the optimiser numbers them.
+
+    That order is that of the weights `state` it trained: with weight drop another than without.
+    """
+    return [name for name in map(_plain_name, state) if name in names]
+
+
 def _problem(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a file's content, if anything."""
     words, counts = checkpoint.vocabulary["words"], checkpoint.vocabulary["counts"]
@@ -423,15 +437,19 @@ def _problem(checkpoint: Checkpoint) -> str | None:
     if splits and splits[-1] >= config["ntoken"]:
         return "its splits do not fit its vocabulary"
     states = [(model, checkpoint.model), (criterion, checkpoint.criterion)]
+    for module, state in states:
+        if module.state_dict().keys() != state.keys():
+            return "its weights do not fit its configuration"
     training = checkpoint.training
     if training is not None:
+        # Their names may be others: the run that goes on may have turned weight drop on or off.
         states += [(model, training["model"]), (criterion, training["criterion"])]
     for module, state in states:
-        expected = module.state_dict()
-        if expected.keys() != state.keys():
+        expected = {_plain_name(name): tensor for name, tensor in module.state_dict().items()}
+        if len(state) != len(expected) or expected.keys() != set(map(_plain_name, state)):
             return "its weights do not fit its configuration"
         for name, tensor in state.items():
-            problem = _tensor_problem(name, tensor, expected[name].shape)
+            problem = _tensor_problem(name, tensor, expected[_plain_name(name)].shape)
             if problem:
                 return problem
     return None if training is None else _training_problem(training, model, criterion)
@@ -462,7 +480,9 @@ def _training_problem(
         return "its training state has a field of the wrong type"
     if not all(type(loss) is float and math.isfinite(loss) for loss in training["valid_losses"]):
         return "its history holds what is no loss"
-    params = [*model.parameters(), *criterion.parameters()]
+    shapes = {_plain_name(name): parameter.shape for name, parameter in model.named_parameters()}
+    params = [shapes[name] for name in _trained_names(training["model"], shapes)]
+    params += [parameter.shape for parameter in criterion.parameters()]
     optimizer = training["optimizer"]
     (group,) = optimizer["param_groups"]
     averaged = group.get("averaged_steps")
@@ -477,7 +497,7 @@ def _training_problem(
         names = {"exp_avg", "exp_avg_sq"} if "betas" in group else set()
     for number, held in optimizer["state"].items():
         for name in names:
-            problem = _tensor_problem(f"the optimiser's {name}", held[name], params[number].shape)
+            problem = _tensor_problem(f"the optimiser's {name}", held[name], params[number])
             if problem:
                 return problem
         if held.keys() - names - {"step"}:

@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--keep comes too late: finetuning has replaced the model in {path} already, so "
                 "leave it out"
             )
+    else:
+        options.take_dropouts(args, start_from.config)
     if args.deterministic:
         make_deterministic()
     device = select_device(args.cuda)
@@ -114,7 +116,7 @@ def train(
     if args.resume:
         checkpoint.check_same_text(corpus.train, start_from.training, args.data, args.resume)
     train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
-    model, criterion = checkpoint.rebuild(start_from, device, **options.given_dropouts(args))
+    model, criterion = checkpoint.rebuild(start_from, device, **options.dropouts(args))
     rng = seed_everything(args.seed)
     ranks.seed_masks(args.seed)
 

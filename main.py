@@ -137,8 +137,7 @@ def train(
     parallel.check_columns(ranks, args.batch_size)
     if initial is not None:
         corpus = options.read_corpus(args, print, initial.dictionary, initial.args, ranks.first)
-        rates = {name: getattr(args, name) for name in options.DROPOUTS}
-        model, criterion = checkpoint.rebuild(initial, device, **rates)
+        model, criterion = checkpoint.rebuild(initial, device, **options.dropouts(args))
     elif resumed is None:
         corpus = options.read_corpus(args, print, first=ranks.first)
         splits = default_splits(len(corpus.dictionary))
@@ -161,7 +160,7 @@ def train(
     else:
         corpus = options.read_corpus(args, print, resumed.dictionary, resumed.args, ranks.first)
         checkpoint.check_same_text(corpus.train, resumed.training, args.data, args.resume)
-        model, criterion = checkpoint.rebuild(resumed, device, **options.given_dropouts(args))
+        model, criterion = checkpoint.rebuild(resumed, device, **options.dropouts(args))
     train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
 
     params = [*model.parameters(), *criterion.parameters()]

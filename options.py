@@ -300,9 +300,16 @@ def check_architecture(args: argparse.Namespace, config: Mapping[str, Any], path
             )
 
 
-def given_dropouts(args: argparse.Namespace) -> dict[str, float]:
-    """The dropout rates that were given on the command line."""
-    return {name: getattr(args, name) for name in DROPOUTS if name in args.given}
+def dropouts(args: argparse.Namespace) -> dict[str, float]:
+    """The dropout rates, as the model takes them."""
+    return {name: getattr(args, name) for name in DROPOUTS}
+
+
+def take_dropouts(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
+    """Take every dropout rate that was not given from the model of a file."""
+    for name in DROPOUTS:
+        if name not in args.given:
+            setattr(args, name, config[name])
 
 
 def positive_int(text: str) -> int:

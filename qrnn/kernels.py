@@ -491,8 +491,8 @@ def _kernels(device_index: int, dtype: torch.dtype) -> dict[str, Any]:
     except (ImportError, OSError, RuntimeError) as error:
         # What CuPy raises where it finds no NVRTC or no headers; an error in the source is another.
         raise KernelUnavailable(
-            "CuPy could not compile the QRNN's CUDA kernels; it needs NVRTC and CUDA's headers, from "
-            f"the CUDA toolkit or pip install '{_package()}[ctk]' ({error})"
+            "CuPy could not compile the QRNN's CUDA kernels; it needs NVRTC and CUDA's headers, "
+            f"from the CUDA toolkit or pip install '{_package()}[ctk]' ({error})"
         ) from error
 
 

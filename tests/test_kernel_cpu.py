@@ -681,7 +681,8 @@ class TestLaunch:
         )
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-        with pytest.raises(kernels.KernelUnavailable, match=r"NVRTC and .*x\[ctk\]' .*libnvrtc.so.13"):
+        message = r"NVRTC and .*x\[ctk\]' .*libnvrtc.so.13"
+        with pytest.raises(kernels.KernelUnavailable, match=message):
             kernels.warm_up(torch.device("cuda", 0), torch.float32)
 
     def test_with_cupy_but_no_gpu(self, monkeypatch):

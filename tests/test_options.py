@@ -102,9 +102,10 @@ def test_given_flags():
     assert args.given == {"lr", "when", "cuda"}
     assert args.cuda is False
     assert "given" not in options.plain(args)
-    assert options.given_dropouts(args) == {}
     args = options.parse(lambda: parser_of("main"), "--dropouth 0.3 --wdrop 0".split())
-    assert options.given_dropouts(args) == {"dropouth": 0.3, "wdrop": 0.0}
+    rates = {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4, "wdrop": 0.5}
+    options.take_dropouts(args, {**rates, "nhid": 3})
+    assert options.dropouts(args) == {**rates, "dropouth": 0.3, "wdrop": 0.0}
 
 
 def test_flags_recorded_in_a_file_are_checked():
@@ -263,7 +264,8 @@ def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
     assert {"lr", "nhid", "dropouth"} <= args.given
     # Those a resumed run takes from the run it goes on from.
     assert not {"data", "save", "seed"} & args.given
-    assert options.given_dropouts(args)["dropouti"] == 0.1
+    assert {"dropouti"} <= args.given
+    assert options.dropouts(args)["dropouti"] == 0.1
 
 
 def test_a_preset_that_contradicts_the_model_is_an_error(script, trained, corpus_dir):

@@ -172,6 +172,64 @@ def test_resume_with_changed_dropouts_and_rate(script, corpus_dir, tmp_path):
     assert "--nhid 17 contradicts" in err
 
 
+@pytest.mark.usefixtures("switch_after_two_epochs")
+@pytest.mark.parametrize("wdrops", [(0.4, 0), (0, 0.4)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("cell", RNN_TYPES)
+def test_weight_drop_turned_on_or_off_on_the_way(
+    cell, optimizer, wdrops, script, corpus_dir, tmp_path
+):
+    """Also with a state of the optimiser, and where no better model comes of it."""
+    path = tmp_path / "m.pt"
+    flags = ["--model", cell, "--optimizer", optimizer, "--lr", 5 if optimizer == "sgd" else 0.02]
+    train(script, corpus_dir, path, *flags, "--wdrop", wdrops[0], "--epochs", 3)
+    before = checkpoint.load(path)
+    argv = ["--resume", path, "--epochs", 4, "--lr", 1e-9, "--max-batches", 4]
+    status, _, err = script("main", *argv, "--wdrop", wdrops[1])
+    assert (status, err) == (0, "")
+    after = checkpoint.load(path)
+    assert after.training["args"]["wdrop"] == wdrops[1]
+    # At such a rate the weights stay as they are, each with what the optimiser knows of it.
+    name = "average" if optimizer == "sgd" else "exp_avg_sq"
+    for state in (before, after):
+        trained = [n for n in state.training["model"] if n != "decoder.weight"]
+        for number, held in state.training["optimizer"]["state"].items():
+            assert held[name].shape == state.training["model"][trained[number]].shape
+    plain = checkpoint._plain_name
+    weights = {plain(n): t for n, t in before.training["model"].items()}
+    for weight, tensor in after.training["model"].items():
+        torch.testing.assert_close(tensor, weights[plain(weight)], atol=1e-4, rtol=1e-4)
+    # And on, with the rate that the resumed run had and not that of the best model so far.
+    status, out, err = script("main", "--resume", path, "--epochs", 5, "--max-batches", 4)
+    assert (status, err) == (0, "")
+    assert f"'wdrop': {float(wdrops[1])}" in out
+
+
+@pytest.mark.parametrize("wdrop", [0, 0.5])
+def test_finetuning_that_turns_weight_drop_on_or_off_for_nothing(
+    wdrop, script, corpus_dir, tmp_path
+):
+    path = tmp_path / "m.pt"
+    train(script, corpus_dir, path, "--epochs", 2, "--wdrop", 0.5 - wdrop)
+    expected = weights(path)
+    flags = ["--data", corpus_dir, "--save", path, "--max-batches", 1, "--epochs", 1]
+    status, _, err = script("finetune", *flags, "--wdrop", wdrop, "--lr", 1000)
+    assert (status, err) == (0, "")
+    assert all(torch.equal(weights(path)[name], tensor) for name, tensor in expected.items())
+    status, out, err = script("finetune", "--resume", path, "--epochs", 2, "--max-batches", 1)
+    assert (status, err) == (0, "")
+    assert f"'wdrop': {float(wdrop)}" in out
+
+
+def test_finetune_says_which_dropouts_it_uses(script, corpus_dir, tmp_path):
+    path = tmp_path / "m.pt"
+    train(script, corpus_dir, path, "--epochs", 1, "--dropouti", 0.11)
+    flags = ["--data", corpus_dir, "--save", path, "--max-batches", 1, "--epochs", 1]
+    _, out, _ = script("finetune", *flags, "--dropouth", 0.12)
+    assert "'dropouti': 0.11" in out
+    assert "'dropouth': 0.12" in out
+
+
 def test_when_saves_a_copy_and_divides_the_rate(script, corpus_dir, tmp_path):
     path = tmp_path / "m.pt"
     flags = ["--when", 2, 3, "--epochs", 3, "--log-interval", 30]
