@@ -139,6 +139,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         )
     try:
         content = _content(path)
+    except PermissionError as error:
+        raise CheckpointError(
+            f"cannot read {path} ({error.strerror}): let yourself read it, or name another file"
+        ) from error
     except Exception as error:
         # torch.load raises many kinds; whichever it is, the file is not one of ours, or not whole.
         raise CheckpointError(
@@ -475,6 +479,9 @@ def _training_problem(
 ) -> str | None:
     """What is wrong with a training state, whose weights are good."""
     if type(training["stage"]) is not str or type(training["args"]) is not dict:
+        return "its training state has a field of the wrong type"
+    more = {"best_loss": float, "done": bool} if training["stage"] == "finetune.py" else {}
+    if any(type(training[name]) is not kind for name, kind in more.items()):
         return "its training state has a field of the wrong type"
     if not _whole([training["epoch"]]) or type(training["data"]) is not str:
         return "its training state has a field of the wrong type"

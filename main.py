@@ -293,7 +293,7 @@ def train(
     model, criterion = checkpoint.rebuild(best, device)
     test_loss = evaluate(model, criterion, test_data, what="test.txt")
     print("=" * 89)
-    print(end_line("training", "test", test_loss))
+    print(end_line(test_loss))
     log.write("test", step=step(finished + 1, 0), test_loss=test_loss)
     print("=" * 89)
 

@@ -31,8 +31,9 @@ class NTASGD(torch.optim.Optimizer):
     """SGD with weight decay, and a running average of its iterates after `start_averaging`.
 
     A step is `p -= lr * (gradient + weight_decay * p)`. The average after n averaged steps is the
-    mean of the n iterates since the switch (torch.optim.ASGD with t0 = 0 and lambd = 0). The
-    parameters themselves stay the raw iterates; `averaged()` lends them the average.
+    mean of the n iterates since the switch; torch.optim.ASGD with t0 = 0 and lambd = 0 leaves out
+    the first of them. The parameters themselves stay the raw iterates; `averaged()` lends them the
+    average.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> None:

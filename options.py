@@ -99,6 +99,7 @@ _PRESET_DEFAULTS = {"data", "save", "seed"}
 
 # Which flag sets which part of a model's configuration.
 ARCHITECTURE = {"model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers"}
+_TOO_LARGE = 2**63  # for the whole numbers of PyTorch
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
@@ -229,6 +230,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     except ToolkitError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         parallel.leave(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(
+            f"{Path(sys.argv[0]).name}: error: cannot use {error.filename} ({error.strerror}): "
+            "name another, or change what is in its way\n"
+        )
+        parallel.leave(1)
     except Stopped as stopped:
         # The terminal may be what has gone; the status still says it.
         with contextlib.suppress(OSError):
@@ -258,7 +267,13 @@ def continue_from(
             continue
         value = recorded[name]
         try:
-            for one in value if isinstance(value, list) else [value]:
+            several = action.nargs not in (None, 0)
+            kind = bool if action.nargs == 0 else str
+            if value is not None and isinstance(value, list) != several:
+                raise ValueError(f"it is {value!r}")
+            for one in value if several and value is not None else [value]:
+                if one is not None and action.type is None and not isinstance(one, kind):
+                    raise ValueError(f"it is {value!r}")
                 if one is None and action.default is None:
                     continue
                 if one is not None and action.type is not None:
@@ -314,12 +329,12 @@ def take_dropouts(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
 
 def positive_int(text: str) -> int:
     """A whole number of 1 or more."""
-    return _number(text, int, lambda n: n >= 1, "a whole number of 1 or more")
+    return _number(text, int, lambda n: 1 <= n < _TOO_LARGE, "a whole number of 1 or more")
 
 
 def natural(text: str) -> int:
     """A whole number of 0 or more."""
-    return _number(text, int, lambda n: n >= 0, "a whole number of 0 or more")
+    return _number(text, int, lambda n: 0 <= n < _TOO_LARGE, "a whole number of 0 or more")
 
 
 def seed(text: str) -> int:
@@ -329,7 +344,7 @@ def seed(text: str) -> int:
 
 def vocabulary_size(text: str) -> int:
     """A whole number of 3 or more."""
-    return _number(text, int, lambda n: n >= 3, "a whole number of 3 or more")
+    return _number(text, int, lambda n: 3 <= n < _TOO_LARGE, "a whole number of 3 or more")
 
 
 def positive(text: str) -> float:
@@ -340,6 +355,11 @@ def positive(text: str) -> float:
 def non_negative(text: str) -> float:
     """A finite number of 0 or more."""
     return _number(text, float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
+
+
+def sharpness(text: str) -> float:
+    """A number from 0 to 1e30: beyond that, products with it leave float32."""
+    return _number(text, float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")
 
 
 def probability(text: str) -> float:
@@ -353,6 +373,8 @@ def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], 
     except ValueError:
         value = None
     if value is None or not fits(value):
+        if kind is int and value is not None and value >= _TOO_LARGE:
+            what += " and below 2**63"
         raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
     return value
 
@@ -421,7 +443,11 @@ def read_corpus(
     split = args.split
     if split is None and recorded is not None and not any(part.exists() for part in parts[1:]):
         # Set, so that the file a later stage writes records it in turn.
-        args.split = split = recorded.get("split")
+        split = recorded.get("split")
+        shares = isinstance(split, list) and [type(share) for share in split] == [float, float]
+        if split is not None and not shares:
+            raise ToolkitError(f"the model file is damaged (its split is {split!r}): give --split")
+        args.split = split
     size = sum(part.stat().st_size for part in parts if part.is_file())
     with Bar(size, "reading", "B", wanted=first) as bar:
         corpus = Corpus(folder, dictionary, split=split, tick=bar.update)
@@ -534,13 +560,14 @@ def add_training(parser: Parser) -> None:
         metavar="N",
         help="batches from one log line to the next",
     )
-    add(
+    lengths = parser.group("training").add_mutually_exclusive_group()
+    lengths.add_argument(
         "--max-seq-len",
         type=positive_int,
         metavar="N",
         help="cap on the random sequence length, in tokens",
     )
-    add(
+    lengths.add_argument(
         "--fixed-length",
         action="store_true",
         help="make every sequence --bptt tokens long, as in the paper's ablation",
@@ -638,7 +665,7 @@ def add_cache(parser: Parser) -> None:
     )
     add(
         "--theta",
-        type=non_negative,
+        type=sharpness,
         default=0.6625523432485668,
         metavar="X",
         help="sharpness of the cache's attention (the cache paper's theta), 0 is uniform over the "

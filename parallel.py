@@ -129,11 +129,18 @@ ALONE = Ranks()
 def join(device: torch.device) -> Ranks:
     """Meet the other processes that torchrun started, if it started any, each with its own GPU.
 
-    Raises ToolkitError if this machine has fewer GPUs than processes.
+    Raises ToolkitError if this machine has fewer GPUs than processes, or if only a part is set of
+    what torchrun sets.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
         return Ranks()
+    others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not world.isdecimal() or any(name not in os.environ for name in others):
+        raise ToolkitError(
+            f"WORLD_SIZE is {world!r} in the environment, without what torchrun sets beside it: "
+            "start with torchrun, or unset WORLD_SIZE"
+        )
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -145,7 +152,7 @@ def join(device: torch.device) -> Ranks:
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
         dist.init_process_group("gloo")
-    return Ranks(dist.get_rank(), world)
+    return Ranks(dist.get_rank(), int(world))
 
 
 def leave(status: int) -> NoReturn:

@@ -89,7 +89,7 @@ def from_metrics(path: Path, name: str) -> Curve:
                 curve.add(int(line["epoch"]), float(line["time"]), ppl)
             elif line.get("kind") == "switch":
                 curve.switch = int(line["epoch"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ToolkitError(
                 f"line {number} of {path} lacks the numbers of its kind: name a run's --logdir"
             ) from None
@@ -165,7 +165,9 @@ def draw(curves: Sequence[Curve], out: str, max_ppl: float | None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the runs; raises ToolkitError for what the user can mend."""
     args = options.parse(build_parser, argv)
-    names = args.names or [None] * len(args.runs)
+    # An argument that is not UTF-8 is half a character, which no font has.
+    names = [name.encode("utf-8", "replace").decode() for name in args.names or ()]
+    names = names or [None] * len(args.runs)
     if len(names) != len(args.runs):
         build_parser().error(f"--names has {len(names)} names for {len(args.runs)} runs")
     plotting.check(args.out, "--out")

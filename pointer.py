@@ -24,9 +24,9 @@ from splitcross import SplitCrossEntropyLoss
 from utils import (
     batchify,
     check_length,
-    end_line,
     out_of_memory,
     perplexity,
+    pointer_line,
     score_as_trained,
     select_device,
 )
@@ -258,10 +258,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 draw_words(found, args.by_word or DRAWN_WORDS, args.plot)
         del stored
     print("=" * 89)
-    print(end_line("pointer", "val", valid_loss))
+    print(pointer_line("val", valid_loss))
     test_loss = score(test_data, "test.txt")
     print("=" * 89)
-    print(end_line("pointer", "test", test_loss))
+    print(pointer_line("test", test_loss))
     print("=" * 89)
 
 

@@ -119,7 +119,7 @@ class SaveClock:
 
     Within an epoch every `every` seconds. At an epoch's end sooner, if the time since the last
     write is at least 49 times what that write took: short epochs then spend at most a fiftieth of
-    the time on writing. The first epoch's end is always worth a write.
+    the time on writing. An epoch's end before which nothing was written is always worth a write.
     """
 
     def __init__(self, every: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -141,6 +141,8 @@ def read_text(file: str | None, text: str | None) -> str:
         name, raw = "--text", text.encode("utf-8", "surrogateescape")
     elif file in (None, "-"):
         name = "standard input"
+        if sys.stdin is None:
+            raise ToolkitError("standard input is closed: name a file, or give --text")
         if sys.stdin.isatty():
             sys.stderr.write("reading standard input: end it with Ctrl-D\n")
         raw = sys.stdin.buffer.read()

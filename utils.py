@@ -297,9 +297,14 @@ def epoch_line(epoch: int, seconds: float, loss: float) -> str:
     )
 
 
-def end_line(what: str, part: str, loss: float) -> str:
-    """The classic last line: `| End of training | test loss ... | test ppl ... | test bpc ...`."""
+def end_line(loss: float) -> str:
+    """The classic last line of training; `loss` is the test loss."""
     return (
-        f"| End of {what} | {part} loss {loss:5.2f} | {part} ppl {perplexity(loss):8.2f} | "
-        f"{part} bpc {bits(loss):8.3f}"
+        f"| End of training | test loss {loss:5.2f} | test ppl {perplexity(loss):8.2f} | "
+        f"test bpc {bits(loss):8.3f}"
     )
+
+
+def pointer_line(part: str, loss: float) -> str:
+    """The classic last line of pointer.py for a `part`, val or test."""
+    return f"| End of pointer | {part} loss {loss:5.2f} | {part} ppl {perplexity(loss):8.2f}"

@@ -185,7 +185,13 @@ def break_version(content):
     content["version"] = 99
 
 
+def break_finetuning(content):
+    content["training"] = {"stage": "finetune.py", "args": {}, "model": content["model"]}
+    content["training"]["criterion"] = content["criterion"]
+
+
 BREAKS = [
+    (break_finetuning, "best_loss"),
     (break_weights, "not finite"),
     (break_shape, "wrong shape"),
     (break_dtype, "wrong shape or type"),
@@ -264,6 +270,16 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, write):
     with pytest.raises(CheckpointError):
         checkpoint.load(tmp_path / "m.pt")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def load(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "m.pt")
+
+    (tmp_path / "m.pt").touch()
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError, match=r"cannot read .*m\.pt \(Permission denied\): let"):
+        checkpoint.load(tmp_path / "m.pt")
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -221,9 +221,11 @@ def test_log_line_format():
         "| end of epoch   2 | time: 155.68s | valid loss  5.34 | valid ppl   209.39 | "
         "valid bpc    7.710"
     )
-    assert utils.end_line("training", "test", 5.2725) == (
+    assert utils.end_line(5.2725) == (
         "| End of training | test loss  5.27 | test ppl   194.90 | test bpc    7.607"
     )
+    line = utils.pointer_line("val", 4.00002)
+    assert line == "| End of pointer | val loss  4.00 | val ppl    54.60"
     assert utils.perplexity(1e4) == math.inf
 
 

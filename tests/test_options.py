@@ -113,7 +113,15 @@ def test_flags_recorded_in_a_file_are_checked():
     args = options.parse(lambda: parser_of("main"), ["--lr", "3"])
     options.continue_from(args, {"lr": 7.0, "clip": 0.5, "when": [3], "other": 1}, parser, "m.pt")
     assert (args.lr, args.clip, args.when) == (3, 0.5, [3])
-    for bad in ({"bptt": -5}, {"clip": "x"}, {"optimizer": "sgdd"}, {"when": [1, "x"]}):
+    bad_values = [{"bptt": -5}, {"clip": "x"}, {"optimizer": "sgdd"}, {"when": [1, "x"]}]
+    bad_values += [
+        {"when": 3},
+        {"data": 3},
+        {"logdir": 5.0},
+        {"clip": [1.0]},
+        {"deterministic": "x"},
+    ]
+    for bad in bad_values:
         with pytest.raises(options.ToolkitError, match=r"m\.pt is damaged \(its --"):
             options.continue_from(args, bad, parser, "m.pt")
 
@@ -126,6 +134,10 @@ main --nlayers 0
 main --nlayers 1.5
 main --batch_size -1
 main --batch_size many
+main --fixed-length --max-seq-len 7
+main --batch_size 9223372036854775808
+pointer --window 99999999999999999999
+pointer --theta 1e39
 main --bptt 0
 main --epochs 0
 main --dropout 1

@@ -29,7 +29,8 @@ EPOCH = re.compile(
 )
 END = re.compile(
     r"\| End of (training|pointer) \| (val|test) loss +\d+\.\d\d \| "
-    r"(?:val|test) ppl +(\d+\.\d\d) \| (?:val|test) bpc +\d+\.\d{3}"
+    r"(?:val|test) ppl +(\d+\.\d\d)(?: \| test bpc +\d+\.\d{3})?$",
+    re.MULTILINE,
 )
 
 
@@ -219,6 +220,25 @@ def test_finetuning_that_turns_weight_drop_on_or_off_for_nothing(
     status, out, err = script("finetune", "--resume", path, "--epochs", 2, "--max-batches", 1)
     assert (status, err) == (0, "")
     assert f"'wdrop': {float(wdrop)}" in out
+
+
+@pytest.mark.usefixtures("switch_after_two_epochs")
+def test_averaging_begins_at_the_divided_rate(script, corpus_dir, tmp_path):
+    flags = ["--when", 1, "--epochs", 3, "--log-interval", 30]
+    out = train(script, corpus_dir, tmp_path / "m.pt", *flags)
+    assert out.index("lr 0.50000") < out.index("Switching to averaged SGD")
+    assert set(re.findall(r"lr (\S+)", out.split("Switching to averaged SGD")[1])) == {"0.50000"}
+
+
+def test_a_first_log_line_is_the_mean_of_its_batches(script, corpus_dir, tmp_path):
+    flags = ["--epochs", 1, "--max-batches", 6, "--lr", 0.001, "--seed", 2]
+    losses = {}
+    for interval in (1, 3):
+        path = tmp_path / f"{interval}.pt"
+        out = train(script, corpus_dir, path, *flags, "--log-interval", interval)
+        losses[interval] = [float(loss) for loss in re.findall(r"/batch .* loss +(\S+) \|", out)]
+    expected = [sum(losses[1][:3]) / 3, sum(losses[1][3:]) / 3]
+    assert losses[3] == pytest.approx(expected, abs=0.011)
 
 
 def test_finetune_says_which_dropouts_it_uses(script, corpus_dir, tmp_path):
@@ -689,6 +709,35 @@ def test_training_whose_output_nothing_takes(corpus_dir, tmp_path):
     assert checkpoint.load(model).training["position"]["batches"] == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "environment"),
+    [
+        (["main.py", "--data", "x" * 300], {}),
+        (["main.py", "--data", "CORPUS", "--save", "x" * 300], {}),
+        (["main.py", "--resume", "x" * 300], {}),
+        (["pointer.py", "--data", "CORPUS", "--save", "x" * 300], {}),
+        (["generate.py", "--checkpoint", "MODEL", "--outf", "x" * 300], {}),
+        (["plot.py", "x" * 300, "--out", "a.png"], {}),
+        (["score.py", "--checkpoint", "x" * 300, "--text", "w1"], {}),
+        (["main.py", "--data", "CORPUS", "--no-cuda"], {"WORLD_SIZE": "2"}),
+        (["main.py", "--data", "CORPUS", "--no-cuda"], {"WORLD_SIZE": "two", "RANK": "0"}),
+        (["sh", "-c", 'exec "$PYTHON" "$ROOT"/score.py --checkpoint MODEL <&-'], {}),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(
+    command, environment, corpus_dir, trained, tmp_path
+):
+    known = {"CORPUS": str(corpus_dir), "MODEL": str(trained["LSTM"])}
+    command = [re.sub("CORPUS|MODEL", lambda m: known[m[0]], word) for word in command]
+    if command[0] != "sh":
+        command = [sys.executable, ROOT / command[0], *command[1:]]
+    environment = {**os.environ, "PYTHON": sys.executable, "ROOT": str(ROOT), **environment}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 1
+    assert re.fullmatch(r"\w+\.py: error: .+: .+\n", result.stderr), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_words_that_the_terminal_cannot_show(trained, tmp_path):
     model = checkpoint.load(trained["LSTM"])
     model.vocabulary["words"] = [f"{word}\xe9" for word in model.vocabulary["words"]]
@@ -728,6 +777,7 @@ def bad_folder(tmp_path, monkeypatch, corpus_dir, trained, middle_of_an_epoch):
     torch.save({"state_dict": {}}, "other.pt")
     finetuned = checkpoint.load("model.pt")
     finetuned.stage = finetuned.training["stage"] = "finetune.py"
+    finetuned.training.update(best_loss=5.0, done=False)
     checkpoint.save("finetuned.pt", finetuned)
     torch.save({"format": "awd-lstm-lm", "version": 1, "model": Bomb()}, "bomb.pt")
     shutil.copy(middle_of_an_epoch, "middle.pt")

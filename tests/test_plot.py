@@ -19,7 +19,7 @@ def log_of(losses, switch=2, first=1):
         lines += ["-" * 89, epoch_line(epoch, 36.0, loss), "-" * 89]
         if epoch == switch:
             lines.append("Switching to averaged SGD")
-    return "\n".join([*lines, end_line("training", "test", 5.0)]) + "\n"
+    return "\n".join([*lines, end_line(5.0)]) + "\n"
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+"""A stored trace of losses: a change of a figure that no other test sees shows here.
+
+The losses were made by main.py itself, so they say that figures have not moved, not that they are
+right. A change that moves them on purpose makes new ones, with
+`PYTHONPATH=. python tests/test_golden.py`, and has a line in CHANGELOG.md.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import main
+import metrics
+from model import RNN_TYPES
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).with_name("golden.json")
+# Without dropout, as PyTorch's masks may differ from one kind of processor to another.
+FLAGS = (
+    "--emsize 12 --nhid 16 --nlayers 2 --batch_size 4 --bptt 10 --no-cuda --seed 7 --dropout 0 "
+    "--dropouth 0 --dropouti 0 --dropoute 0 --wdrop 0 --max-batches 12 --log-interval 1 --lr 5 "
+    "--epochs 2"
+).split()
+NAMES = {"batch": "loss", "epoch": "valid_loss", "test": "test_loss"}
+
+
+def trace(cell: str, folder: Path) -> list[float]:
+    """Every loss of a short run on the sample corpus: of 24 batches, two evaluations, the test."""
+    argv = ["--data", str(ROOT / "data" / "sample"), "--model", cell, *FLAGS]
+    main.main([*argv, "--save", str(folder / "m.pt"), "--logdir", str(folder / "log")])
+    lines = metrics.read(folder / "log" / metrics.NAME)
+    return [line[NAMES[line["kind"]]] for line in lines if line.get("kind") in NAMES]
+
+
+@pytest.mark.parametrize("cell", RNN_TYPES)
+def test_the_losses_are_what_they_were(cell, tmp_path):
+    losses = trace(cell, tmp_path)
+    assert len(losses) == 27
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text(encoding="utf-8"))[cell], rel=1e-4)
+
+
+if __name__ == "__main__":
+    traces = {}
+    for cell in RNN_TYPES:
+        with tempfile.TemporaryDirectory() as folder:
+            traces[cell] = [round(loss, 6) for loss in trace(cell, Path(folder))]
+    GOLDEN.write_text(json.dumps(traces) + "\n", encoding="utf-8")
