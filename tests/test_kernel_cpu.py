@@ -23,7 +23,8 @@ import pytest
 import torch
 from references import assert_near, naive_forget_mult, naive_qrnn
 
-from qrnn import kernels
+from qrnn import QRNNLayer, kernels, operators
+from qrnn import forget_mult as eager
 
 SHIM = Path(__file__).with_name("shim")
 DTYPES = list(kernels.SCALARS)
@@ -569,6 +570,65 @@ class TestStridesAndDirections:
                 actual = torch.autograd.grad(pick[0], inputs, pick[2], retain_graph=True)
                 true = torch.autograd.grad(pick[1], inputs, pick[2], retain_graph=True)
                 torch.testing.assert_close(actual, true)
+
+
+@needs_compiler
+class TestOperators:
+    """The registered operators with the kernels beneath them, as on a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def through_kernels(self, shim, monkeypatch):
+        monkeypatch.setattr(eager, "_kernels_for", lambda x: kernels)
+        # Without canaries: opcheck wants to find tensors as plainly allocated as the fake ones.
+        monkeypatch.setattr(
+            kernels, "_empty", lambda shape, like, dtype=None: like.new_empty(shape, dtype=dtype)
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("gate", [False, True])
+    @pytest.mark.parametrize("initial", [False, True])
+    def test_pool(self, shim, initial, gate, dtype):
+        torch.manual_seed(0)
+        y = torch.randn(19, 2, 9 if gate else 6, dtype=dtype, requires_grad=True)
+        c0 = torch.randn(2, 3, dtype=dtype, requires_grad=True) if initial else None
+        args = (y, c0, None, 0.7, gate, True, torch.tensor([19, 5]))
+        torch.library.opcheck(operators.pool, args)
+        inputs = [tensor for tensor in (y, c0) if tensor is not None]
+        results = operators.pool(*args)[:2], kernels.QRNNFunction.apply(*args)
+        weights = [torch.randn_like(result) for result in results[0]]
+        grads = [torch.autograd.grad(result, inputs, weights) for result in results]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+        assert len(shim.launched) > 4
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("initial", [False, True])
+    def test_forget_mult(self, shim, initial, dtype):
+        torch.manual_seed(0)
+        f, x = (torch.rand(19, 2, 3, dtype=dtype, requires_grad=True) for _ in range(2))
+        h0 = torch.randn(2, 3, dtype=dtype, requires_grad=True) if initial else None
+        args = (f, x, h0, True)
+        torch.library.opcheck(operators.forget_mult, args)
+        inputs = [tensor for tensor in (f, x, h0) if tensor is not None]
+        results = operators.forget_mult(*args)[0], kernels.ForgetMultFunction.apply(*args)
+        weight = torch.randn_like(results[0])
+        grads = [torch.autograd.grad(result, inputs, weight) for result in results]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        torch.testing.assert_close(*grads, rtol=0, atol=0)
+        assert len(shim.launched) > 4
+
+    def test_a_compiled_layer(self, shim):
+        torch.manual_seed(0)
+        layer = QRNNLayer(5, 6, window=2)
+        x = torch.randn(19, 3, 5, requires_grad=True)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        results = []
+        for call in (layer, compiled):
+            output, last = call(x)
+            grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
+            results.append([output, last, *grads])
+        torch.testing.assert_close(*results)
+        assert len(shim.launched) == 4
 
 
 class TestErrors:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from references import assert_near, naive_forget_mult, naive_qrnn
 
-from qrnn import kernels
+from qrnn import QRNNLayer, kernels, operators
 
 pytestmark = [
     pytest.mark.gpu,
@@ -217,6 +217,24 @@ def test_capture_in_a_graph(dtype):
         graph.replay()
         for replayed, expected in zip(captured, step(), strict=True):
             assert torch.equal(replayed, expected)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_operators_for_torch_compile(gate):
+    torch.manual_seed(0)
+    y = torch.randn(19, 2, 9 if gate else 6, device="cuda", requires_grad=True)
+    c0 = torch.randn(2, 3, device="cuda", requires_grad=True)
+    torch.library.opcheck(operators.pool, (y, c0, None, 0.7, gate, False, None))
+    f, x = (torch.rand(19, 2, 3, device="cuda", requires_grad=True) for _ in range(2))
+    torch.library.opcheck(operators.forget_mult, (f, x, c0, False))
+    layer = QRNNLayer(5, 6, window=2, output_gate=gate).cuda()
+    x = torch.randn(19, 3, 5, device="cuda", requires_grad=True)
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        output, last = call(x)
+        grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
+        results.append([output, last, *grads])
+    torch.testing.assert_close(*results)
 
 
 def test_errors():
