@@ -12,6 +12,7 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
     training          what to go on from, or None: see `training_state`
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -82,14 +83,30 @@ def vocabulary_of(dictionary: Dictionary) -> dict[str, Any]:
 
 def snapshot(module: nn.Module) -> State:
     """A copy of a module's state on the CPU; weights that are shared stay shared."""
+    return _copies(module.state_dict())
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; those that share memory still do."""
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     state = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in tensors.items():
         key = (tensor.data_ptr(), tensor.shape)
         if key not in copies or not tensor.numel():
             copies[key] = tensor.detach().to("cpu", copy=True)
         state[name] = copies[key]
     return state
+
+
+def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one place."""
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def in_memory(checkpoint: Checkpoint) -> Checkpoint:
+    """A file's model, without its training state, that stays when the file is written over."""
+    copies = {name: _copies(getattr(checkpoint, name)) for name in ("model", "criterion")}
+    return dataclasses.replace(checkpoint, **copies, training=None)
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
@@ -108,7 +125,11 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
 
 
 def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
-    reason = getattr(error, "strerror", None) or _first_line(error)
+    cause: BaseException | None = error
+    # torch's writer, which has more to write as it ends, hides what the system said.
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    reason = getattr(cause, "strerror", None) or _first_line(error)
     return CheckpointError(
         f"cannot write {path} ({reason}): the old file, if any, is unchanged; free the disk or "
         "pass another --save"
@@ -334,7 +355,8 @@ def resume(run: Run, state: Mapping[str, Any]) -> tuple[int, engine.Position | N
     before = _trained_names(state["model"], here)
     others = range(len(here), len(here) + len(list(run.criterion.parameters())))
     numbers = [*(here.index(name) for name in before), *others]
-    held = {numbers[number]: tensors for number, tensors in state["optimizer"]["state"].items()}
+    states = state["optimizer"]["state"]
+    held = {numbers[number]: _copies(tensors) for number, tensors in states.items()}
     run.optimizer.load_state_dict({**state["optimizer"], "state": held})
     for group, decay in zip(run.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
@@ -376,11 +398,15 @@ def saved(stopped: Stopped, path: str | os.PathLike[str]) -> Stopped:
 def check_same_text(
     tokens: Tensor, training: Mapping[str, Any], folder: str, path: str | os.PathLike[str]
 ) -> None:
-    """Raise CheckpointError if a state within an epoch was made on another text than `tokens`."""
-    if training["position"] is not None and training["data"] != fingerprint(tokens):
+    """Raise CheckpointError if a training state was made on another text than `tokens`.
+
+    Neither its place within an epoch nor its losses, with which new ones are compared, would mean
+    anything there.
+    """
+    if training["data"] != fingerprint(tokens):
         raise CheckpointError(
-            f"{path} is in the middle of epoch {training['epoch'] + 1} of another text than that "
-            f"in {folder}: bring back the corpus it was trained on, or train from the start"
+            f"{path} goes on with another text than that in {folder}: bring back the corpus it was "
+            "trained on, or begin on this one with main.py --init, or finetune.py without --resume"
         )
 
 
@@ -526,7 +552,7 @@ def _position_problem(position: dict[str, Any] | None, model: RNNModel) -> str |
     """What is wrong with the place within an epoch that a training state holds."""
     if position is None:
         return None
-    if not _whole([position["row"], position["batches"]]):
+    if not _whole([position[name] for name in ("row", "batches", "since")]):
         return "its place within the epoch is no number"
     if not all(math.isfinite(position[name]) for name in ("total", "interval")):
         return "its place within the epoch is no number"

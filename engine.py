@@ -60,12 +60,13 @@ class Position:
 
     `row` is the next batch's first row. `hidden` is the state carried over, None at the start, and
     `kept` what each QRNN layer keeps of its inputs. `total` is the raw cross-entropy of the rows so
-    far, the sum of each row's mean in nats; `interval` that of the batches since the last log line,
-    each a mean. Both count this rank's share. `norm` is the last gradient norm.
+    far, the sum of each row's mean in nats; `interval` that of the `since` batches since the last
+    log line, each a mean. Both count this rank's share. `norm` is the last gradient norm.
     """
 
     row: int = 0
     batches: int = 0
+    since: int = 0
     total: float | Tensor = 0.0
     interval: float | Tensor = 0.0
     norm: float | Tensor = math.nan
@@ -81,6 +82,7 @@ class Position:
         return {
             "row": self.row,
             "batches": self.batches,
+            "since": self.since,
             "total": total,
             "interval": interval,
             "hidden": _joined([hidden for hidden, _ in parts]),
@@ -99,7 +101,7 @@ class Position:
             return value if value is None else type(value)(own(part) for part in value)
 
         sums = {name: state[name] if ranks.first else 0.0 for name in ("total", "interval")}
-        counts = {name: state[name] for name in ("row", "batches")}
+        counts = {name: state[name] for name in ("row", "batches", "since")}
         return cls(**counts, **sums, hidden=own(state["hidden"]), kept=own(state["kept"]))
 
 
@@ -165,8 +167,10 @@ def train_epoch(
         step.run(at.row, rows, seq_len)
         at.row += rows
         at.batches += 1
+        at.since += 1
         if at.batches % log_interval == 0:
-            mean = ranks.total(at.interval.item()) / log_interval
+            # A run that was resumed may have had another interval.
+            mean = ranks.total(at.interval.item()) / at.since
             _check_finite(mean, at, optimizer)
             elapsed = time.perf_counter() - start
             lr = optimizer.param_groups[0]["lr"]
@@ -182,6 +186,7 @@ def train_epoch(
                 grad_norm=float(at.norm),
             )
             at.interval.zero_()
+            at.since = 0
             start = time.perf_counter()
             timed_from, timed_row = at.batches, at.row
         after_batch(at)

@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "leave it out"
             )
     else:
+        options.take_architecture(args, start_from.config)
         options.take_dropouts(args, start_from.config)
     if args.deterministic:
         make_deterministic()
@@ -112,7 +113,8 @@ def train(
 ) -> None:
     """Everything after the command line: what is trained, the epochs, the test score."""
     parallel.check_columns(ranks, args.batch_size)
-    corpus = options.read_corpus(args, print, start_from.dictionary, start_from.args, ranks.first)
+    recorded = start_from.training["args"] if args.resume else start_from.args
+    corpus = options.read_corpus(args, print, start_from.dictionary, recorded, ranks.first)
     if args.resume:
         checkpoint.check_same_text(corpus.train, start_from.training, args.data, args.resume)
     train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
@@ -145,12 +147,15 @@ def train(
 
     print("Args:", options.plain(args))
     print("Model total parameters:", sum(p.numel() for p in params))
-    best = start_from
+    best = checkpoint.in_memory(start_from)
     position = None
     finished, done = 0, False
     if args.resume:
         finished, position = checkpoint.resume(run, start_from.training)
-        best_loss, done = start_from.training["best_loss"], start_from.training["done"]
+        best_loss = start_from.training["best_loss"]
+        done = start_from.training["done"] and "nonmono" not in args.given
+        if done:
+            print("Done before: the validation loss no longer fell; a larger --nonmono goes on")
         if "lr" in args.given:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr
@@ -162,6 +167,9 @@ def train(
     max_seq_len = args.bptt + 10 if args.max_seq_len is None else args.max_seq_len
     clock = SaveClock(args.save_every)
     to_keep = args.keep and not args.resume
+    if to_keep and (start_from.training or {}).get("stage") == "finetune.py":
+        # What was kept before that finetuning holds more: the training state of main.py.
+        to_keep = not Path(f"{args.save}.before-finetune").exists()
 
     def save() -> None:
         """The best weights, the first model's until there are better, and the training state."""
@@ -194,6 +202,8 @@ def train(
     try:
         # A resumed run may have been done already.
         last = finished if done else args.epochs
+        if finished >= last and args.resume and not checkpoint.same_file(args.save, args.resume):
+            save()
         for epoch in range(finished + 1, last + 1):
             start = time.time()
             position = engine.Position() if position is None else position

@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         initial = checkpoint.load(args.init)
         options.check_architecture(args, initial.config, args.init)
+        options.take_architecture(args, initial.config)
     if args.resume:
         resumed = checkpoint.load_to_resume(args.resume, "main.py")
         options.check_architecture(args, resumed.config, args.resume)
@@ -158,7 +159,8 @@ def train(
         ).to(device)
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits).to(device)
     else:
-        corpus = options.read_corpus(args, print, resumed.dictionary, resumed.args, ranks.first)
+        recorded = resumed.training["args"]
+        corpus = options.read_corpus(args, print, resumed.dictionary, recorded, ranks.first)
         checkpoint.check_same_text(corpus.train, resumed.training, args.data, args.resume)
         model, criterion = checkpoint.rebuild(resumed, device, **options.dropouts(args))
     train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
@@ -188,7 +190,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = args.lr
         if resumed.epoch:
-            best = dataclasses.replace(resumed, args=options.plain(args))
+            best = checkpoint.in_memory(dataclasses.replace(resumed, args=options.plain(args)))
     evaluate = functools.partial(
         engine.evaluate,
         bptt=args.bptt,
@@ -227,6 +229,9 @@ def train(
         if ranks.decided(clock.due()):
             save()
 
+    stop.check()
+    if finished >= args.epochs and not checkpoint.same_file(args.save, args.resume):
+        save()
     try:
         for epoch in range(finished + 1, args.epochs + 1):
             start = time.time()

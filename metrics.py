@@ -15,6 +15,7 @@ Losses are in nats a token; perplexity and bits are added to each, as `ppl` and 
 `time` is the seconds that the epoch took. A number that is not finite is null.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -74,7 +75,11 @@ class MetricsWriter:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.folder / NAME, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            # A path that is not UTF-8 becomes an escape of JSON.
+            self._file = open(  # noqa: SIM115
+                self.folder / NAME, "a", encoding="utf-8", errors="backslashreplace", buffering=1
+            )
+            self._end_line()
         except OSError as error:
             raise ToolkitError(
                 f"cannot write {self.folder / NAME} ({os.strerror(error.errno)}): pass another "
@@ -127,9 +132,19 @@ class MetricsWriter:
                 "leave --logdir out"
             ) from error
 
+    def _end_line(self) -> None:
+        """End a line that a run which was killed, or a full disk, has left without its end."""
+        with open(self.folder / NAME, "rb") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    self._file.write("\n")
+
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        # What did not reach a full disk has been told, and must not hide what is being told.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -170,7 +185,7 @@ def writer(
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line that was cut off is left out.
+    """The objects of a metrics.jsonl; the last line of a run is left out if it was cut off.
 
     Raises ToolkitError for a file that cannot be read or holds anything else.
     """
@@ -187,8 +202,9 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             found = json.loads(line)
         except json.JSONDecodeError:
-            if number == len(lines) > 1:  # the run was killed, or is at it
-                break
+            # The run was killed, or is at it; the next begins with its command.
+            if number > 1 and (number == len(lines) or lines[number].startswith('{"command"')):
+                continue
             found = None
         if not isinstance(found, dict):
             raise ToolkitError(

@@ -172,8 +172,8 @@ def parse(build_parser: Callable[[], Parser], argv: Sequence[str] | None) -> arg
     """Parse, with the flags of a preset, and add `given`: the flags that stood on the command line.
 
     A preset's flags, which any other flag overrides, are printed; they count as given, so that an
-    architecture that contradicts a model file is an error, but for --data, --save and --seed, which
-    a resumed run takes from the run it goes on from.
+    architecture that contradicts a model file is an error, but for --data, --save and --seed. In a
+    resumed run the architecture alone counts so: the rest comes from the run it goes on from.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
@@ -184,6 +184,8 @@ def parse(build_parser: Callable[[], Parser], argv: Sequence[str] | None) -> arg
     given = args.given
     args = build_parser().parse_args([*flags, *argv])
     preset = _given(build_parser, flags, args)
+    if getattr(args, "resume", None):
+        preset &= ARCHITECTURE.keys()
     args.given = given | (preset - _PRESET_DEFAULTS)
     values = {name: getattr(args, name) for name in sorted(preset - given)}
     said = " ".join(f"--{name} {_as_flag(value)}" for name, value in values.items())
@@ -260,7 +262,11 @@ def continue_from(
 
     Raises ToolkitError if the file `path` recorded what the flag does not take.
     """
-    here = {"given", "resume", "save", "cuda", "max_batches", "keep"}
+    here = {"given", "resume", "save", "cuda", "max_batches", "keep", "split"}
+    for group in parser._mutually_exclusive_groups:
+        flags = {action.dest for action in group._group_actions}
+        if flags & args.given:
+            here |= flags
     for action in parser._actions:
         name = action.dest
         if name not in recorded or name in args.given | here or name not in vars(args):
@@ -318,6 +324,12 @@ def check_architecture(args: argparse.Namespace, config: Mapping[str, Any], path
 def dropouts(args: argparse.Namespace) -> dict[str, float]:
     """The dropout rates, as the model takes them."""
     return {name: getattr(args, name) for name in DROPOUTS}
+
+
+def take_architecture(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
+    """Take the cell and the sizes from the model of a file, which no flag contradicts."""
+    for flag, key in ARCHITECTURE.items():
+        setattr(args, flag, config[key])
 
 
 def take_dropouts(args: argparse.Namespace, config: Mapping[str, Any]) -> None:

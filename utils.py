@@ -38,7 +38,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield file
         return
     _remove_stale(target)
-    temporary = target.with_name(f".{target.name}.{_host()}-{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -61,6 +61,10 @@ def writing(path: str | os.PathLike[str], flag: str) -> Iterator[IO[bytes]]:
         raise ToolkitError(
             f"cannot write {path} ({os.strerror(error.errno)}): pass another {flag}"
         ) from error
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}.tmp")
 
 
 def _host() -> str:
@@ -105,9 +109,14 @@ def unwritable(path: str | os.PathLike[str]) -> str | None:
     if target.is_dir():
         return "it is a folder"
     if target.exists():
-        return None if os.access(target, os.W_OK) else "it is write-protected"
+        if not os.access(target, os.W_OK):
+            return "it is write-protected"
+        if not target.is_file():
+            return None
     if not target.parent.is_dir():
         return f"there is no folder {target.parent}"
+    if len(os.fsencode(_temporary(target).name)) > 255:
+        return "its name is too long"
     return None if os.access(target.parent, os.W_OK) else "its folder cannot be written"
 
 

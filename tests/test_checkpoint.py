@@ -282,6 +282,37 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         checkpoint.load(tmp_path / "m.pt")
 
 
+def test_a_model_stays_when_its_file_is_written_over(tmp_path):
+    model, path = make(), tmp_path / "m.pt"
+    checkpoint.save(path, model)
+    kept = checkpoint.in_memory(checkpoint.load(path))
+    os.truncate(path, 0)
+    for name, tensor in model.model.items():
+        assert torch.equal(kept.model[name], tensor)
+    weights = [kept.model["encoder.weight"], kept.model["decoder.weight"]]
+    assert weights[0].data_ptr() == weights[1].data_ptr()
+
+
+def test_the_reason_of_the_system_is_told():
+    try:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904
+    except RuntimeError as error:
+        said = str(checkpoint._cannot_write("m.pt", error))
+    assert said.startswith("cannot write m.pt (No space left on device): ")
+
+
+def test_a_place_beside_which_nothing_can_be_written(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="its name is too long"):
+        checkpoint.check_writable(tmp_path / ("x" * 250))
+    (tmp_path / "m.pt").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(CheckpointError, match="its folder cannot be written"):
+        checkpoint.check_writable(tmp_path / "m.pt")
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no model file .*train one"):
         checkpoint.load(tmp_path / "m.pt")

@@ -80,6 +80,17 @@ def test_a_resumed_run_goes_on_in_the_same_file(tmp_path):
     ]
 
 
+def test_a_line_that_was_cut_off_does_not_spoil_what_a_later_run_adds(tmp_path):
+    for _ in range(2):
+        with metrics.MetricsWriter(tmp_path, command=["caf\udce9"], flags={}, device="cpu") as log:
+            log.write("batch", step=1, loss=2.0)
+        with open(tmp_path / metrics.NAME, "a", encoding="utf-8") as file:
+            file.write('{"kind": "ba')
+    lines = metrics.read(tmp_path / metrics.NAME)
+    assert [line.get("kind") for line in lines] == [None, "batch", None, "batch"]
+    assert lines[0]["command"] == ["caf\udce9"]
+
+
 def test_events_where_tensorboard_is_installed(tmp_path, monkeypatch):
     calls = []
 

@@ -280,6 +280,14 @@ def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
     assert options.dropouts(args)["dropouti"] == 0.1
 
 
+def test_a_preset_in_a_resumed_run_sets_the_architecture_alone(capsys):
+    argv = ["--preset", "wt103", "--resume", "m.pt", "--epochs", "20"]
+    args = options.parse(lambda: parser_of("main"), argv)
+    assert args.given == {"preset", "resume", "epochs", *options.ARCHITECTURE}
+    options.continue_from(args, {"lr": 1e-4, "when": [3]}, parser_of("main"), "m.pt")
+    assert (args.lr, args.when, args.nhid) == (1e-4, [3], 2500)
+
+
 def test_a_preset_that_contradicts_the_model_is_an_error(script, trained, corpus_dir):
     argv = ["--save", trained["GRU"], "--data", corpus_dir]
     status, _, err = script("pointer", "--preset", "wt2-qrnn", *argv)

@@ -241,6 +241,88 @@ def test_a_first_log_line_is_the_mean_of_its_batches(script, corpus_dir, tmp_pat
     assert losses[3] == pytest.approx(expected, abs=0.011)
 
 
+def test_a_run_does_not_go_on_with_another_text(script, corpus_dir, tmp_path):
+    """Its losses, and the best of them, would be those of the first text."""
+    other = tmp_path / "other"
+    shutil.copytree(corpus_dir, other)
+    (other / "train.txt").write_text((corpus_dir / "train.txt").read_text() + "w1 w2\n")
+    train(script, corpus_dir, tmp_path / "m.pt", "--epochs", 1)
+    status, _, err = script("main", "--resume", tmp_path / "m.pt", "--data", other, "--epochs", 2)
+    assert status == 1
+    assert "m.pt goes on with another text than that in " in err
+
+
+def test_another_log_interval_on_the_way(script, corpus_dir, middle_of_an_epoch, tmp_path):
+    flags = ["--log-interval", 7, "--max-batches", 7, "--epochs", 1]
+    _, out, _ = script("main", "--resume", middle_of_an_epoch, "--save", tmp_path / "a", *flags)
+    (loss,) = re.findall(r"\| +7/ +7 batches .* loss +(\S+) \|", out)
+    assert 3 < float(loss) < 5  # of the logarithm of 60 words, 4.1
+
+
+def test_a_flag_that_excludes_a_recorded_one(script, corpus_dir, tmp_path):
+    train(script, corpus_dir, tmp_path / "m.pt", "--epochs", 1, "--fixed-length")
+    argv = ["--resume", tmp_path / "m.pt", "--epochs", 2, "--max-seq-len", 4, "--max-batches", 3]
+    status, out, err = script("main", *argv)
+    assert (status, err) == (0, "")
+    assert "'max_seq_len': 4" in out
+    assert "'fixed_length': False" in out
+
+
+@pytest.mark.parametrize("stage", ["main", "finetune"])
+def test_a_resumed_run_with_nothing_to_do_writes_its_file(stage, script, corpus_dir, tmp_path):
+    path, other = tmp_path / "m.pt", tmp_path / "other.pt"
+    train(script, corpus_dir, path, "--epochs", 1)
+    if stage == "finetune":
+        script("finetune", "--data", corpus_dir, "--save", path, "--epochs", 1, "--lr", 1)
+    status, _, err = script(stage, "--resume", path, "--save", other)
+    assert (status, err) == (0, "")
+    assert_same_weights(path, other)
+    assert checkpoint.load(other).training["epoch"] == 1
+
+
+def test_finetuning_that_was_done_goes_on_with_another_nonmono(script, corpus_dir, tmp_path):
+    path = tmp_path / "m.pt"
+    train(script, corpus_dir, path, "--epochs", 1)
+    state = checkpoint.load(path)
+    script("finetune", "--data", corpus_dir, "--save", path, "--epochs", 1, "--lr", 1)
+    state = checkpoint.load(path)
+    state.training["done"] = True
+    checkpoint.save(path, state)
+    _, out, _ = script("finetune", "--resume", path, "--epochs", 2)
+    assert "Done before: the validation loss no longer fell" in out
+    assert "end of epoch" not in out
+    _, out, _ = script("finetune", "--resume", path, "--epochs", 2, "--nonmono", 9)
+    assert "end of epoch   2" in out
+
+
+def test_a_recorded_split_does_not_stand_in_the_way(script, corpus_dir, tmp_path):
+    alone, path = tmp_path / "alone", tmp_path / "m.pt"
+    alone.mkdir()
+    shutil.copy(corpus_dir / "train.txt", alone)
+    train(script, alone, path, "--split", 0.1, 0.1, "--epochs", 1)
+    # The parts of the same text, as files of their own.
+    lines = (alone / "train.txt").read_text().splitlines(keepends=True)
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    for name, part in (("train", lines[:480]), ("valid", lines[480:540]), ("test", lines[540:])):
+        (apart / f"{name}.txt").write_text("".join(part))
+    argv = ["--resume", path, "--epochs", 2, "--max-batches", 3]
+    status, _, err = script("main", *argv, "--data", apart)
+    assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize("stage", ["main", "finetune"])
+def test_what_is_recorded_is_the_model_that_there_is(stage, script, corpus_dir, trained, tmp_path):
+    path = tmp_path / "m.pt"
+    shutil.copy(trained["QRNN"], path)
+    flags = ["--data", corpus_dir, "--epochs", 1, "--max-batches", 2, "--no-cuda", "--save", path]
+    start = ["--init", trained["QRNN"], "--batch_size", 4] if stage == "main" else []
+    status, out, err = script(stage, *flags, *start)
+    assert (status, err) == (0, "")
+    for said in ("'model': 'QRNN'", "'emsize': 12", "'nhid': 16", "'nlayers': 2"):
+        assert said in out
+
+
 def test_finetune_says_which_dropouts_it_uses(script, corpus_dir, tmp_path):
     path = tmp_path / "m.pt"
     train(script, corpus_dir, path, "--epochs", 1, "--dropouti", 0.11)
@@ -505,7 +587,7 @@ BAD_INPUT = {
     "resume mid-epoch, other text": (
         "main",
         ["--resume", "middle.pt", "--data", "shuffled"],
-        "middle of epoch 1 of another text",
+        "goes on with another text",
     ),
     "--keep too late": (
         "finetune",
@@ -567,6 +649,8 @@ def test_keep(script, corpus_dir, trained, tmp_path):
     assert script("finetune", *flags, "--epochs", 2)[0] == 0
     assert kept.read_bytes() == trained["LSTM"].read_bytes()
     assert script("finetune", "--resume", path, "--epochs", 3, "--keep")[0] == 0
+    assert kept.read_bytes() == trained["LSTM"].read_bytes()
+    assert script("finetune", *flags, "--epochs", 1)[0] == 0
     assert kept.read_bytes() == trained["LSTM"].read_bytes()
 
 
@@ -698,15 +782,26 @@ def test_output_that_nothing_takes(case, trained):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_training_whose_output_nothing_takes(corpus_dir, tmp_path):
+@pytest.mark.parametrize("at", ["start", "first line"])
+def test_training_whose_output_nothing_takes(at, corpus_dir, tmp_path):
     model = tmp_path / "m.pt"
     command = [sys.executable, ROOT / "main.py", "--data", corpus_dir, "--save", model, *TINY]
-    with open("/dev/full", "wb") as output:
-        result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
-    assert result.returncode == 128 + signal.SIGPIPE
-    assert result.stderr.startswith("main.py: standard output takes no more (")
-    assert result.stderr.endswith(f"; --resume {model} goes on from here\n")
-    assert checkpoint.load(model).training["position"]["batches"] == 1
+    command += ["--log-interval", "1", "--epochs", "50"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        if at == "first line":
+            assert any(line.startswith("| epoch") for line in process.stdout)
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert error.startswith("main.py: standard output takes no more (Broken pipe)")
+    if at == "start":
+        # Nothing to save yet, and nothing that was there is written over.
+        assert not model.exists()
+    else:
+        assert error.endswith(f"; --resume {model} goes on from here\n")
+        assert checkpoint.load(model).training["position"]["batches"] > 0
 
 
 @pytest.mark.parametrize(
