@@ -23,7 +23,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -116,7 +116,9 @@ class MetricsWriter:
                 values[f"{prefix}ppl"] = perplexity(value)
                 values[f"{prefix}bpc"] = bits(value)
         self._append({"kind": kind, "step": step, **values})
-        if self._events is not None:
+        if self._events is None:
+            return
+        with self._telling():
             for name, value in values.items():
                 if isinstance(value, int | float) and name not in ("epoch", "batch"):
                     self._events.add_scalar(f"{kind}/{name}", value, step)
@@ -124,11 +126,17 @@ class MetricsWriter:
                 self._events.add_text("switch", "averaging starts", step)
 
     def _append(self, values: Mapping[str, Any]) -> None:
-        try:
+        with self._telling():
             self._file.write(json.dumps(_finite(values), ensure_ascii=False, default=str) + "\n")
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turn what the system refuses into a sentence."""
+        try:
+            yield
         except OSError as error:
             raise ToolkitError(
-                f"cannot write {self.folder / NAME} ({os.strerror(error.errno)}): free the disk or "
+                f"cannot write to {self.folder} ({error.strerror or error}): free the disk or "
                 "leave --logdir out"
             ) from error
 
@@ -190,7 +198,9 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises ToolkitError for a file that cannot be read or holds anything else.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a word may hold what ends a line elsewhere.
+        text = Path(path).read_text(encoding="utf-8")
+        lines = text.removesuffix("\n").split("\n") if text else []
     except OSError as error:
         raise ToolkitError(
             f"cannot read {path} ({os.strerror(error.errno)}): name a run's --logdir"
@@ -203,7 +213,8 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             found = json.loads(line)
         except json.JSONDecodeError:
             # The run was killed, or is at it; the next begins with its command.
-            if number > 1 and (number == len(lines) or lines[number].startswith('{"command"')):
+            last = number == len(lines)
+            if number > 1 if last else lines[number].startswith('{"command"'):
                 continue
             found = None
         if not isinstance(found, dict):

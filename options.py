@@ -470,8 +470,9 @@ def read_corpus(
         )
     if dictionary is None and (args.vocab_size or args.min_count):
         fewer = corpus.with_fewer_words(args.vocab_size, args.min_count or 0)
-        rare = len(corpus.dictionary) - len(fewer.dictionary)
-        say(f"| vocabulary of {len(fewer.dictionary)} words, {max(0, rare)} rarer ones left out")
+        kept = fewer.dictionary.word2idx
+        rare = sum(word not in kept for word in corpus.dictionary.idx2word)
+        say(f"| vocabulary of {len(kept)} words, {rare} rarer ones left out")
         return fewer
     return corpus
 

@@ -190,8 +190,8 @@ def print_search(table: Sequence[Setting], best: Setting, given: Setting, tokens
         print(f"| {theta:6.3f} | " + " | ".join(shown))
     for name, setting in (("given", given), ("best", best)):
         print(
-            f"| {name}: --window {setting.window} --theta {setting.theta:.16g} --lambdasm "
-            f"{setting.lambdasm:.16g} | val ppl {perplexity(setting.loss):.2f}"
+            f"| {name}: --window {setting.window} --theta {setting.theta!r} --lambdasm "
+            f"{setting.lambdasm!r} | val ppl {perplexity(setting.loss):.2f}"
         )
     if best.window == windows[-1] and best.window < tokens:
         print(

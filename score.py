@@ -343,7 +343,9 @@ def print_json(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
 
 
 def _print_object(kind: str, **values: Any) -> None:
-    print(json.dumps({"kind": kind, **values}, ensure_ascii=False, allow_nan=False))
+    # What an output cannot show would otherwise be escaped as Python does it, which is no JSON.
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8")
+    print(json.dumps({"kind": kind, **values}, ensure_ascii=not utf8, allow_nan=False))
 
 
 def _surprisal(token: Token) -> str:

@@ -37,7 +37,7 @@ import options
 from bench.common import cpu_name, read_stage
 from bench.published import BITS, ROWS
 from checkpoint import CheckpointError
-from tools.getdata import count_tokens
+from tools.getdata import SPECS, count_tokens, wrong_files
 from utils import ToolkitError, bits, perplexity, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,10 +209,12 @@ def stage_flags(work: Work, row: str, name: str, data: Path, extra: list[str]) -
 
 def cut_short(extra: list[str]) -> list[str]:
     """The `--max-batches N` among flags, if any: the one that a stage is given every time."""
-    if "--max-batches" not in extra:
-        return []
-    at = extra.index("--max-batches")
-    return extra[at : at + 2]
+    for at, word in enumerate(extra):
+        flag, equals, value = word.partition("=")
+        # Also abbreviated, as far as that names one flag.
+        if flag.startswith("--max-b") and "--max-batches".startswith(flag):
+            return ["--max-batches", *([value] if equals else extra[at + 1 : at + 2])]
+    return []
 
 
 def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
@@ -228,12 +230,15 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
             found |= {"valid": known.get("valid_ppl"), "test": known.get("test_ppl")}
         else:
             lines = read_stage(work.folder / name)
-            epochs = [line["epoch"] for line in lines if line.get("kind") == "epoch"]
+            # An epoch that was run again, after a kill, counts as it came out last.
+            epochs = {line["epoch"]: line for line in lines if line.get("kind") == "epoch"}
             tests = [line["test_loss"] for line in lines if line.get("kind") == "test"]
             flags = next((line["flags"] for line in reversed(lines) if "flags" in line), {})
-            losses = [line["valid_loss"] for line in lines if line.get("kind") == "epoch"]
+            losses = [line["valid_loss"] for line in epochs.values()]
             with contextlib.suppress(CheckpointError):
-                losses.append(checkpoint.load(work.folder / f"{name}.pt").valid_loss)
+                saved = checkpoint.load(work.folder / f"{name}.pt").valid_loss
+                # At the end it is the loss of the model that was tested.
+                losses = [saved] if known["done"] else [*losses, saved]
             finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
             found |= {
                 "epochs": max(epochs, default=0),
@@ -424,6 +429,13 @@ def main(argv: list[str] | None = None) -> int:
             f"{data / 'train.txt'} has {work.state['tokens']:,} tokens and the row's "
             f"{ROWS[args.row].tokens:,}: fetch it with ./getdata.sh, or give flags after -- for a "
             "run that is not the row's"
+        )
+    # At every call: a later stage does not go on from the former's place in the text.
+    wrong = [] if extra else wrong_files(SPECS[Path(named).name], data)
+    if wrong:
+        raise ToolkitError(
+            f"{data} is not the row's corpus ({'; '.join(wrong)}): fetch it with ./getdata.sh, or "
+            "give flags after -- for a run that is not the row's"
         )
     path = args.results / f"{args.row}{'-reduced' if extra else ''}.md"
     try:

@@ -104,6 +104,9 @@ def report(sections: list[str], failures: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tasks; returns the exit status."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        # So that what it has started ends with it.
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the tables in this file")
     parser.add_argument("--only", nargs="+", choices=TASKS, metavar="NAME", help=", ".join(TASKS))

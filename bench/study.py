@@ -22,10 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoint
 import plotting
 from bench.common import read_stage
 from bench.published import ABLATIONS as PUBLISHED_ABLATIONS
-from utils import perplexity, replacing
+from bench.published import ROWS
+from tools.getdata import count_tokens
+from utils import ToolkitError, perplexity, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,6 +88,10 @@ def stage(folder: Path, name: str, script: str, flags: list[str]) -> None:
         # Two runs of a thread each get further than one of two threads.
         alone = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, env=alone)
+    # After Ctrl-C, which reaches it too, a stage ends well but early.
+    ended = [line["epoch"] for line in read_stage(folder / name) if line.get("kind") == "epoch"]
+    if max(ended, default=0) < int(flags[flags.index("--epochs") + 1]):
+        raise ToolkitError(f"{folder / name} was interrupted: the same command goes on")
     done.touch()
 
 
@@ -102,7 +109,7 @@ def train(run: Run, data: Path, work: Path) -> None:
     if run.raw:
         raw = folder / "raw.pt"
         if not raw.exists():
-            shutil.copy(model, raw)
+            checkpoint.copy(model, raw)
         epochs = ["--epochs", str(MAIN_EPOCHS + FINETUNE_EPOCHS)]
         stage(folder, "raw", "main.py", ["--resume", str(raw), *where, *epochs])
     if not (folder / "finetune" / "done").exists():
@@ -137,8 +144,10 @@ def collected(work: Path) -> list[dict[str, Any]]:
                     epochs.append({"epoch": epoch, "loss": loss, "stage": name})
                 elif line.get("kind") == "test":
                     tests[name] = line["test_loss"]
-                elif line.get("commit") and line["commit"][:7] not in commits:
-                    commits.append(line["commit"][:7])
+                elif line.get("commit"):
+                    # With the mark of changed code, where there is one.
+                    commit = line["commit"][:7] + "+" * line["commit"].endswith("+")
+                    commits += [] if commit in commits else [commit]
         if epochs:
             heads = [line for name in stages for line in lines[name] if "versions" in line]
             result.append(
@@ -355,6 +364,11 @@ def main() -> None:
     if args.report:
         write_report(args.work)
         return
+    if args.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    text = args.data / "train.txt"
+    if not text.is_file() or count_tokens(text) != ROWS["ptb-lstm"].tokens:
+        raise ToolkitError(f"{text} is not that of PTB: fetch it with ./getdata.sh penn")
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(lambda run: train(run, args.data, args.work), RUNS):
             pass
@@ -362,4 +376,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ToolkitError as error:
+        sys.exit(f"study.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("study.py: interrupted: the same command goes on")

@@ -91,6 +91,15 @@ def test_a_line_that_was_cut_off_does_not_spoil_what_a_later_run_adds(tmp_path):
     assert lines[0]["command"] == ["caf\udce9"]
 
 
+def test_a_first_line_that_was_cut_off(tmp_path):
+    path = tmp_path / metrics.NAME
+    path.write_text('{"command": ["ma')
+    with metrics.MetricsWriter(tmp_path, command=["a\x85b\u2028"], flags={}, device="cpu"):
+        pass
+    (line,) = metrics.read(path)
+    assert line["command"] == ["a\x85b\u2028"]
+
+
 def test_events_where_tensorboard_is_installed(tmp_path, monkeypatch):
     calls = []
 

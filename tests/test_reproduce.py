@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -125,6 +126,33 @@ def test_another_text_is_not_the_rows(corpus_dir, tmp_path):
     assert result.returncode == 1
     assert "929,589" in result.stderr
     assert not list(tmp_path.glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("--nhid 3 --max-batches 9 --lr 5", ["--max-batches", "9"]),
+        ("--max-batches=9", ["--max-batches", "9"]),
+        ("--max-b 9 --nhid 3", ["--max-batches", "9"]),
+        ("--max-bat=9", ["--max-batches", "9"]),
+        ("--max-seq-len 9 --nhid 3", []),
+    ],
+)
+def test_what_every_stage_is_cut_short_by(extra, expected):
+    assert reproduce.cut_short(extra.split()) == expected
+
+
+def test_an_epoch_that_was_run_again_counts_once(tmp_path):
+    folder = tmp_path / "main"
+    folder.mkdir()
+    lines = [{"kind": "epoch", "epoch": 1, "valid_loss": 5.0, "time": 1.0, "step": 1}]
+    lines += [{**lines[0], "epoch": 2, "valid_loss": loss} for loss in (3.0, 4.0)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    work = reproduce.Work(tmp_path)
+    work.stage("main")
+    main = reproduce.figures(work, "ptb-lstm")["main"]
+    assert main["epochs"] == 2
+    assert main["valid"] == pytest.approx(math.exp(4.0))
 
 
 def test_two_at_once_are_refused(tmp_path):

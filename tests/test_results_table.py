@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -9,6 +10,7 @@ from conftest import ROOT
 from bench import study
 from bench.published import ROWS
 from tools import results_table
+from utils import ToolkitError
 
 
 def head(**stages):
@@ -144,3 +146,19 @@ def test_the_study_reads_its_runs_from_their_metrics(tmp_path):
     page = study.report(list(runs.values()))
     assert "not run" in page
     assert page.count("--seed 2") == 1
+
+
+def test_a_stage_of_the_study_that_ended_early_is_not_done(tmp_path, monkeypatch):
+    """As after Ctrl-C, which ends main.py with a test score and the exit status 0."""
+    lines = [{"kind": "epoch", "epoch": 2, "valid_loss": 5.0}, {"kind": "test", "test_loss": 5.0}]
+
+    def early(command, **options):
+        folder = Path(command[command.index("--logdir") + 1])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(study.subprocess, "run", early)
+    with pytest.raises(ToolkitError, match="was interrupted"):
+        study.stage(tmp_path, "main", "main.py", ["--epochs", "3"])
+    assert not (tmp_path / "main" / "done").exists()
+    study.stage(tmp_path, "main", "main.py", ["--epochs", "2"])
+    assert (tmp_path / "main" / "done").exists()

@@ -4,13 +4,15 @@ import html.parser
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 import references
 import torch
-from conftest import CORPORA, TINY
+from conftest import CORPORA, ROOT, TINY
 
 import checkpoint
 import engine
@@ -50,6 +52,20 @@ def scored(script, path, *argv):
     status, out, err = script("score", "--checkpoint", path, "--no-cuda", "--json", *argv)
     assert (status, err) == (0, "")
     return [json.loads(line) for line in out.splitlines()]
+
+
+def test_json_where_the_output_is_not_utf8(trained, tmp_path):
+    model = checkpoint.load(trained["LSTM"])
+    model.vocabulary["words"] = [f"{word}\xe9\U0001f600" for word in model.vocabulary["words"]]
+    model.vocabulary["words"][model.vocabulary["words"].index("<eos>\xe9\U0001f600")] = "<eos>"
+    checkpoint.save(tmp_path / "m.pt", model)
+    command = [sys.executable, ROOT / "score.py", "--checkpoint", tmp_path / "m.pt", "--no-cuda"]
+    command += ["--json", "--tokens", "--text", "w1\xe9\U0001f600"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    words = [json.loads(line).get("word") for line in result.stdout.splitlines()]
+    assert result.stderr == ""
+    assert "w1\xe9\U0001f600" in words
 
 
 TEXT = "w1 w3  w9\n\n w27 w1\nw4"

@@ -160,6 +160,16 @@ def test_all_stages_on_one_text_with_a_small_vocabulary(script, long_texts, tmp_
         assert f"{flag[0]} makes a vocabulary" in err
 
 
+def test_how_many_words_are_left_out_where_unk_is_new(script, tmp_path):
+    text = "a a b b c d e f\n"
+    texts = {"train": text + "a b\n" * 60, "valid": "a b\n" * 60, "test": "a b\n" * 60}
+    folder = folder_of(tmp_path / "c", texts)
+    argv = ["--data", folder, *TINY, "--epochs", 1, "--max-batches", 1, "--min-count", 2]
+    status, out, _ = script("main", *argv, "--save", tmp_path / "m.pt")
+    assert status == 0
+    assert "| vocabulary of 4 words, 4 rarer ones left out" in out
+
+
 def test_finetuning_on_another_corpus(script, long_texts, corpus_dir, trained, tmp_path):
     # Some of its words are the model's.
     lines = long_texts.replace("w1", "z1").splitlines(keepends=True)
