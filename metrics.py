@@ -213,8 +213,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             found = json.loads(line)
         except json.JSONDecodeError:
             # The run was killed, or is at it; the next begins with its command.
-            last = number == len(lines)
-            if number > 1 if last else lines[number].startswith('{"command"'):
+            if len(lines) > 1 and (number == len(lines) or lines[number].startswith('{"command"')):
                 continue
             found = None
         if not isinstance(found, dict):

@@ -277,7 +277,7 @@ def continue_from(
             kind = bool if action.nargs == 0 else str
             if value is not None and isinstance(value, list) != several:
                 raise ValueError(f"it is {value!r}")
-            for one in value if several and value is not None else [value]:
+            for one in value if isinstance(value, list) else [value]:
                 if one is not None and action.type is None and not isinstance(one, kind):
                     raise ValueError(f"it is {value!r}")
                 if one is None and action.default is None:

@@ -169,25 +169,14 @@ template <int STEPS>
 struct Chunk {
     Scalar values[STEPS];
 
-    // Outside `live` nothing is read and zeros are kept.
+    // Outside `live` nothing is read and zeros are kept. With `back` the cursor walks from the last of
+    // these steps to the first.
     template <typename Live>
     __device__ __forceinline__ void fetch(const Scalar *__restrict__ source, Cursor &cursor,
-                                          int first, Live live) {
+                                          int first, Live live, bool back = false) {
 #pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
-            Scalar value = {};
-            if (live(first + i)) value = source[cursor.at];
-            values[i] = value;
-            cursor.at += cursor.step;
-        }
-    }
-
-    // The same with a cursor that walks from the last of these steps to the first.
-    template <typename Live>
-    __device__ __forceinline__ void fetch_back(const Scalar *__restrict__ source, Cursor &cursor,
-                                               int first, Live live) {
-#pragma unroll
-        for (int i = STEPS - 1; i >= 0; --i) {
+        for (int n = 0; n < STEPS; ++n) {
+            const int i = back ? STEPS - 1 - n : n;
             Scalar value = {};
             if (live(first + i)) value = source[cursor.at];
             values[i] = value;
@@ -365,11 +354,11 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
     Streams<CHUNK> now, next;
     State state, next_state;
     const auto fetch = [&](int first) {
-        next.z.fetch_back(z, z_cursor, first, live);
-        next.f.fetch_back(f, f_cursor, first, live);
-        if (GATE) next.o.fetch_back(o, o_cursor, first, live);
-        if (MASK) next.mask.fetch_back(mask, m_cursor, first, live);
-        next.grad.fetch_back(grad_h, g_cursor, first, has_grad);
+        next.z.fetch(z, z_cursor, first, live, true);
+        next.f.fetch(f, f_cursor, first, live, true);
+        if (GATE) next.o.fetch(o, o_cursor, first, live, true);
+        if (MASK) next.mask.fetch(mask, m_cursor, first, live, true);
+        next.grad.fetch(grad_h, g_cursor, first, has_grad, true);
         next_state = first >= 0 ? states[first / CHUNK * columns + column] : State(0);
     };
 

@@ -128,3 +128,13 @@ def assert_near(actual, expected, tolerance, what):
     assert actual.shape == expected.shape, what
     error = ((actual.double().cpu() - expected).abs() / (1 + expected.abs())).max().item()
     assert error <= tolerance, f"{what}: off by {error:.2e}, more than {tolerance:.0e}"
+
+
+def eager_and_compiled(layer, x):
+    """Output, last state and every gradient of a QRNN layer, as it is and through torch.compile."""
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        output, last = call(x)
+        grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
+        results.append([output, last, *grads])
+    return results

@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from references import assert_near, naive_forget_mult, naive_qrnn
+from references import assert_near, eager_and_compiled, naive_forget_mult, naive_qrnn
 
 from qrnn import QRNNLayer, kernels, operators
 from qrnn import forget_mult as eager
@@ -621,13 +621,7 @@ class TestOperators:
         torch.manual_seed(0)
         layer = QRNNLayer(5, 6, window=2)
         x = torch.randn(19, 3, 5, requires_grad=True)
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        results = []
-        for call in (layer, compiled):
-            output, last = call(x)
-            grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
-            results.append([output, last, *grads])
-        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*eager_and_compiled(layer, x))
         assert len(shim.launched) == 4
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from references import assert_near, naive_forget_mult, naive_qrnn
+from references import assert_near, eager_and_compiled, naive_forget_mult, naive_qrnn
 
 from qrnn import QRNNLayer, kernels, operators
 
@@ -229,12 +229,7 @@ def test_operators_for_torch_compile(gate):
     torch.library.opcheck(operators.forget_mult, (f, x, c0, False))
     layer = QRNNLayer(5, 6, window=2, output_gate=gate).cuda()
     x = torch.randn(19, 3, 5, device="cuda", requires_grad=True)
-    results = []
-    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        output, last = call(x)
-        grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
-        results.append([output, last, *grads])
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*eager_and_compiled(layer, x))
 
 
 def test_errors():

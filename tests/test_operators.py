@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from references import naive_forget_mult, naive_qrnn
+from references import eager_and_compiled, naive_forget_mult, naive_qrnn
 
 from qrnn import QRNN, QRNNLayer
 from qrnn import operators as registered
@@ -47,13 +47,7 @@ def test_a_compiled_layer_is_the_layer(stack):
     torch.manual_seed(0)
     layer = QRNN(5, 6, num_layers=2, window=2) if stack else QRNNLayer(5, 6, window=2)
     x = torch.randn(7, 3, 5, requires_grad=True)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    results = []
-    for call in (layer, compiled):
-        output, last = call(x)
-        grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
-        results.append([output, last, *grads])
-    for ours, theirs in zip(*results, strict=True):
+    for ours, theirs in zip(*eager_and_compiled(layer, x), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
