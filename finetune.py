@@ -10,16 +10,15 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import engine
-import metrics
-import options
-import parallel
-from checkpoint import Checkpoint
+from checkpoint import model_file as checkpoint
+from checkpoint.model_file import Checkpoint
+from cli import flags as options
+from cli import metrics
+from cli.progress import Bar
+from cli.signals import SaveClock, Stopped, StopRequests
 from nt_asgd import NTASGD, NonMonotonicTrigger
-from progress import Bar
-from safekeeping import SaveClock, Stopped, StopRequests
-from training_step import TrainingLoss, make_step
+from training import engine, parallel
+from training.step import TrainingLoss, make_step
 from utils import (
     ToolkitError,
     check_valid_loss,

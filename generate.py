@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-import checkpoint
-import options
+from checkpoint import model_file as checkpoint
+from cli import flags as options
+from cli.progress import Bar
 from model import RNNModel
-from progress import Bar
 from splitcross import SplitCrossEntropyLoss
 from utils import (
     ToolkitError,

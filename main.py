@@ -11,18 +11,17 @@ from collections.abc import Sequence
 
 import torch
 
-import checkpoint
-import engine
-import metrics
-import options
-import parallel
-from checkpoint import Checkpoint
+from checkpoint import model_file as checkpoint
+from checkpoint.model_file import Checkpoint
+from cli import flags as options
+from cli import metrics
+from cli.progress import Bar
+from cli.signals import SaveClock, Stopped, StopRequests
 from model import RNNModel
 from nt_asgd import NTASGD, NonMonotonicTrigger
-from progress import Bar
-from safekeeping import SaveClock, Stopped, StopRequests
 from splitcross import SplitCrossEntropyLoss, default_splits
-from training_step import TrainingLoss, make_step
+from training import engine, parallel
+from training.step import TrainingLoss, make_step
 from utils import (
     ToolkitError,
     check_valid_loss,

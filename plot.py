@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import metrics
-import options
-import plotting
+from cli import flags as options
+from cli import metrics, plotting
 from utils import ToolkitError, perplexity
 
 _EPOCH = re.compile(

@@ -10,16 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import cache_search
-import checkpoint
-import options
-import plotting
-import scoring
-from cache_search import Setting
+from checkpoint import model_file as checkpoint
+from cli import flags as options
+from cli import plotting
+from cli.progress import Bar
 from continuous_cache import ContinuousCache
 from model import RNNModel
-from progress import Bar
-from scoring import Piece
+from scoring import search as cache_search
+from scoring import stream as scoring
+from scoring.search import Setting
+from scoring.stream import Piece
 from splitcross import SplitCrossEntropyLoss
 from utils import (
     batchify,

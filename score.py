@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
-import options
-import scoring
+from checkpoint import model_file as checkpoint
+from cli import flags as options
+from cli.progress import Bar
 from continuous_cache import ContinuousCache
 from data import EOS, UNK, Dictionary
 from model import RNNModel
-from progress import Bar
+from scoring import stream as scoring
 from splitcross import SplitCrossEntropyLoss
 from utils import (
     ToolkitError,

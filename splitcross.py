@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-import aligned
+from kernels import aligned
 
 # Rows of logits are made in blocks of at most so many numbers: a long evaluation chunk over a large
 # vocabulary would otherwise need gigabytes at once. Still smaller ones, that stay in the cache,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import metrics
+from cli import metrics
 from qrnn import kernels
 
 

@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import checkpoint
-import metrics
-import options
 from bench.common import cpu_name, read_stage
 from bench.published import BITS, ROWS
-from checkpoint import CheckpointError
+from checkpoint import model_file as checkpoint
+from checkpoint.model_file import CheckpointError
+from cli import flags as options
+from cli import metrics
 from tools.getdata import SPECS, count_tokens, wrong_files
 from utils import ToolkitError, bits, perplexity, replacing
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import metrics
+from cli import metrics
 from qrnn import kernels
 from utils import writing
 

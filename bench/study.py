@@ -22,11 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import plotting
 from bench.common import read_stage
 from bench.published import ABLATIONS as PUBLISHED_ABLATIONS
 from bench.published import ROWS
+from checkpoint import model_file as checkpoint
+from cli import plotting
 from tools.getdata import count_tokens
 from utils import ToolkitError, perplexity, replacing
 

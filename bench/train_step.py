@@ -29,7 +29,7 @@ from locked_dropout import LockedDropout
 from model import RNNModel
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss, default_splits
-from training_step import TrainingLoss, TrainingStep, make_step, regularisation
+from training.step import TrainingLoss, TrainingStep, make_step, regularisation
 from utils import keep_memory, select_device, set_precision
 
 

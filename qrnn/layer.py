@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from aligned import Linear
+from kernels.aligned import Linear
 from qrnn.forget_mult import qrnn_pool, qrnn_pool_both_ways, valid_steps
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import options
+from cli import flags as options
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the full corpora lie beside the repository; tests that need them are skipped elsewhere.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import aligned
+from kernels import aligned
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,11 +9,11 @@ import pytest
 import references
 import torch
 
-import cache_search
 import pointer
-from cache_search import Setting
 from continuous_cache import ContinuousCache
-from scoring import Piece
+from scoring import search as cache_search
+from scoring.search import Setting
+from scoring.stream import Piece
 
 
 def stream(n, size=5, vocabulary=6, scale=1.0):

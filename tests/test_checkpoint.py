@@ -9,9 +9,9 @@ import signal
 import pytest
 import torch
 
-import checkpoint
 import utils
-from checkpoint import Checkpoint, CheckpointError
+from checkpoint import model_file as checkpoint
+from checkpoint.model_file import Checkpoint, CheckpointError
 from data import Dictionary
 from model import RNN_TYPES, RNNModel
 from splitcross import SplitCrossEntropyLoss

@@ -13,14 +13,13 @@ import torch
 from conftest import ROOT
 from torch.nn import functional
 
-import engine
-import parallel
 import utils
 from model import RNN_TYPES, RNNModel
 from nt_asgd import NTASGD
-from parallel import Ranks
 from splitcross import SplitCrossEntropyLoss
-from training_step import TrainingLoss, TrainingStep, regularisation
+from training import engine, parallel
+from training.parallel import Ranks
+from training.step import TrainingLoss, TrainingStep, regularisation
 
 LINE = re.compile(
     r"\| epoch +\d+ \| +\d+/ *\d+ batches \| lr \d+\.\d{5} \| ms/batch +\d+\.\d\d \| "

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import main
-import metrics
+from cli import metrics
 from model import RNN_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent

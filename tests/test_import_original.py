@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-import options
+from checkpoint import model_file as checkpoint
+from cli import flags as options
 from data import Corpus
 from model import RNN_TYPES, RNNModel
 

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-import metrics
+from cli import metrics
 from utils import ToolkitError
 
 MODULES = ("tensorboard", "torch.utils.tensorboard", "tensorboardX")

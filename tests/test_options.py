@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, TINY
 from test_readme import PUBLISHED
 
-import options
+from cli import flags as options
 
 TRAINING = {
     "data": "data/penn/",

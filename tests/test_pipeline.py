@@ -15,13 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-import checkpoint
-import engine
-import metrics
 import nt_asgd
+from checkpoint import model_file as checkpoint
+from cli import metrics
+from cli.signals import Stopped
 from model import RNN_TYPES
-from safekeeping import Stopped
-from training_step import TrainingLoss
+from training import engine
+from training.step import TrainingLoss
 
 EPOCH = re.compile(
     r"\| end of epoch +(\d+) \| time: +\d+\.\d\ds \| valid loss +(\d+\.\d\d) \| "

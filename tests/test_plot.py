@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-import metrics
 import plot
+from cli import metrics
 from utils import end_line, epoch_line
 
 LOSSES = [6.0, 5.0, 5.2, 4.8]

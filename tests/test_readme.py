@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import CORPORA, ROOT
 
-import options
+from cli import flags as options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHARACTERS = "--alpha 0 --beta 0 --dropoute 0"

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from safekeeping import Output, SaveClock, Stopped, StopRequests
+from cli.signals import Output, SaveClock, Stopped, StopRequests
 from utils import ToolkitError
 
 

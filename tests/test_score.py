@@ -14,11 +14,11 @@ import references
 import torch
 from conftest import CORPORA, ROOT, TINY
 
-import checkpoint
-import engine
 import score
+from checkpoint import model_file as checkpoint
 from data import Dictionary
 from model import RNN_TYPES
+from training import engine
 from utils import batchify
 
 

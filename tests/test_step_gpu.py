@@ -8,7 +8,7 @@ import torch
 from model import RNN_TYPES, RNNModel
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss
-from training_step import GraphedStep, TrainingLoss, TrainingStep, make_step
+from training.step import GraphedStep, TrainingLoss, TrainingStep, make_step
 from utils import set_precision
 
 pytestmark = [

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine
 from model import RNN_TYPES, RNNModel
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss
-from training_step import GraphedStep, TrainingLoss, TrainingStep, make_step
+from training import engine
+from training.step import GraphedStep, TrainingLoss, TrainingStep, make_step
 
 RATES = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.3, "dropoute": 0.1, "wdrop": 0.4}
 
@@ -183,7 +183,7 @@ def test_a_step_that_cannot_be_recorded_runs_eagerly_and_says_so(rnn_type, monke
 
 
 def test_graphs_are_given_up_when_averaging_starts_and_never_more_than_there_is_room(monkeypatch):
-    monkeypatch.setattr("training_step.MOST_GRAPHS", 3)
+    monkeypatch.setattr("training.step.MOST_GRAPHS", 3)
     graphed = make("GRU", graphs=True)
     train(graphed, (1, 2))
     assert len(graphed._replays) == graphed.recorder.recorded == 3

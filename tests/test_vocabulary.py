@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 
-import checkpoint
+from checkpoint import model_file as checkpoint
 from data import Corpus, CorpusError, Dictionary
 
 TEXTS = {

@@ -23,8 +23,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import options  # noqa: E402
+from checkpoint import model_file as checkpoint  # noqa: E402
+from cli import flags as options  # noqa: E402
 from data import Corpus  # noqa: E402
 from model import RNNModel  # noqa: E402
 from splitcross import SplitCrossEntropyLoss, default_splits  # noqa: E402

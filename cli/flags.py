@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 
 import torch
 
-import parallel
+from cli.progress import Bar
+from cli.signals import Output, Stopped
 from data import SPLITS, Corpus, Dictionary
 from model import RNN_TYPES
-from progress import Bar
-from safekeeping import Output, Stopped
+from training import parallel
 from utils import ToolkitError, keep_memory
 
 VERSION = "0.1.0"

@@ -45,7 +45,7 @@ def commit() -> str | None:
     """The commit of this folder, with a + where code differs from it; None outside git."""
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cli.progress import Bar
 from data import Corpus
 from model import Hidden, RNNModel
-from parallel import ALONE, Ranks
-from progress import Bar
-from training_step import TrainingStep
+from training.parallel import ALONE, Ranks
+from training.step import TrainingStep
 from utils import (
     ToolkitError,
     batch_line,

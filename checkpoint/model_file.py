@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import engine
+from cli.signals import Stopped
 from data import Dictionary
 from model import RNNModel
 from nt_asgd import NonMonotonicTrigger
-from parallel import Ranks
-from safekeeping import Stopped
 from splitcross import SplitCrossEntropyLoss
+from training import engine
+from training.parallel import Ranks
 from utils import ToolkitError, replacing, rng_state, set_rng_state, unwritable
 
 FORMAT = "awd-lstm-lm"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from continuous_cache import ContinuousCache
-from scoring import Piece, with_cache
+from scoring.stream import Piece, with_cache
 
 # A block of b positions needs a few times b * (b + window) numbers at a time.
 _BLOCK = 256

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model import Hidden, RNNModel
 from nt_asgd import NTASGD
-from parallel import ALONE, Ranks
+from training.parallel import ALONE, Ranks
 from utils import get_batch, repackage_hidden
 
 # Graphs kept at once. Lengths around a bptt of 70 take 44 in an epoch, the rarest once.

@@ -1,0 +1,1 @@
+"""The model file that every stage reads and writes."""

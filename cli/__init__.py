@@ -1,0 +1,1 @@
+"""The command line: flags, how a program ends, log lines, metrics, pictures."""
