@@ -6,62 +6,59 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from checkpoint import model_file as checkpoint
-from cli import flags as options
+import checkpoint
+from cli import flags, program
+from cli.device import score_as_trained, select_device
+from cli.parser import Parser, positive, positive_int
 from cli.progress import Bar
+from cli.resuming import check_architecture
+from files.writing import unwritable, writing
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
-from utils import (
-    ToolkitError,
-    score_as_trained,
-    seed_everything,
-    select_device,
-    unwritable,
-    writing,
-)
+from utils import ToolkitError, seed_everything
 
 WORDS_PER_LINE = 20
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> Parser:
     """The command line of generate.py."""
-    parser = options.Parser(options.CLASSIC["generate"], __doc__)
-    parser.add_argument(
+    parser = Parser("generate", __doc__)
+    parser.flag(
+        "",
         "--data",
         default="./data/penn",
         help="accepted as in the original: the vocabulary is read from the model file",
     )
-    options.add_model(parser)
-    parser.add_argument("--checkpoint", default="./model.pt", help="model file to sample from")
-    parser.add_argument(
-        "--outf", default="generated.txt", help="file to write, - for standard output"
-    )
-    parser.add_argument(
-        "--words", type=options.positive_int, default=1000, help="number of words to sample"
-    )
-    parser.add_argument(
+    flags.add_model(parser)
+    parser.flag("", "--checkpoint", default="./model.pt", help="model file to sample from")
+    parser.flag("", "--outf", default="generated.txt", help="file to write, - for standard output")
+    parser.flag("", "--words", type=positive_int, default=1000, help="number of words to sample")
+    parser.flag(
+        "",
         "--temperature",
-        type=options.positive,
+        type=positive,
         default=1.0,
         help="above 1 for more varied words, below 1 for likelier ones",
     )
-    parser.add_argument(
-        "--top-k", type=options.positive_int, metavar="K", help="sample among the K likeliest words"
+    parser.flag(
+        "", "--top-k", type=positive_int, metavar="K", help="sample among the K likeliest words"
     )
-    parser.add_argument(
+    parser.flag(
+        "",
         "--prompt",
         default="",
         help="words to continue, in the tokens of the corpus; without it, from a random word",
     )
-    parser.add_argument(
+    parser.flag(
+        "",
         "--log-interval",
-        type=options.positive_int,
+        type=positive_int,
         default=100,
         metavar="N",
         help="words between two lines of progress",
     )
-    options.add_seed(parser)
-    options.add_device(parser)
+    flags.add_seed(parser)
+    flags.add_device(parser)
     return parser
 
 
@@ -79,7 +76,6 @@ def sample(
     `temperature`, cut to the `top_k` likeliest words.
     """
     model.eval()
-    model.reset()
     hidden = model.init_hidden(1)
     data = prompt.unsqueeze(1)
     # In float32 a smaller number is 0, and every quotient by it infinite.
@@ -98,9 +94,9 @@ def sample(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write sampled words; raises ToolkitError for what the user can mend."""
-    args = options.parse(build_parser, argv)
+    args = build_parser().parse_args(argv)
     loaded = checkpoint.load(args.checkpoint)
-    options.check_architecture(args, loaded.config, args.checkpoint)
+    check_architecture(args, loaded.config, args.checkpoint)
     device = select_device(args.cuda)
     score_as_trained(loaded.args, device)
     problem = None if args.outf == "-" else unwritable(args.outf)
@@ -144,4 +140,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    program.run(main)

@@ -1,56 +1,34 @@
 """Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set."""
 
 import argparse
-import contextlib
-import dataclasses
-import functools
-import math
-import signal
-import time
 from collections.abc import Sequence
 
 import torch
 
-from checkpoint import model_file as checkpoint
-from checkpoint.model_file import Checkpoint
-from cli import flags as options
-from cli import metrics
-from cli.progress import Bar
-from cli.signals import SaveClock, Stopped, StopRequests
-from model import RNNModel
-from nt_asgd import NTASGD, NonMonotonicTrigger
+import checkpoint
+from checkpoint import Checkpoint
+from cli import flags, program, resuming
+from cli.corpus import read_corpus
+from cli.parser import Parser
+from model import CELLS, RNNModel
+from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss, default_splits
-from training import engine, parallel
-from training.step import TrainingLoss, make_step
-from utils import (
-    ToolkitError,
-    check_valid_loss,
-    end_line,
-    epoch_line,
-    make_deterministic,
-    out_of_memory,
-    perplexity,
-    seed_everything,
-    select_device,
-    set_precision,
-)
+from training import resume
+from training.session import Session, open_session
+from utils import ToolkitError
 
 # The default rate of 30 is SGD's; Adam diverges at it in the first batches.
-ADAM_LR = 1e-3
+ADAM_RATE = 1e-3
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> Parser:
     """The command line of main.py."""
-    parser = options.Parser(options.CLASSIC["main"], __doc__)
-    options.add_data(parser, "data/penn/")
-    options.add_split(parser)
-    options.add_vocabulary(parser)
-    options.add_model(parser)
-    options.add_save(parser, "model file to write")
-    options.add_sizes(parser)
-    options.add_training(parser)
-    parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adam"], help="optimiser")
-    parser.add_argument(
+    parser = Parser("main", __doc__)
+    flags.add_trainer(parser, save="model file to write")
+    flags.add_vocabulary(parser)
+    parser.flag("training", "--optimizer", default="sgd", choices=["sgd", "adam"], help="optimiser")
+    parser.flag(
+        "training",
         "--when",
         type=int,
         nargs="+",
@@ -58,249 +36,109 @@ def build_parser() -> options.Parser:
         metavar="E",
         help="after these epochs save a copy as SAVE.eE and divide the learning rate by 10",
     )
-    options.add_safety(parser)
-    options.add_logdir(parser)
-    parser.group("files").add_argument(
+    parser.flag(
+        "files",
         "--init",
         default="",
         metavar="FILE",
         help="model file to start a new run from: its weights, architecture and vocabulary",
     )
-    options.add_regularisers(parser)
-    options.add_seed(parser)
-    options.add_device(parser)
-    options.add_speed(parser)
-    options.add_max_batches(parser, "batches of every epoch and evaluation")
     return parser
 
 
-@out_of_memory("--batch_size, --bptt or --max-seq-len")
+@program.out_of_memory("--batch_size, --bptt or --max-seq-len")
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; raises ToolkitError for what the user can mend."""
-    args = options.parse(build_parser, argv)
-    resumed = initial = None
-    if args.init or args.resume:
-        for flag in ("vocab_size", "min_count"):
-            if flag in args.given:
-                raise ToolkitError(
-                    f"--{flag.replace('_', '-')} makes a vocabulary, and --resume and --init take "
-                    "the model's: leave it out"
-                )
-    if args.init:
-        if args.resume:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    source = starting_file(args, parser)
+    if "lr" not in args.given and not args.resume:
+        set_default_rate(args)
+    with open_session("main.py", args) as session:
+        begin(args, session, source)
+        train(args, session)
+
+
+def starting_file(args: argparse.Namespace, parser: Parser) -> Checkpoint | None:
+    """The model file of --resume or --init, if there is one."""
+    if not (args.init or args.resume):
+        return None
+    if args.init and args.resume:
+        raise ToolkitError(
+            "--init starts a new run and --resume goes on with an old one: give one of the two"
+        )
+    for flag in ("vocab_size", "min_count"):
+        if flag in args.given:
             raise ToolkitError(
-                "--init starts a new run and --resume goes on with an old one: give one of the two"
+                f"--{flag.replace('_', '-')} makes a vocabulary, and --resume and --init take the "
+                "model's: leave it out"
             )
-        initial = checkpoint.load(args.init)
-        options.check_architecture(args, initial.config, args.init)
-        options.take_architecture(args, initial.config)
     if args.resume:
-        resumed = checkpoint.load_to_resume(args.resume, "main.py")
-        options.check_architecture(args, resumed.config, args.resume)
-        options.check_resumable(args, resumed.training, args.resume)
-        options.continue_from(args, resumed.training["args"], build_parser(), args.resume)
-        if "save" not in args.given:
-            args.save = args.resume
-    if args.optimizer == "adam" and "lr" not in args.given and resumed is None:
-        args.lr = ADAM_LR
-        print(f"Adam without --lr: the learning rate is {ADAM_LR}, not the 30 meant for SGD")
-    if args.deterministic:
-        make_deterministic()
-    device = select_device(args.cuda)
-    precision = set_precision(args.precision, device)
-    checkpoint.check_writable(args.save)
-    ranks = parallel.join(device)
-    with (
-        ranks.together(),
-        StopRequests(ranks.largest) as stop,
-        metrics.writer(
-            args.logdir, flags=options.plain(args), device=str(device), first=ranks.first
-        ) as log,
-    ):
-        if log.no_events:
-            print(log.no_events)
-        train(args, resumed, initial, device, precision, ranks, stop, log)
+        return resume.read(args, parser, "main.py")
+    source = checkpoint.load(args.init)
+    resuming.check_architecture(args, source.config, args.init)
+    return source
 
 
-def train(
-    args: argparse.Namespace,
-    resumed: Checkpoint | None,
-    initial: Checkpoint | None,
-    device: torch.device,
-    precision: str,
-    ranks: parallel.Ranks,
-    stop: StopRequests,
-    log: metrics.MetricsWriter | metrics.NoMetrics,
-) -> None:
-    """Everything after the command line: what is trained, the epochs, the test score."""
-    rng = seed_everything(args.seed)
-    parallel.check_columns(ranks, args.batch_size)
-    if initial is not None:
-        corpus = options.read_corpus(args, print, initial.dictionary, initial.args, ranks.first)
-        model, criterion = checkpoint.rebuild(initial, device, **options.dropouts(args))
-    elif resumed is None:
-        corpus = options.read_corpus(args, print, first=ranks.first)
+def set_default_rate(args: argparse.Namespace) -> None:
+    """Without --lr, take a rate that trains with this optimiser and cell, and say so."""
+    rate = getattr(CELLS[args.model], "sgd_rate", args.lr)
+    kind = args.model
+    if args.optimizer == "adam":
+        rate, kind = ADAM_RATE, "Adam"
+    if rate != args.lr:
+        print(f"{kind} without --lr: the learning rate is {rate:g}, not the {args.lr:g} of others")
+        args.lr = rate
+
+
+def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None) -> None:
+    """What starts: a new model, or that of a file."""
+    if source is not None:
+        corpus, model, criterion = session.load(source)
+    else:
+        corpus = read_corpus(args, first=session.ranks.first)
         splits = default_splits(len(corpus.dictionary))
         if splits:
             corpus = corpus.sorted_by_frequency()
-        model = RNNModel(
-            args.model,
-            len(corpus.dictionary),
-            args.emsize,
-            args.nhid,
-            args.nlayers,
-            args.dropout,
-            args.dropouth,
-            args.dropouti,
-            args.dropoute,
-            args.wdrop,
-            tie_weights=True,
-        ).to(device)
-        criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits).to(device)
-    else:
-        recorded = resumed.training["args"]
-        corpus = options.read_corpus(args, print, resumed.dictionary, recorded, ranks.first)
-        checkpoint.check_same_text(corpus.train, resumed.training, args.data, args.resume)
-        model, criterion = checkpoint.rebuild(resumed, device, **options.dropouts(args))
-    train_data, valid_data, test_data = engine.in_columns(corpus, args.batch_size, device, ranks)
-
+        sizes = (len(corpus.dictionary), args.emsize, args.nhid, args.nlayers)
+        model = RNNModel(args.model, *sizes, **flags.dropouts(args), tie_weights=True)
+        criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
+        model, criterion = model.to(session.device), criterion.to(session.device)
     params = [*model.parameters(), *criterion.parameters()]
     if args.optimizer == "sgd":
         optimizer = NTASGD(params, args.lr, args.wdecay)
     else:
         optimizer = torch.optim.Adam(params, args.lr, weight_decay=args.wdecay, fused=True)
-    trigger = NonMonotonicTrigger(args.nonmono)
-    network = ranks.share(TrainingLoss(model, criterion, bf16=precision == "bf16"))
-    training_step = make_step(
-        network, optimizer, train_data,
-        bptt=args.bptt, clip=args.clip, alpha=args.alpha, beta=args.beta,
-        ranks=ranks, share=train_data.size(1) / args.batch_size, graphs=args.cuda_graphs,
-    )  # fmt: skip
-    ranks.seed_masks(args.seed)
-    run = checkpoint.Run(
-        "main.py", options.plain(args), checkpoint.fingerprint(corpus.train),
-        model, criterion, optimizer, trigger, rng, ranks,
-    )  # fmt: skip
-    best = position = None
-    finished = 0
-    if resumed is not None:
-        finished, position = checkpoint.resume(run, resumed.training)
-        if "lr" in args.given:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr
-        if resumed.epoch:
-            best = checkpoint.in_memory(dataclasses.replace(resumed, args=options.plain(args)))
-    evaluate = functools.partial(
-        engine.evaluate,
-        bptt=args.bptt,
-        max_batches=args.max_batches,
-        after_chunk=stop.check,
-        ranks=ranks,
-    )
+    session.prepare(corpus, model, criterion, optimizer)
+    if args.resume:
+        session.resume(source)
 
-    print("Args:", options.plain(args))
-    print("Model total parameters:", sum(p.numel() for p in params))
 
-    vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
-
-    clock = SaveClock(args.save_every)
-
-    def save() -> None:
-        """Best weights and training state in one file: neither can be lost without the other."""
-        with clock.writing():
-            state = checkpoint.training_state(run, finished, position)
-            if ranks.first:
-                kept = checkpoint.file_of(run, vocabulary, 0, math.inf) if best is None else best
-                checkpoint.save(args.save, dataclasses.replace(kept, training=state))
-
-    def step(epoch: int, row: int) -> int:
-        """How far the run has come, in rows of the corpus."""
-        return (epoch - 1) * train_data.size(0) + row
-
-    def report(epoch: int, bar: Bar, row: int, **numbers: float) -> None:
-        log.write("batch", step=step(epoch, row), epoch=epoch, **numbers)
-        ppl = perplexity(numbers["loss"])
-        bar.update(0, loss=f"{numbers['loss']:.2f}", ppl=f"{ppl:.2f}")
-
-    def after_batch(bar: Bar, at: engine.Position) -> None:
-        bar.to(at.row * train_data.size(1))
-        stop.check()
-        if ranks.decided(clock.due()):
-            save()
-
-    stop.check()
-    if finished >= args.epochs and not checkpoint.same_file(args.save, args.resume):
-        save()
-    try:
-        for epoch in range(finished + 1, args.epochs + 1):
-            start = time.time()
-            position = engine.Position() if position is None else position
-            with Bar(train_data.numel(), f"epoch {epoch}", wanted=ranks.first) as bar:
-                engine.train_epoch(
-                    training_step,
-                    epoch=epoch,
-                    rng=rng,
-                    max_seq_len=args.max_seq_len,
-                    fixed_length=args.fixed_length,
-                    max_batches=args.max_batches,
-                    log_interval=args.log_interval,
-                    log=bar.line,
-                    report=functools.partial(report, epoch, bar),
-                    position=position,
-                    after_batch=functools.partial(after_batch, bar),
-                )
+def train(args: argparse.Namespace, session: Session) -> None:
+    """The epochs: what happens after each, and what ends them; then the test score."""
+    optimizer = session.optimizer
+    with session.until_stopped("training"):
+        for epoch in session.epochs(args.epochs):
+            session.train_epoch(epoch, args.max_seq_len)
             averaging = args.optimizer == "sgd" and optimizer.averaging
             # The averaged weights, once there are, are scored and kept; training stays on the raw.
-            with optimizer.averaged() if averaging else contextlib.nullcontext():
-                valid_loss = evaluate(model, criterion, valid_data, what="valid.txt")
-                check_valid_loss(valid_loss, epoch, optimizer.param_groups[0]["lr"])
-                print("-" * 89)
-                seconds = time.time() - start
-                print(epoch_line(epoch, seconds, valid_loss))
-                print("-" * 89)
-                log.write(
-                    "epoch",
-                    step=step(epoch + 1, 0),
-                    epoch=epoch,
-                    time=seconds,
-                    valid_loss=valid_loss,
-                )
-                # Short epochs are not all worth the time of a write; the last one is.
-                saving = epoch == args.epochs or ranks.decided(clock.due_at_epoch_end())
-                if best is None or valid_loss < best.valid_loss:
-                    best = checkpoint.file_of(run, vocabulary, epoch, valid_loss)
-                    print("Saving model" if saving else "Model to be saved", end="")
-                    print(" (new best validation)")
+            with session.averaged():
+                valid_loss = session.validate(epoch)
+                session.keep_if_best(epoch, valid_loss, last=epoch == args.epochs)
                 if epoch in args.when:
                     print("Saving model before learning rate decreased")
-                    if ranks.first:
-                        copy = checkpoint.file_of(run, vocabulary, epoch, valid_loss)
-                        checkpoint.save(f"{args.save}.e{epoch}", copy)
+                    session.save_copy(f"{args.save}.e{epoch}", epoch, valid_loss)
             if epoch in args.when:
                 print("Dividing learning rate by 10")
                 for group in optimizer.param_groups:
                     group["lr"] /= 10
-            if args.optimizer == "sgd" and not averaging and trigger.update(valid_loss):
+            if args.optimizer == "sgd" and not averaging and session.trigger.update(valid_loss):
                 print("Switching to averaged SGD")
-                log.write("switch", step=step(epoch + 1, 0), epoch=epoch)
+                session.write("switch", epoch)
                 optimizer.start_averaging()
-            finished, position = epoch, None
-            if saving:
-                save()
-    except Stopped as stopped:
-        save()
-        if stopped.signum != signal.SIGINT or best is None:
-            raise checkpoint.saved(stopped, args.save) from None
-        print("-" * 89)
-        print("Exiting from training early")
-
-    model, criterion = checkpoint.rebuild(best, device)
-    test_loss = evaluate(model, criterion, test_data, what="test.txt")
-    print("=" * 89)
-    print(end_line(test_loss))
-    log.write("test", step=step(finished + 1, 0), test_loss=test_loss)
-    print("=" * 89)
+            session.end_epoch(epoch)
+    session.test()
 
 
 if __name__ == "__main__":
-    options.run(main)
+    program.run(main)

@@ -12,11 +12,74 @@ from torch import Tensor, nn
 from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
 from qrnn import QRNNLayer
-from weight_drop import WeightDrop
+from weight_drop import WeightDrop, drop_weights
 
-RNN_TYPES = ("LSTM", "QRNN", "GRU")
+Hidden = list[Any]  # one state a layer: a tree of tensors, whose columns are in dimension 1
 
-Hidden = list[Any]  # one state a layer: (h, c) for the LSTM, one tensor otherwise
+
+class LSTM(nn.LSTM):
+    """PyTorch's LSTM as a cell; its state is the pair (h, c), each (1, batch, n_out)."""
+
+    weight_drop = ("weight_hh_l0",)
+
+    def __init__(self, n_in: int, n_out: int, layer: int) -> None:
+        super().__init__(n_in, n_out)
+
+    def initial_state(self, bsz: int) -> tuple[Tensor, Tensor]:
+        """Zeros."""
+        zeros = self.bias_hh_l0.new_zeros(1, bsz, self.hidden_size)
+        return zeros, zeros.clone()
+
+
+class GRU(nn.GRU):
+    """PyTorch's GRU as a cell; its state is one tensor (1, batch, n_out)."""
+
+    weight_drop = ("weight_hh_l0",)
+    # At the LSTM's rate of 30 it diverges within a hundred batches (results/gru-rate.md).
+    sgd_rate = 5.0
+
+    def __init__(self, n_in: int, n_out: int, layer: int) -> None:
+        super().__init__(n_in, n_out)
+
+    def initial_state(self, bsz: int) -> Tensor:
+        """Zeros."""
+        return self.bias_hh_l0.new_zeros(1, bsz, self.hidden_size)
+
+
+class QRNN(QRNNLayer):
+    """A QRNN layer as a cell, as published: the window is 2 in the first layer, else 1.
+
+    Its state is (1, batch, n_out), in the first layer a pair of that and the last input
+    (1, batch, n_in).
+    """
+
+    weight_drop = ("linear.weight",)
+
+    def __init__(self, n_in: int, n_out: int, layer: int) -> None:
+        super().__init__(n_in, n_out, save_prev_x=True, window=2 if layer == 0 else 1)
+
+    def initial_state(self, bsz: int) -> Any:
+        """Zeros."""
+        zeros = next(self.parameters()).new_zeros
+        last = zeros(1, bsz, self.hidden_size)
+        return last if self.window == 1 else (last, zeros(self.window - 1, bsz, self.input_size))
+
+    def forward(self, X: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """As QRNNLayer, but the inputs that the window needs come and go with the state."""
+        if self.window == 1:
+            return super().forward(X, state)
+        last, self.prevX = state
+        output, last = super().forward(X, last)
+        state, self.prevX = (last, self.prevX), None
+        return output, state
+
+
+# The values of --model. A cell is made by CELL(n_in, n_out, layer), layers counted from 0. Its
+# forward(x, state) takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out)
+# and the new state; initial_state(bsz) is the state at the start of a text. A state is a tensor, or
+# tuples, lists or dictionaries of tensors, all with the batch in dimension 1. `weight_drop` names
+# the weights that --wdrop acts on; `sgd_rate`, if there is one, is the default of --lr.
+CELLS: dict[str, Any] = {"LSTM": LSTM, "QRNN": QRNN, "GRU": GRU}
 
 
 class RNNModel(nn.Module):
@@ -45,8 +108,8 @@ class RNNModel(nn.Module):
         tie_weights: bool = False,
     ) -> None:
         super().__init__()
-        if rnn_type not in RNN_TYPES:
-            raise ValueError(f"rnn_type must be one of {', '.join(RNN_TYPES)}, not {rnn_type!r}")
+        if rnn_type not in CELLS:
+            raise ValueError(f"rnn_type must be one of {', '.join(CELLS)}, not {rnn_type!r}")
         self.rnn_type = rnn_type
         self.ninp = ninp
         self.nhid = nhid
@@ -59,12 +122,10 @@ class RNNModel(nn.Module):
         self.tie_weights = tie_weights
 
         sizes = [ninp] + [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
-        self.layer_sizes = sizes[1:]
         self.lockdrop = LockedDropout()
         self.encoder = nn.Embedding(ntoken, ninp)
-        self.rnns = nn.ModuleList(
-            self._make_layer(i, sizes[i], sizes[i + 1]) for i in range(nlayers)
-        )
+        cells = (CELLS[rnn_type](sizes[i], sizes[i + 1], i) for i in range(nlayers))
+        self.rnns = nn.ModuleList(drop_weights(cell, cell.weight_drop, wdrop) for cell in cells)
         if tie_weights:
             self.decoder = nn.Linear(1, ntoken)
             self.decoder.in_features = ninp
@@ -76,15 +137,6 @@ class RNNModel(nn.Module):
             self.decoder = nn.Linear(nhid, ntoken)
         self.init_weights()
 
-    def _make_layer(self, number: int, n_in: int, n_out: int) -> nn.Module:
-        if self.rnn_type == "QRNN":
-            layer = QRNNLayer(n_in, n_out, save_prev_x=True, window=2 if number == 0 else 1)
-            # Wrapped also when nothing is dropped: the original's names of the weights.
-            layer.linear = WeightDrop(layer.linear, ["weight"], self.wdrop)
-            return layer
-        layer = (nn.LSTM if self.rnn_type == "LSTM" else nn.GRU)(n_in, n_out)
-        return WeightDrop(layer, ["weight_hh_l0"], self.wdrop) if self.wdrop else layer
-
     def init_weights(self) -> None:
         """Embedding and decoder uniform in [-0.1, 0.1], bias 0; the cells keep PyTorch's own."""
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
@@ -93,18 +145,15 @@ class RNNModel(nn.Module):
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
 
     def init_hidden(self, bsz: int) -> Hidden:
-        """Zero states, one a layer: a pair of (1, bsz, size) for the LSTM, else one such tensor."""
-        weight = self.encoder.weight
-        zeros = [weight.new_zeros(1, bsz, size) for size in self.layer_sizes]
-        if self.rnn_type == "LSTM":
-            return [(z, z.clone()) for z in zeros]
-        return zeros
+        """The cells' initial states for `bsz` columns, one a layer."""
+        cells = (rnn.module if isinstance(rnn, WeightDrop) else rnn for rnn in self.rnns)
+        return [cell.initial_state(bsz) for cell in cells]
 
     def reset(self) -> None:
-        """Forget what the QRNN keeps from batch to batch beside its hidden state."""
-        if self.rnn_type == "QRNN":
-            for layer in self.rnns:
-                layer.reset()
+        """Nothing, as all that goes from batch to batch is in the hidden state.
+
+        The original keeps the QRNN's last inputs beside it and forgets them here.
+        """
 
     def forward(self, input: Tensor, hidden: Hidden, return_h: bool = False) -> tuple[Any, ...]:
         """From word ids `input` (seq_len, batch) and `hidden` to the last layer's dropped output.

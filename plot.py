@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import flags as options
-from cli import metrics, plotting
+from cli import metrics, plotting, program
+from cli.parser import Parser, positive
 from utils import ToolkitError, perplexity
 
 _EPOCH = re.compile(
@@ -44,19 +44,24 @@ class Curve:
         return result
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> Parser:
     """The command line of plot.py."""
-    parser = options.Parser((), __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="log file, metrics.jsonl or folder")
-    parser.add_argument(
-        "--out", default="curves.png", metavar="FILE", help="picture to write: .png, .pdf or .svg"
+    parser = Parser("", __doc__)
+    parser.flag("", "runs", nargs="+", metavar="RUN", help="log file, metrics.jsonl or folder")
+    parser.flag(
+        "",
+        "--out",
+        default="curves.png",
+        metavar="FILE",
+        help="picture to write: .png, .pdf or .svg",
     )
-    parser.add_argument(
-        "--names", nargs="+", metavar="NAME", help="names for the runs, instead of their files'"
+    parser.flag(
+        "", "--names", nargs="+", metavar="NAME", help="names for the runs, instead of their files'"
     )
-    parser.add_argument(
+    parser.flag(
+        "",
         "--max-ppl",
-        type=options.positive,
+        type=positive,
         metavar="PPL",
         help="top of the picture; without it, what leaves the first epochs of a long run outside",
     )
@@ -163,12 +168,13 @@ def draw(curves: Sequence[Curve], out: str, max_ppl: float | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the runs; raises ToolkitError for what the user can mend."""
-    args = options.parse(build_parser, argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     # An argument that is not UTF-8 is half a character, which no font has.
     names = [name.encode("utf-8", "replace").decode() for name in args.names or ()]
     names = names or [None] * len(args.runs)
     if len(names) != len(args.runs):
-        build_parser().error(f"--names has {len(names)} names for {len(args.runs)} runs")
+        parser.error(f"--names has {len(names)} names for {len(args.runs)} runs")
     plotting.check(args.out, "--out")
     curves = [read_run(run, name) for run, name in zip(args.runs, names, strict=True)]
     draw(curves, args.out, args.max_ppl)
@@ -183,4 +189,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    program.run(main)

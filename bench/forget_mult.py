@@ -24,9 +24,9 @@ from bench.common import (
     print_heading,
     spread,
 )
+from cli.device import keep_memory, select_device
 from qrnn import kernels
 from qrnn.forget_mult import forget_mult, forget_mult_loop
-from utils import keep_memory, select_device
 
 SHAPES = [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 1, 1550)]
 # What our kernels move: forward reads f and x and writes h, backward reads f, x and the gradient

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import print_heading
 from bench.train_step import CPU_COLUMNS, SETTINGS, ids, our_step
-from utils import keep_memory, select_device, set_precision
+from cli.device import keep_memory, select_device, set_precision
 
 # The first kind with a word of an operation's or kernel's name.
 KINDS = {

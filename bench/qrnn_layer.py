@@ -25,9 +25,9 @@ from bench.common import (
     print_heading,
     spread,
 )
+from cli.device import keep_memory, select_device, set_precision
 from qrnn import QRNNLayer
 from qrnn.forget_mult import forget_mult, qrnn_pool
-from utils import keep_memory, select_device, set_precision
 
 SHAPES = {
     "cuda": [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 4, 1024)],

@@ -31,14 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import checkpoint
 from bench.common import cpu_name, read_stage
 from bench.published import BITS, ROWS
-from checkpoint import model_file as checkpoint
-from checkpoint.model_file import CheckpointError
-from cli import flags as options
-from cli import metrics
+from checkpoint import CheckpointError
+from cli import metrics, presets
+from cli.parser import positive
+from files.writing import replacing
 from tools.getdata import SPECS, count_tokens, wrong_files
-from utils import ToolkitError, bits, perplexity, replacing
+from utils import ToolkitError, bits, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("train.txt", "valid.txt", "test.txt")
@@ -188,7 +189,7 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
 def stage_flags(work: Work, row: str, name: str, data: Path, extra: list[str]) -> list[str]:
     """The flags to start a stage with, or to go on with it."""
     model = work.folder / f"{name}.pt"
-    published = options.PRESETS[name][row].split()
+    published = presets.COMMANDS[row][name].split()
     where = ["--data", str(data), "--save", str(model)]
     if name == "pointer":
         # The last stage before it has the model.
@@ -382,7 +383,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("row", choices=ROWS, help="row of the published table")
     parser.add_argument(
         "--minutes",
-        type=options.positive,
+        type=positive,
         metavar="M",
         help="stop cleanly after so long; pointer.py, once begun, is let come to its end",
     )
@@ -402,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
     args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
-    preset = options.PRESETS["main"][args.row].split()
+    preset = presets.COMMANDS[args.row]["main"].split()
     named = preset[preset.index("--data") + 1] if "--data" in preset else "data/penn"
     data = args.data or ROOT / named
     if args.pack:

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from cli import metrics
+from files.writing import writing
 from qrnn import kernels
-from utils import writing
 
 ROOT = Path(__file__).resolve().parent.parent
 

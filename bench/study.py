@@ -22,13 +22,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoint
 from bench.common import read_stage
 from bench.published import ABLATIONS as PUBLISHED_ABLATIONS
 from bench.published import ROWS
-from checkpoint import model_file as checkpoint
 from cli import plotting
+from files.writing import replacing
 from tools.getdata import count_tokens
-from utils import ToolkitError, perplexity, replacing
+from utils import ToolkitError, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 

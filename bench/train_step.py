@@ -25,12 +25,14 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from bench.common import in_turns, need_kernels, print_heading
+from cli.device import keep_memory, select_device, set_precision
 from locked_dropout import LockedDropout
+from loss import TrainingLoss
 from model import RNNModel
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss, default_splits
-from training.step import TrainingLoss, TrainingStep, make_step, regularisation
-from utils import keep_memory, select_device, set_precision
+from training.cuda_graphs import make_step
+from training.step import TrainingStep
 
 
 @dataclass
@@ -98,7 +100,7 @@ class PlainLSTM(nn.Module):
             output = self.lockdrop(raw, last if i == len(self.layers) - 1 else between)
         logits = functional.linear(output.flatten(0, 1), self.encoder.weight, self.bias)
         loss = functional.cross_entropy(logits, targets)
-        return loss + regularisation(raw, output, 2.0, 1.0), states
+        return loss + 2 * output.pow(2).mean() + (raw[1:] - raw[:-1]).pow(2).mean(), states
 
 
 def plain_step(setting: Setting, source: Tensor) -> Callable[[], None]:
@@ -141,19 +143,22 @@ def our_step(
         optimizer = torch.optim.Adam(params, 1e-3, fused=True)
     else:
         optimizer = NTASGD(params, 30.0, 1.2e-6)
-    penalties = (0.0, 0.0) if setting.adam else (2.0, 1.0)
+    penalties = {} if setting.adam else {"alpha": 2.0, "beta": 1.0}
     step = make_step(
-        TrainingLoss(model, criterion, precision == "bf16"),
+        TrainingLoss(model, criterion, **penalties, bf16=precision == "bf16"),
         optimizer,
         source,
         graphs=graphs,
         bptt=setting.bptt,
         clip=0.25,
-        alpha=penalties[0],
-        beta=penalties[1],
     )
-    step.begin(None, [])
-    return lambda: step.run(0, setting.bptt, setting.bptt), step
+    step.begin()
+
+    def take() -> None:
+        step.row = 0
+        step.take(setting.bptt, setting.bptt)
+
+    return take, step
 
 
 def products(

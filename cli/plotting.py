@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from utils import ToolkitError, unwritable, writing
+from files.writing import unwritable, writing
+from utils import ToolkitError
 
 # What matplotlib can write without anything else installed.
 FORMATS = ("png", "pdf", "svg")

@@ -1,7 +1,7 @@
 """Log-probabilities along one stream of tokens, with and without the continuous cache."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,6 @@ def pieces(
     hold the `rows - 1` words that have one before them. `max_batches` stops early.
     """
     model.eval()
-    model.reset()
     hidden = model.init_hidden(1)
     for chunk, i in enumerate(range(0, source.size(0) - 1, bptt)):
         if chunk == max_batches:
@@ -44,10 +43,9 @@ def pieces(
         output, hidden, raw, _ = model(data, hidden, return_h=True)
         logprob = criterion.target_logprob(model.decoder.weight, model.decoder.bias, output, words)
         yield Piece(raw[-1].squeeze(1), words, logprob)
-    model.reset()
 
 
-def joined(parts: Iterator[Piece]) -> Piece:
+def joined(parts: Iterable[Piece]) -> Piece:
     """All pieces as one."""
     return Piece(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 

@@ -19,9 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 from conftest import TINY
 
+import checkpoint
 import main
 import nt_asgd
-from checkpoint import model_file as checkpoint
 
 
 def switch_after_two_epochs(self, loss):

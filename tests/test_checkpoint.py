@@ -8,12 +8,13 @@ import signal
 
 import pytest
 import torch
+from conftest import ORIGINAL_CELLS
 
-import utils
-from checkpoint import model_file as checkpoint
-from checkpoint.model_file import Checkpoint, CheckpointError
+import checkpoint
+from checkpoint import Checkpoint, CheckpointError
 from data import Dictionary
-from model import RNN_TYPES, RNNModel
+from files.writing import replacing
+from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def outputs(model, criterion):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 def test_rebuilding_draws_nothing(rnn_type, tie):
     # Initial weights, which the file's replace at once, would take seconds for a large vocabulary.
     written = make(rnn_type, splits=(5, 20), tie=tie)
@@ -90,7 +91,7 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, larger)
 
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("splits", [(), (5, 20)])
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 def test_round_trip(tmp_path, rnn_type, splits, tie):
     before = make(rnn_type, splits=splits, tie=tie)
     expected = outputs(*checkpoint.rebuild(before, CPU))
@@ -118,7 +119,7 @@ def test_it_is_a_plain_dictionary(tmp_path):
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 @pytest.mark.parametrize(("saved", "asked"), [(0.5, 0.0), (0.0, 0.5), (0.5, 0.2)])
 def test_weight_drop_may_be_switched_on_and_off(tmp_path, rnn_type, saved, asked):
     checkpoint.save(tmp_path / "m.pt", make(rnn_type, wdrop=saved))
@@ -185,13 +186,7 @@ def break_version(content):
     content["version"] = 99
 
 
-def break_finetuning(content):
-    content["training"] = {"stage": "finetune.py", "args": {}, "model": content["model"]}
-    content["training"]["criterion"] = content["criterion"]
-
-
 BREAKS = [
-    (break_finetuning, "best_loss"),
     (break_weights, "not finite"),
     (break_shape, "wrong shape"),
     (break_dtype, "wrong shape or type"),
@@ -300,7 +295,7 @@ def test_the_reason_of_the_system_is_told():
         except OSError:
             raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904
     except RuntimeError as error:
-        said = str(checkpoint._cannot_write("m.pt", error))
+        said = str(checkpoint.model_file._cannot_write("m.pt", error))
     assert said.startswith("cannot write m.pt (No space left on device): ")
 
 
@@ -379,13 +374,6 @@ def test_check_writable(tmp_path, monkeypatch):
         checkpoint.check_writable(tmp_path / "other.pt")
 
 
-def test_random_states():
-    states = checkpoint.random_states()
-    first = torch.rand(3)
-    checkpoint.set_random_states(states)
-    assert torch.equal(torch.rand(3), first)
-
-
 def mutated(content, rng):
     """A file's bytes with something done to them at random."""
     content = bytearray(content)
@@ -450,7 +438,7 @@ def test_what_a_killed_run_left_goes_with_the_next_save(tmp_path):
     pid = os.fork()
     if not pid:
         try:
-            with utils.replacing(path):
+            with replacing(path):
                 os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(1)

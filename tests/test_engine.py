@@ -3,28 +3,24 @@
 import copy
 import itertools
 import math
-import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ORIGINAL_CELLS, ROOT
 from torch.nn import functional
 
 import utils
-from model import RNN_TYPES, RNNModel
+from cli import device, lines
+from loss import TrainingLoss
+from model import CELLS, RNNModel
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss
-from training import engine, parallel
+from training import engine, parallel, resume
 from training.parallel import Ranks
-from training.step import TrainingLoss, TrainingStep, regularisation
-
-LINE = re.compile(
-    r"\| epoch +\d+ \| +\d+/ *\d+ batches \| lr \d+\.\d{5} \| ms/batch +\d+\.\d\d \| "
-    r"loss +\d+\.\d\d \| ppl +\d+\.\d\d \| bpc +\d+\.\d{3}"
-)
+from training.step import TrainingStep
 
 
 def make(rnn_type="LSTM", splits=(), **rates):
@@ -93,14 +89,14 @@ def test_regularisation_in_plain_numbers():
         for b in range(2)
         for k in range(3)
     )
-    result = regularisation(raw, dropped, 2.0, 0.5)
-    assert result.item() == pytest.approx(2 * ar + 0.5 * tar / 18, rel=1e-5)
-    assert regularisation(raw, dropped, 0.0, 0.0) == 0
+    loss = TrainingLoss(*make(), alpha=2.0, beta=0.5)
+    assert loss.penalty(raw, dropped).item() == pytest.approx(2 * ar + 0.5 * tar / 18, rel=1e-5)
+    assert TrainingLoss(*make()).penalty(raw, dropped) == 0
     # One step has no differences; their mean would not be a number.
-    assert regularisation(raw[:1], dropped[:1], 0.0, 1.0) == 0
+    assert TrainingLoss(*make(), beta=1.0).penalty(raw[:1], dropped[:1]) == 0
 
 
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 @pytest.mark.parametrize("splits", [(), (10, 25)])
 def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
     # Also that the split softmax's own parameters are trained, clipped with the rest and averaged.
@@ -114,11 +110,10 @@ def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
     params = [*model.parameters(), *criterion.parameters()]
     optimizer = NTASGD(params, lr, decay)
     optimizer.start_averaging()
-    step = TrainingStep(
-        TrainingLoss(model, criterion), optimizer, source,
-        bptt=12, clip=clip, alpha=alpha, beta=beta,
-    )  # fmt: skip
-    mean_loss = engine.train_epoch(step, epoch=1, rng=np.random.RandomState(5))
+    network = TrainingLoss(model, criterion, alpha=alpha, beta=beta)
+    step = TrainingStep(network, optimizer, source, bptt=12, clip=clip)
+    step.begin()
+    batches = sum(1 for _ in engine.train_epoch(step, np.random.RandomState(5)))
 
     rng = np.random.RandomState(5)
     params = [*twin.parameters(), *twin_criterion.parameters()]
@@ -146,7 +141,8 @@ def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
         hidden = utils.repackage_hidden(hidden)
         i += n
 
-    assert mean_loss == pytest.approx(total / tokens, rel=1e-4)
+    assert step.total.item() / step.row == pytest.approx(total / tokens, rel=1e-4)
+    assert (step.row, step.batches) == (i, batches) == (i, len(iterates))
     for p, q in zip(optimizer.param_groups[0]["params"], params, strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-3)
     with optimizer.averaged():
@@ -155,7 +151,7 @@ def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
     assert optimizer.param_groups[0]["lr"] == lr
 
 
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 @pytest.mark.parametrize("splits", [(), (10, 25)])
 def test_evaluation_is_the_mean_over_predicted_tokens(rnn_type, splits):
     # The original divides by one token too many, so that a short stream looks better than it is.
@@ -176,7 +172,7 @@ def test_evaluation_is_the_mean_over_predicted_tokens(rnn_type, splits):
 
 
 def test_evaluation_records_no_gradient_and_training_goes_on_after_it():
-    for rnn_type in RNN_TYPES:
+    for rnn_type in ORIGINAL_CELLS:
         model, criterion = make(rnn_type, wdrop=0.5)
         optimizer = NTASGD(model.parameters(), 1.0)
         source = stream(40, 3)
@@ -187,65 +183,40 @@ def test_evaluation_records_no_gradient_and_training_goes_on_after_it():
             train(model, criterion, optimizer, source)
 
 
-def train(model, criterion, optimizer, source, **options):
-    network = TrainingLoss(model, criterion)
-    step = TrainingStep(network, optimizer, source, bptt=options.pop("bptt", 6),
-                        clip=options.pop("clip", 0.25))  # fmt: skip
-    return engine.train_epoch(
-        step, epoch=options.pop("epoch", 1), **{"rng": np.random.RandomState(0), **options}
-    )
-
-
-def test_log_lines():
-    model, criterion = make()
-    lines = []
-    train(model, criterion, NTASGD(model.parameters(), 2.0), stream(200, 3), epoch=12,
-          log_interval=4, log=lines.append)  # fmt: skip
-    assert len(lines) >= 5
-    assert all(LINE.fullmatch(line) for line in lines)
-    assert lines[0].startswith("| epoch  12 |     4/   33 batches | lr 2.00000 | ms/batch")
-    loss, ppl, bpc = (float(x) for x in re.findall(r"(?:loss|ppl|bpc) +([\d.]+)", lines[0]))
-    assert math.exp(loss) == pytest.approx(ppl, rel=0.01)
-    assert loss / math.log(2) == pytest.approx(bpc, abs=0.01)
-    assert loss == pytest.approx(math.log(40), abs=0.3)
+def train(model, criterion, optimizer, source, bptt=6, clip=0.25, rng=None, **options):
+    step = TrainingStep(TrainingLoss(model, criterion), optimizer, source, bptt=bptt, clip=clip)
+    step.begin()
+    for _ in engine.train_epoch(step, rng or np.random.RandomState(0), **options):
+        pass
+    return step
 
 
 def test_log_line_format():
-    line = utils.batch_line(1, 200, 663, 30, 210.03, 6.7938)
+    line = lines.batch_line(1, 200, 663, 30, 210.03, 6.7938)
     assert line == (
         "| epoch   1 |   200/  663 batches | lr 30.00000 | ms/batch 210.03 | "
         "loss  6.79 | ppl   892.30 | bpc    9.801"
     )
-    assert utils.epoch_line(2, 155.68, 5.3442) == (
+    assert lines.epoch_line(2, 155.68, 5.3442) == (
         "| end of epoch   2 | time: 155.68s | valid loss  5.34 | valid ppl   209.39 | "
         "valid bpc    7.710"
     )
-    assert utils.end_line(5.2725) == (
+    assert lines.end_line(5.2725) == (
         "| End of training | test loss  5.27 | test ppl   194.90 | test bpc    7.607"
     )
-    line = utils.pointer_line("val", 4.00002)
+    line = lines.pointer_line("val", 4.00002)
     assert line == "| End of pointer | val loss  4.00 | val ppl    54.60"
     assert utils.perplexity(1e4) == math.inf
 
 
 def test_max_batches():
     model, criterion = make()
-    lines = []
-    train(model, criterion, NTASGD(model.parameters(), 1.0), stream(200, 3), log=lines.append,
-          log_interval=1, max_batches=3)  # fmt: skip
-    assert len(lines) == 3
+    optimizer = NTASGD(model.parameters(), 1.0)
+    assert train(model, criterion, optimizer, stream(200, 3), max_batches=3).batches == 3
     source = stream(50, 4)
     assert engine.evaluate(model, criterion, source, 10, max_batches=2) == pytest.approx(
         engine.evaluate(model, criterion, source[:21], 10)
     )
-
-
-def test_a_loss_that_is_no_number_stops_the_run():
-    model, criterion = make()
-    with torch.no_grad():
-        model.decoder.bias[3] = math.nan
-    with pytest.raises(utils.ToolkitError, match=r"batch \d+ at the rate 2 .*gradient norm nan"):
-        train(model, criterion, NTASGD(model.parameters(), 2.0), stream(100, 3))
 
 
 def test_no_clipping():
@@ -253,8 +224,8 @@ def test_no_clipping():
     model, criterion = make()
     twin = copy.deepcopy(model)
     source = stream(9, 3)
-    train(model, criterion, NTASGD(model.parameters(), 60.0), source, clip=0, bptt=1000,
-          rng=np.random.RandomState(1))  # fmt: skip
+    rng = np.random.RandomState(1)
+    train(model, criterion, NTASGD(model.parameters(), 60.0), source, 1000, clip=0, rng=rng)
     seq_len = engine.draw_seq_len(np.random.RandomState(1), 1000)
     output, _ = twin(source[:-1], twin.init_hidden(3))
     logits = output @ twin.decoder.weight.t() + twin.decoder.bias
@@ -265,14 +236,14 @@ def test_no_clipping():
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert utils.select_device(None).type == "cpu"
-    assert utils.select_device(False).type == "cpu"
+    assert device.select_device(None).type == "cpu"
+    assert device.select_device(False).type == "cpu"
     with pytest.raises(utils.ToolkitError, match="--cuda"):
-        utils.select_device(True)
+        device.select_device(True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert utils.select_device(None).type == "cuda"
-    assert utils.select_device(True).type == "cuda"
-    assert utils.select_device(False).type == "cpu"
+    assert device.select_device(None).type == "cuda"
+    assert device.select_device(True).type == "cuda"
+    assert device.select_device(False).type == "cpu"
 
 
 def test_a_seed_gives_the_lengths_it_gave_in_the_original():
@@ -294,15 +265,16 @@ def test_the_state_of_the_lengths_is_text_and_complete():
     rng = np.random.RandomState(3)
     rng.normal()  # leaves a second normal number waiting
     twin = np.random.RandomState(4)
-    utils.set_rng_state(twin, utils.rng_state(rng))
+    resume._set_rng_state(twin, resume._rng_state(rng))
     assert [twin.normal() for _ in range(5)] == [rng.normal() for _ in range(5)]
 
 
 def test_deterministic():
     # In a process of its own: the setting cannot be taken back.
     code = (
-        "import os, torch, utils\n"
-        "utils.make_deterministic()\n"
+        "import os, torch\n"
+        "from cli.device import make_deterministic\n"
+        "make_deterministic()\n"
         "assert torch.are_deterministic_algorithms_enabled()\n"
         "assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark\n"
         "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n"
@@ -327,26 +299,47 @@ def test_columns_are_shared_out():
     assert parallel.join(torch.device("cpu")).world == 1
 
 
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+class Half(Ranks):
+    """One of two ranks, whose sums and gathered values are both ranks' own."""
+
+    def __init__(self, rank, steps):
+        super().__init__(rank, 2)
+        self.steps = steps
+
+    def total(self, value):
+        return sum(value if step.ranks is self else 0.0 for step in self.steps)
+
+    def gathered(self, value):
+        return [{"hidden": step.hidden, "text": step._next_text()} for step in self.steps]
+
+
+@pytest.mark.parametrize("rnn_type", CELLS)
 def test_a_position_is_saved_and_taken_up_by_any_number_of_ranks(rnn_type):
-    model, _ = make(rnn_type)
-    source = stream(9, 5)
-    _, hidden = model(source, model.init_hidden(5))
-    kept = [layer.prevX for layer in model.rnns] if rnn_type == "QRNN" else []
-    position = engine.Position(row=9, batches=2, total=7.5, hidden=hidden, kept=kept)
-    state = position.state()
-    parts = [engine.Position.from_state(state, torch.device("cpu"), Ranks(r, 2)) for r in (0, 1)]
-    assert [part.total for part in parts] == [7.5, 0.0]
-    for name in ("hidden", "kept"):
-        joined = engine._joined([getattr(part, name) for part in parts])
-        for ours, theirs in zip(flatten(joined), flatten(getattr(position, name)), strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def flatten(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [] if value is None else [tensor for part in value for tensor in flatten(part)]
+    model, criterion = make(rnn_type)
+    source = stream(40, 5)
+    whole = train(model, criterion, NTASGD(model.parameters(), 1.0), source, max_batches=2)
+    position = whole.position()
+    steps = []
+    for rank in (0, 1):
+        ranks = Half(rank, steps)
+        half = TrainingStep(
+            whole.network, whole.optimizer, ranks.own(source), bptt=6, clip=0, ranks=ranks
+        )
+        steps.append(half)
+        half.begin(position)
+        assert (half.row, half.batches, half.since) == (whole.row, 2, 2)
+    assert [step.total.item() for step in steps] == [whole.total.item(), 0.0]
+    again = steps[0].position()
+    assert again["row"] == position["row"]
+    utils.map_state(
+        lambda ours, theirs: torch.testing.assert_close(ours, theirs, rtol=0, atol=0),
+        [again["hidden"], again["text"]],
+        [position["hidden"], position["text"]],
+    )
+    # On a text in another order there is nothing to go on with.
+    steps[1].source.copy_(steps[1].source.roll(1, dims=0))
+    with pytest.raises(utils.ToolkitError, match="the text does not go on as it did"):
+        steps[1].begin(position)
 
 
 @pytest.fixture
@@ -361,8 +354,8 @@ def own_precision():
 @pytest.mark.parametrize("recorded", [{}, {"precision": None}, {"precision": "fp32"}])
 def test_a_model_is_scored_in_the_precision_of_its_evaluations(recorded, own_precision):
     expected = {"fp32": ("highest", False)}.get(recorded.get("precision"), ("high", True))
-    utils.score_as_trained(recorded, torch.device("cuda"))
+    device.score_as_trained(recorded, torch.device("cuda"))
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
     # There is no tf32 on the CPU, where such a model may be scored nevertheless.
-    utils.score_as_trained({"precision": "tf32"}, torch.device("cpu"))
+    device.score_as_trained({"precision": "tf32"}, torch.device("cpu"))
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected

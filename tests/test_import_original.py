@@ -4,12 +4,12 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ORIGINAL_CELLS, ROOT
 
-from checkpoint import model_file as checkpoint
-from cli import flags as options
+import checkpoint
+from cli import program
 from data import Corpus
-from model import RNN_TYPES, RNNModel
+from model import RNNModel
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def importer(capfd):
 
     def run(*argv):
         with pytest.raises(SystemExit) as exit_info:
-            options.run(lambda: module.main([str(arg) for arg in argv]))
+            program.run(lambda: module.main([str(arg) for arg in argv]))
         out, err = capfd.readouterr()
         return exit_info.value.code, out, err
 
@@ -40,7 +40,7 @@ def export(path, corpus_dir, rnn_type="LSTM", wdrop=0.5, tie=True, nlayers=3):
 @pytest.mark.parametrize("nlayers", [1, 3])
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("wdrop", [0.0, 0.5])
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 def test_the_model_is_the_one_exported(
     rnn_type, wdrop, tie, nlayers, importer, corpus_dir, tmp_path
 ):

@@ -170,7 +170,7 @@ def test_a_commit_with_changed_code_says_so(tmp_path, monkeypatch):
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "cli" / "metrics.py"))
     clean = metrics.commit()
     assert len(clean) == 40
     # A run in pieces writes its results as it goes.

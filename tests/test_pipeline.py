@@ -13,16 +13,19 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ORIGINAL_CELLS, ROOT, TINY
 
+import checkpoint
 import nt_asgd
-from checkpoint import model_file as checkpoint
 from cli import metrics
 from cli.signals import Stopped
-from model import RNN_TYPES
+from loss import TrainingLoss
 from training import engine
-from training.step import TrainingLoss
 
+BATCH = re.compile(
+    r"\| epoch +\d+ \| +\d+/ *\d+ batches \| lr \d+\.\d{5} \| ms/batch +\d+\.\d\d \| "
+    r"loss +\d+\.\d\d \| ppl +\d+\.\d\d \| bpc +\d+\.\d{3}"
+)
 EPOCH = re.compile(
     r"\| end of epoch +(\d+) \| time: +\d+\.\d\ds \| valid loss +(\d+\.\d\d) \| "
     r"valid ppl +(\d+\.\d\d) \| valid bpc +\d+\.\d{3}"
@@ -59,12 +62,15 @@ def unigram_perplexity(corpus_dir):
     return math.exp(-sum(math.log(counts[w] / len(train)) for w in test) / len(test))
 
 
-@pytest.mark.parametrize("cell", RNN_TYPES)
+@pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 def test_four_stages(cell, script, corpus_dir, tmp_path):
     path = tmp_path / "m.pt"
     out = train(script, corpus_dir, path, "--model", cell, "--epochs", 4, "--log-interval", 20)
     assert [int(e[0]) for e in EPOCH.findall(out)] == [1, 2, 3, 4]
-    assert "| epoch   1 |    20/" in out
+    batch_lines = [line for line in out.splitlines() if "ms/batch" in line]
+    assert len(batch_lines) > 20
+    assert all(BATCH.fullmatch(line) for line in batch_lines)
+    assert batch_lines[0].startswith("| epoch   1 |    20/")
     ((_, _, main_ppl),) = END.findall(out)
     assert float(main_ppl) < unigram_perplexity(corpus_dir)
 
@@ -139,7 +145,7 @@ def switch_after_two_epochs(monkeypatch):
 
 @pytest.mark.usefixtures("switch_after_two_epochs")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("cell", RNN_TYPES)
+@pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, script, corpus_dir, tmp_path):
     # Through the switch to averaging and through --when.
     flags = ["--model", cell, "--when", 3, "--optimizer", optimizer]
@@ -176,7 +182,7 @@ def test_resume_with_changed_dropouts_and_rate(script, corpus_dir, tmp_path):
 @pytest.mark.usefixtures("switch_after_two_epochs")
 @pytest.mark.parametrize("wdrops", [(0.4, 0), (0, 0.4)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("cell", RNN_TYPES)
+@pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 def test_weight_drop_turned_on_or_off_on_the_way(
     cell, optimizer, wdrops, script, corpus_dir, tmp_path
 ):
@@ -196,7 +202,7 @@ def test_weight_drop_turned_on_or_off_on_the_way(
         trained = [n for n in state.training["model"] if n != "decoder.weight"]
         for number, held in state.training["optimizer"]["state"].items():
             assert held[name].shape == state.training["model"][trained[number]].shape
-    plain = checkpoint._plain_name
+    plain = checkpoint.plain_name
     weights = {plain(n): t for n, t in before.training["model"].items()}
     for weight, tensor in after.training["model"].items():
         torch.testing.assert_close(tensor, weights[plain(weight)], atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 
 import plot
 from cli import metrics
-from utils import end_line, epoch_line
+from cli.lines import end_line, epoch_line
 
 LOSSES = [6.0, 5.0, 5.2, 4.8]
 

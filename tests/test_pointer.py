@@ -3,11 +3,12 @@
 import pytest
 import references
 import torch
+from conftest import ORIGINAL_CELLS
 
 import continuous_cache
 import pointer
 from continuous_cache import ContinuousCache
-from model import RNN_TYPES, RNNModel
+from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
 
 
@@ -35,7 +36,7 @@ def test_target_prob(window, chunk, from_start, monkeypatch):
     torch.testing.assert_close(probs[speaks], expected[speaks], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 @pytest.mark.parametrize("splits", [(), (10, 25)])
 @pytest.mark.parametrize("from_start", [False, True])
 def test_evaluate(rnn_type, splits, from_start):

@@ -8,59 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import CORPORA, ROOT
 
-from cli import flags as options
+from cli.presets import COMMANDS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CHARACTERS = "--alpha 0 --beta 0 --dropoute 0"
-PUBLISHED = {
-    "PTB LSTM": [
-        "main.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 "
-        "--epoch 500 --save PTB.pt",
-        "finetune.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 "
-        "--epoch 500 --save PTB.pt",
-        "pointer.py --data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 "
-        "--bptt 5000",
-    ],
-    "PTB QRNN": [
-        "main.py --model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 "
-        "--emsize 400 --dropouth 0.3 --seed 9001 --dropouti 0.4 --epochs 550 --save PTB.pt",
-        "finetune.py --model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 "
-        "--emsize 400 --dropouth 0.3 --seed 404 --dropouti 0.4 --epochs 300 --save PTB.pt",
-        "pointer.py --model QRNN --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000 --save PTB.pt",
-    ],
-    "WikiText-2 LSTM": [
-        "main.py --epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882",
-        "finetune.py --epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882",
-        "pointer.py --save WT2.pt --lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 "
-        "--data data/wikitext-2",
-    ],
-    "WikiText-2 QRNN": [
-        "main.py --epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 "
-        "--nhid 1550 --nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 "
-        "--save WT2.pt",
-        "finetune.py --epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 "
-        "--nhid 1550 --nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 "
-        "--save WT2.pt",
-        "pointer.py --save WT2.pt --model QRNN --lambdasm 0.1279 --theta 0.662 --window 3785 "
-        "--bptt 2000 --data data/wikitext-2",
-    ],
-    "PTB characters LSTM": [
-        f"main.py --epochs 500 --nlayers 3 --emsize 200 --nhid 1000 {CHARACTERS} --dropouth 0.25 "
-        "--dropouti 0.1 --dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 --batch_size 128 "
-        "--optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt --when 300 400",
-    ],
-    "enwik8 LSTM": [
-        f"main.py --epochs 50 --nlayers 3 --emsize 400 --nhid 1840 {CHARACTERS} --dropouth 0.1 "
-        "--dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 "
-        "--optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35",
-    ],
-    "WikiText-103 QRNN": [
-        f"main.py --epochs 14 --nlayers 4 --emsize 400 --nhid 2500 {CHARACTERS} --dropouth 0.1 "
-        "--dropouti 0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 --batch_size 60 "
-        "--optimizer adam --lr 1e-3 --data data/wikitext-103 --save WT103.12hr.QRNN.pt --when 12 "
-        "--model QRNN",
-    ],
-}
 
 
 def commands():
@@ -68,11 +18,11 @@ def commands():
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
 
 
-STAGES = [stage for row in PUBLISHED.values() for stage in row]
+STAGES = [f"{stage}.py {f}" for row in COMMANDS.values() for stage, f in row.items()]
 
 
 def script_calls():
-    """The calls of the scripts at the top, whose parsers all know `options.parse`."""
+    """The calls of the scripts at the root."""
     return [c.removeprefix("python ") for c in commands() if re.match(r"python \w+\.py", c)]
 
 
@@ -84,7 +34,7 @@ def test_the_readme_has_every_published_command():
 def test_commands_parse(command):
     script, *argv = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py"))
-    args = options.parse(module.build_parser, argv)
+    args = module.build_parser().parse_args(argv)
     if "--preset" not in argv:  # which gives flags of its own
         positional = getattr(args, "file", None) is not None or hasattr(args, "runs")
         assert len(args.given) == sum(arg.startswith("--") for arg in argv) + positional
@@ -131,15 +81,15 @@ def stand_in(corpus, folder):
 
 @pytest.mark.published
 @pytest.mark.corpora
-@pytest.mark.parametrize("row", PUBLISHED)
+@pytest.mark.parametrize("row", COMMANDS)
 def test_published_commands_run_at_their_real_size(row, script, tmp_path, monkeypatch):
     """A batch of every published command, each stage on the file of the one before."""
     if not CORPORA.is_dir():
         pytest.skip(f"the full corpora are not in {CORPORA}")
     monkeypatch.chdir(tmp_path)
-    for stage in PUBLISHED[row]:
-        name, *argv = shlex.split(stage.replace(".py", "", 1))
-        corpus = Path(options.parse(importlib.import_module(name).build_parser, argv).data).name
+    for name, published in COMMANDS[row].items():
+        argv = published.split()
+        corpus = Path(importlib.import_module(name).build_parser().parse_args(argv).data).name
         folder = CORPORA / corpus
         if not (folder / "train.txt").is_file():
             folder = stand_in(corpus, tmp_path)

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from test_readme import commands
 
-from checkpoint import model_file as checkpoint
+import checkpoint
 
 EXCLUDED = {
     "make demo": "minutes; its stages are those of the commands below",

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import checkpoint
 from bench import reproduce
-from checkpoint import model_file as checkpoint
 from utils import ToolkitError
 
 REDUCED = [*TINY, "--lr", "5", "--epochs", "3", "--save-every", "0", "--max-batches", "9"]

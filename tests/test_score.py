@@ -12,12 +12,12 @@ import sys
 import pytest
 import references
 import torch
-from conftest import CORPORA, ROOT, TINY
+from conftest import CORPORA, ORIGINAL_CELLS, ROOT, TINY
 
+import checkpoint
 import score
-from checkpoint import model_file as checkpoint
 from data import Dictionary
-from model import RNN_TYPES
+from scoring.page import _colour, full_bits, level_of
 from training import engine
 from utils import batchify
 
@@ -71,7 +71,7 @@ def test_json_where_the_output_is_not_utf8(trained, tmp_path):
 TEXT = "w1 w3  w9\n\n w27 w1\nw4"
 
 
-@pytest.mark.parametrize("cell", RNN_TYPES)
+@pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 @pytest.mark.parametrize("bptt", [1, 3, 1000])
 def test_every_token(cell, bptt, script, trained):
     objects = scored(script, trained[cell], "--text", TEXT, "--tokens", "--lines", "--bptt", bptt)
@@ -99,7 +99,7 @@ def test_every_token(cell, bptt, script, trained):
         assert line["logprob"] == pytest.approx(part)
 
 
-@pytest.mark.parametrize("cell", RNN_TYPES)
+@pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 def test_independent_lines(cell, script, trained):
     argv = ["--tokens", "--independent"]
     objects = scored(script, trained[cell], "--text", TEXT, *argv)
@@ -136,7 +136,7 @@ def test_a_cache_that_never_speaks_says_so(script, trained):
     assert "--cache-from-start" in total["notes"]["cache"]
 
 
-@pytest.mark.parametrize("cell", [*RNN_TYPES, "split"])
+@pytest.mark.parametrize("cell", [*ORIGINAL_CELLS, "split"])
 def test_as_corpus_is_the_test_score_of_main(cell, script, corpus_dir, tmp_path, monkeypatch):
     import main
 
@@ -163,7 +163,7 @@ def test_as_corpus_is_the_test_score_of_main(cell, script, corpus_dir, tmp_path,
 
 @pytest.mark.corpora
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", RNN_TYPES)
+@pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 def test_as_corpus_on_penn(cell, script, tmp_path):
     if not CORPORA.is_dir():
         pytest.skip(f"the full corpora are not in {CORPORA}")
@@ -303,21 +303,21 @@ def test_html(script, with_unk, tmp_path):
     assert "e" in classes[3]
     assert page.tokens[0][2] == "w1: not scored"
     objects = scored(script, with_unk, "--text", text, "--as-corpus", "--tokens")
-    full = score.full_bits(checkpoint.load(with_unk).config["ntoken"])
+    full = full_bits(checkpoint.load(with_unk).config["ntoken"])
     for (_, kinds, tip), token in zip(page.tokens[1:], objects[1:-1], strict=True):
         surprisal = -token["logprob"] / math.log(2)
         assert tip.startswith(token["word"])
         assert f": {surprisal:.2f} bits" in tip
-        assert f"s{score.level_of(surprisal, full)}" in kinds.split()
+        assert f"s{level_of(surprisal, full)}" in kinds.split()
 
 
 def test_colours_follow_surprisal():
-    levels = [score.level_of(bits / 4, 10) for bits in range(60)]
+    levels = [level_of(bits / 4, 10) for bits in range(60)]
     assert levels == sorted(levels)
     assert set(levels) == set(range(15))
-    assert score.level_of(math.inf, 10) == 14
+    assert level_of(math.inf, 10) == 14
     lightness = [
-        sum(int(score._colour(level)[i : i + 2], 16) * w for i, w in ((1, 3), (3, 6), (5, 1)))
+        sum(int(_colour(level)[i : i + 2], 16) * w for i, w in ((1, 3), (3, 6), (5, 1)))
         for level in range(15)
     ]
     # In print without colours the order can still be seen.

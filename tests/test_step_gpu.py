@@ -4,12 +4,15 @@ import warnings
 
 import pytest
 import torch
+from conftest import ORIGINAL_CELLS
 
-from model import RNN_TYPES, RNNModel
+from cli.device import set_precision
+from loss import TrainingLoss
+from model import RNNModel
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss
-from training.step import GraphedStep, TrainingLoss, TrainingStep, make_step
-from utils import set_precision
+from training.cuda_graphs import GraphedStep, make_step
+from training.step import TrainingStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,28 +33,27 @@ def make(rnn_type, optimizer="sgd", graphs=False, precision="fp32", splits=()):
     else:
         optimizer = torch.optim.Adam(params, 1e-3, weight_decay=1.2e-6, fused=True)
     source = torch.randint(1000, (4000, 20), device=device, dtype=torch.int32)
-    options = {"bptt": 20, "clip": 0.25, "alpha": 2.0, "beta": 1.0}
-    network = TrainingLoss(model, criterion, precision == "bf16")
+    options = {"bptt": 20, "clip": 0.25}
+    network = TrainingLoss(model, criterion, alpha=2.0, beta=1.0, bf16=precision == "bf16")
     return make_step(network, optimizer, source, graphs=graphs, **options)
 
 
 def run(step, steps=200):
     """So many steps of four lengths in turn, the second half averaged where there is an average."""
     torch.manual_seed(1)
-    step.begin(None, [])
-    losses, row = [], 0
+    step.begin()
+    losses = []
     for i in range(steps):
         if i == steps // 2 and isinstance(step.optimizer, NTASGD):
             step.optimizer.start_averaging()
         rows = (19, 20, 21, 10)[i % 4]
         step.interval.zero_()
-        step.run(row, rows, rows)
+        step.take(rows, rows)
         losses.append(step.interval.clone())
-        row += rows
     return torch.stack(losses).cpu()
 
 
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_200_graphed_steps_are_the_eager_ones(rnn_type, optimizer):
     eager, graphed = make(rnn_type, optimizer), make(rnn_type, optimizer, graphs=True)
@@ -71,19 +73,17 @@ def test_replays_draw_fresh_masks():
         group["lr"] = 0.0
     losses = run(step)
     step.source[:] = step.source[0]
-    step.begin(None, [])
     seen = set()
     for _ in range(20):
-        step.begin(None, [])
-        step.interval.zero_()
-        step.run(0, 20, 20)
+        step.begin()
+        step.take(20, 20)
         seen.add(step.interval.item())
     assert len(seen) == 20
     assert losses.isfinite().all()
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 def test_precisions_stay_close_to_float32(rnn_type, precision):
     expected = run(make(rnn_type), 100)
     losses = run(make(rnn_type, precision=precision, graphs=True), 100)
@@ -105,8 +105,8 @@ def test_cudnn_takes_the_published_sizes_without_a_warning():
     torch.manual_seed(0)
     model = RNNModel("LSTM", 1000, 400, 1150, 3, **RATES, tie_weights=True).cuda()
     source = torch.randint(1000, (200, 20), device="cuda", dtype=torch.int32)
-    network = TrainingLoss(model, SplitCrossEntropyLoss(400, []).cuda())
-    options = {"bptt": 20, "clip": 0.25, "alpha": 2.0, "beta": 1.0, "graphs": False}
+    network = TrainingLoss(model, SplitCrossEntropyLoss(400, []).cuda(), alpha=2.0, beta=1.0)
+    options = {"bptt": 20, "clip": 0.25, "graphs": False}
     step = make_step(network, NTASGD(network.parameters(), 1.0), source, **options)
     addresses = [p.data_ptr() for p in step.params]
     with warnings.catch_warnings():
@@ -124,7 +124,7 @@ def test_bf16_makes_no_float16_of_recurrent_layers(rnn_type):
     assert all(output.dtype == torch.float32 for output in outputs)
 
 
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 def test_after_a_recording_that_failed_steps_run_eagerly(rnn_type, capsys, monkeypatch):
     eager, graphed = make(rnn_type), make(rnn_type, graphs=True)
     forward = graphed.network.forward
@@ -153,7 +153,7 @@ def test_no_step_waits_for_the_device():
     run(step, 20)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for i in range(20):
-            step.run(20 * i, 20, 20)
+        for _ in range(20):
+            step.take(20, 20)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import model_file as checkpoint
+import checkpoint
 
 ALIKE = (
     "--emsize 12 --nhid 16 --nlayers 2 --batch_size 5 --bptt 10 --no-cuda --seed 7 --lr 5 "

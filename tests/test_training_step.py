@@ -1,17 +1,17 @@
-"""training_step.py: steps recorded once and replayed are the steps run one by one."""
-
-import copy
+"""training/cuda_graphs.py: steps recorded once and replayed are the steps run one by one."""
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import RNN_TYPES, RNNModel
+from loss import TrainingLoss
+from model import CELLS, RNNModel
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss
 from training import engine
-from training.step import GraphedStep, TrainingLoss, TrainingStep, make_step
+from training.cuda_graphs import GraphedStep, make_step
+from training.step import TrainingStep
 
 RATES = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.3, "dropoute": 0.1, "wdrop": 0.4}
 
@@ -61,7 +61,7 @@ class Recorder:
         step = self.step
         state = list(step.params)
         state += [t for s in step.optimizer.state.values() for t in s.values()]
-        state += [t for t in flatten([step.hidden, step.kept]) if t is not None]
+        state += flatten(step.hidden)
         state += [step.total, step.interval, step.norm]
         before = [t.detach().clone() for t in state]
         random = torch.get_rng_state()
@@ -105,8 +105,8 @@ def make(rnn_type, optimizer="sgd", graphs=False, bf16=False):
     else:
         optimizer = torch.optim.Adam(model.parameters(), 0.01, weight_decay=0.01, fused=True)
     source = torch.from_numpy(np.random.RandomState(0).randint(40, size=(300, 3))).int()
-    options = {"bptt": 8, "clip": 0.25, "alpha": 2.0, "beta": 1.0}
-    network = TrainingLoss(model, criterion, bf16)
+    options = {"bptt": 8, "clip": 0.25}
+    network = TrainingLoss(model, criterion, alpha=2.0, beta=1.0, bf16=bf16)
     if not graphs:
         return TrainingStep(network, optimizer, source, **options)
     step = GraphedStep(network, optimizer, source, record=lambda work: record(work), **options)
@@ -123,13 +123,16 @@ def train(step, epochs=(1, 2, 3)):
     for epoch in epochs:
         if epoch == 3 and isinstance(step.optimizer, NTASGD):
             step.optimizer.start_averaging()
-        losses.append(engine.train_epoch(step, epoch=epoch, rng=rng))
+        step.begin()
+        for _ in engine.train_epoch(step, rng):
+            pass
+        losses.append(step.total.item() / step.row)
         criterion = step.network.criterion
         losses.append(engine.evaluate(step.model, criterion, step.source[:50], 10))
     return losses
 
 
-@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+@pytest.mark.parametrize("rnn_type", CELLS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_replayed_steps_are_the_eager_ones(rnn_type, optimizer):
     eager, graphed = make(rnn_type, optimizer), make(rnn_type, optimizer, graphs=True)
@@ -150,13 +153,28 @@ def test_replayed_steps_are_the_eager_ones(rnn_type, optimizer):
                 torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
-def test_a_rate_changed_between_epochs_reaches_what_was_recorded():
+CHANGES = {
+    "the rate": lambda step: step.optimizer.param_groups[0].update(lr=0.1),
+    "weight decay": lambda step: step.optimizer.param_groups[0].update(weight_decay=0.3),
+    "the norm to clip at": lambda step: setattr(step, "clip", 0.01),
+    "a penalty": lambda step: setattr(step.loss, "alpha", 20.0),
+    "a dropout": lambda step: setattr(step.model, "dropouth", 0.0),
+    "weight drop": lambda step: setattr(step.model.rnns[0], "dropout", 0.9),
+    "the text, in place": lambda step: step.source.copy_(step.source.flip(0)),
+    "the text": lambda step: setattr(step, "source", step.source.flip(0).contiguous()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_between_epochs_reaches_what_was_recorded(change):
     eager, graphed = make("LSTM"), make("LSTM", graphs=True)
+    results = []
     for step in (eager, graphed):
         train(step, (1, 2))
-        step.optimizer.param_groups[0]["lr"] = 0.1
-        train(step, (2,))
+        CHANGES[change](step)
+        results.append(train(step, (2,)))
     assert graphed.recorder.replayed > 60
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
     for p, q in zip(graphed.params, eager.params, strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
@@ -165,7 +183,7 @@ def test_a_rate_changed_between_epochs_reaches_what_was_recorded():
 def test_a_step_that_cannot_be_recorded_runs_eagerly_and_says_so(rnn_type, monkeypatch):
     eager, graphed = make(rnn_type), make(rnn_type, graphs=True)
     lines = []
-    graphed.log = lines.append
+    graphed.say = lines.append
     forward = graphed.network.forward
 
     def with_a_number_from_the_device(*args):
@@ -183,7 +201,7 @@ def test_a_step_that_cannot_be_recorded_runs_eagerly_and_says_so(rnn_type, monke
 
 
 def test_graphs_are_given_up_when_averaging_starts_and_never_more_than_there_is_room(monkeypatch):
-    monkeypatch.setattr("training.step.MOST_GRAPHS", 3)
+    monkeypatch.setattr("training.cuda_graphs.MOST_GRAPHS", 3)
     graphed = make("GRU", graphs=True)
     train(graphed, (1, 2))
     assert len(graphed._replays) == graphed.recorder.recorded == 3
@@ -204,20 +222,7 @@ def test_bf16_trains_float32_weights_close_to_float32():
 def test_without_a_gpu_there_are_no_graphs_and_nothing_is_said():
     step, said = make("LSTM"), []
     again = make_step(
-        step.network, step.optimizer, step.source, graphs=True, log=said.append, bptt=8, clip=0.25
+        step.network, step.optimizer, step.source, graphs=True, say=said.append, bptt=8, clip=0.25
     )
     assert type(again) is TrainingStep
     assert not said
-
-
-def test_a_position_can_be_copied_and_taken_up():
-    first, second = make("QRNN"), make("QRNN")
-    train(first, (1,))
-    second.network.load_state_dict(copy.deepcopy(first.network.state_dict()))
-    position = engine.Position(hidden=first.hidden, kept=first.kept)
-    taken = engine.Position.from_state(position.state(), torch.device("cpu"))
-    second.begin(taken.hidden, taken.kept)
-    for ours, theirs in zip(
-        flatten([second.hidden, second.kept]), flatten([first.hidden, first.kept]), strict=True
-    ):
-        assert (ours is None and theirs is None) or torch.equal(ours, theirs)

@@ -1,12 +1,13 @@
 """Own corpora: fewer words, one text cut in three, and another corpus than the model's."""
 
+import re
 from collections import Counter
 
 import pytest
 import torch
 from conftest import TINY
 
-from checkpoint import model_file as checkpoint
+import checkpoint
 from data import Corpus, CorpusError, Dictionary
 
 TEXTS = {
@@ -178,7 +179,7 @@ def test_finetuning_on_another_corpus(script, long_texts, corpus_dir, trained, t
     model = tmp_path / "m.pt"
     flags = ["--data", other, "--save", model, *TINY, "--lr", 5, "--epochs", 1]
     script("main", "--data", corpus_dir, "--save", model, *TINY, "--lr", 5, "--epochs", 1,
-           "--max-batches", 2, "--vocab-size", 15)  # fmt: skip
+           "--max-batches", 2, "--vocab-size", 50)  # fmt: skip
     before = checkpoint.load(model).dictionary.idx2word
     status, out, err = script("finetune", *flags)
     assert (status, err) == (0, "")
@@ -188,6 +189,16 @@ def test_finetuning_on_another_corpus(script, long_texts, corpus_dir, trained, t
     status, out, _ = script("main", "--init", model, *flags[:3], tmp_path / "n.pt", *flags[4:])
     assert status == 0
     assert "read as <unk>" in out
+    # A text that is mostly <unk> is the wrong text.
+    (other / "train.txt").write_text("z1 z2\n" * 900)
+    for argv in (
+        ["finetune", *flags],
+        ["pointer", *flags[:4]],
+        ["score", "--checkpoint", model, "--text", "z1 z2 w2"],
+    ):
+        status, _, err = script(*argv)
+        assert status == 1
+        assert re.search("[5-9].% of the tokens of .* are not in the model's vocabulary", err)
     # A vocabulary without <unk> has no place for them.
     plain = ["--save", trained["LSTM"], "--data", other]
     status, _, err = script("finetune", *plain)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import weight_drop
+from kernels import cudnn
 from weight_drop import WeightDrop
 
 
@@ -200,7 +201,7 @@ def test_from_one_buffer_a_cell_gives_the_same(cell, given):
     inputs = [x, *module.parameters()]
     weight = torch.randn(6, 3, 7)
     results = []
-    for call in (module, lambda *args: weight_drop.run_from_one_buffer(module, *args)):
+    for call in (module, lambda *args: cudnn.run_from_one_buffer(module, *args)):
         output, state = call(x, hidden)
         grads = torch.autograd.grad((output * weight).sum(), inputs)
         results.append([output, *(state if cell is nn.LSTM else [state]), *grads])
@@ -214,14 +215,14 @@ def test_from_one_buffer_in_float32_under_autocast_too(cell):
     module, x = cell(5, 7), torch.randn(6, 3, 5).bfloat16()
     expected, _ = module(x.float())
     with torch.autocast("cpu", torch.bfloat16):
-        output, _ = weight_drop.run_from_one_buffer(module, x)
+        output, _ = cudnn.run_from_one_buffer(module, x)
     assert output.dtype == torch.float32
     torch.testing.assert_close(output, expected)
 
 
 def test_the_buffer_is_one_and_in_the_order_of_cudnn():
     tensors = [torch.randn(4, 3, requires_grad=True), torch.randn(4), torch.randn(4)]
-    views = weight_drop._OneBuffer.apply(*tensors)
+    views = cudnn._OneBuffer.apply(*tensors)
     address = views[0].data_ptr()
     for view, tensor in zip(views, tensors, strict=True):
         assert torch.equal(view, tensor)

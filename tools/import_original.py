@@ -9,7 +9,6 @@ The architecture is read off the tensors' names and shapes, the vocabulary is th
 order of first appearance, as the original numbers it.
 """
 
-import argparse
 import math
 import re
 import sys
@@ -23,8 +22,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import model_file as checkpoint  # noqa: E402
-from cli import flags as options  # noqa: E402
+import checkpoint  # noqa: E402
+from cli import flags, program  # noqa: E402
+from cli.parser import Parser  # noqa: E402
 from data import Corpus  # noqa: E402
 from model import RNNModel  # noqa: E402
 from splitcross import SplitCrossEntropyLoss, default_splits  # noqa: E402
@@ -33,13 +33,12 @@ from utils import ToolkitError  # noqa: E402
 GATES = {4: "LSTM", 3: "GRU"}
 
 
-def build_parser() -> options.Parser:
+def build_parser() -> Parser:
     """The command line of import_original.py."""
-    parser = options.Parser([], __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("exported", help="file of tensors exported from the original")
-    options.add_data(parser, "data/penn/")
-    options.add_save(parser, "model file to write")
+    parser = Parser("", __doc__)
+    parser.flag("", "exported", help="file of tensors exported from the original")
+    flags.add_data(parser, "data/penn/")
+    flags.add_save(parser, "model file to write")
     return parser
 
 
@@ -98,7 +97,7 @@ def architecture(state: dict[str, Tensor]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Import; raises ToolkitError for what the user can mend."""
-    args = options.parse(build_parser, argv)
+    args = build_parser().parse_args(argv)
     state, criterion_state = read(args.exported)
     checkpoint.check_writable(args.save)
     corpus = Corpus(args.data)
@@ -146,4 +145,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    program.run(main)

@@ -8,9 +8,8 @@ agreement on when to save and stop, and a plain end when another process dies.
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +35,7 @@ class Ranks:
         return self.rank == 0
 
     def span(self, columns: int) -> tuple[int, int]:
-        """This rank's columns, from the first to before the second; shares differ by one at most.
+        """This rank's columns, from the first to before the second; ranks differ by one at most.
 
         Where there are fewer columns than ranks, every rank has them all.
         """
@@ -51,7 +50,7 @@ class Ranks:
         start, end = self.span(source.size(dim))
         return source.narrow(dim, start, end - start).contiguous()
 
-    def share(self, network: nn.Module) -> nn.Module:
+    def data_parallel(self, network: nn.Module) -> nn.Module:
         """`network`, its gradients averaged over the ranks during every backward pass."""
         if self.world == 1:
             return network
@@ -119,7 +118,7 @@ class Ranks:
                     f"rank {self.rank} lost touch with another rank, which has died or was "
                     "stopped: go on from the last saved state with --resume"
                 ) from error
-            # None ends while another still listens to it.
+            # No rank exits while another still expects its messages.
             dist.barrier()
 
 
@@ -153,22 +152,6 @@ def join(device: torch.device) -> Ranks:
     else:
         dist.init_process_group("gloo")
     return Ranks(dist.get_rank(), int(world))
-
-
-def leave(status: int) -> NoReturn:
-    """End this process with the exit status `status`, if it trains with others at once.
-
-    What PyTorch has running between processes cannot be relied on to come down by itself: as the
-    interpreter ends, threads that are still there abort the process now and then, and with a rank
-    dead it may wait for that one.
-    """
-    if dist.is_available() and dist.is_initialized():
-        # The terminal may be gone.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 def check_columns(ranks: Ranks, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""cache_search.py and pointer.py --search, --by-word, --plot against per-token references."""
+"""scoring/search.py and pointer.py --search, --by-word, --plot against per-token references."""
 
 import itertools
 import math
@@ -9,9 +9,9 @@ import pytest
 import references
 import torch
 
-import pointer
 from continuous_cache import ContinuousCache
-from scoring import search as cache_search
+from scoring import search as searching
+from scoring import words as words_of
 from scoring.search import Setting
 from scoring.stream import Piece
 
@@ -30,11 +30,11 @@ def piece_of(outputs, words, table):
 @pytest.mark.parametrize("block", [1, 7, 16, 500])
 @pytest.mark.parametrize("n", [1, 2, 60])
 def test_every_window_and_theta(n, block, monkeypatch):
-    monkeypatch.setattr(cache_search, "_BLOCK", block)
+    monkeypatch.setattr(searching, "_BLOCK", block)
     outputs, words, _ = stream(n)
     windows, thetas = [30, 1, 5, 59, 60, 400], [0.0, 0.7, 3.0]
     done = []
-    probs = cache_search.target_probs(outputs, words, windows, thetas, done.append)
+    probs = searching.target_probs(outputs, words, windows, thetas, done.append)
     assert probs.shape == (6, 3, n)
     assert sum(done) == n
     for w, window in enumerate(windows):
@@ -55,9 +55,9 @@ def test_every_window_and_theta(n, block, monkeypatch):
 
 def test_scores_far_above_those_of_a_window(monkeypatch):
     # At these scores the exponentials of a small window vanish beside those of the widest.
-    monkeypatch.setattr(cache_search, "_BLOCK", 16)
+    monkeypatch.setattr(searching, "_BLOCK", 16)
     outputs, words, _ = stream(60, scale=30.0)
-    probs = cache_search.target_probs(outputs, words, [2, 10, 50], [0.5, 20.0])
+    probs = searching.target_probs(outputs, words, [2, 10, 50], [0.5, 20.0])
     for (w, window), (k, theta) in itertools.product(enumerate([2, 10, 50]), enumerate([0.5, 20])):
         cache = ContinuousCache(window, theta, from_start=True)
         expected = cache.target_prob(outputs, words)[0]
@@ -68,7 +68,7 @@ def test_best_lambda():
     outputs, words, table = stream(200)
     logprob = piece_of(outputs, words, table).logprob
     for p_cache in (torch.rand(200), torch.rand(200) ** 3, torch.rand(200) * (words == 2)):
-        lambdasm, gain = cache_search.best_lambda(logprob, p_cache)
+        lambdasm, gain = searching.best_lambda(logprob, p_cache)
 
         def total(x, p_cache=p_cache):
             mixed = x * p_cache.double() + (1 - x) * logprob.double().exp()
@@ -78,10 +78,10 @@ def test_best_lambda():
         assert lambdasm == pytest.approx(best / 1000, abs=0.0011)
         assert gain == pytest.approx(total(lambdasm), abs=1e-6)
     # A cache that always knows, one that never does, no position, a word the model rules out.
-    assert cache_search.best_lambda(logprob, torch.ones(200))[0] == 0.999
-    assert cache_search.best_lambda(logprob, torch.zeros(200)) == (0.0, 0.0)
-    assert cache_search.best_lambda(logprob[:0], logprob[:0]) == (0.0, 0.0)
-    lambdasm, gain = cache_search.best_lambda(torch.full((9,), -1e4), torch.full((9,), 0.5))
+    assert searching.best_lambda(logprob, torch.ones(200))[0] == 0.999
+    assert searching.best_lambda(logprob, torch.zeros(200)) == (0.0, 0.0)
+    assert searching.best_lambda(logprob[:0], logprob[:0]) == (0.0, 0.0)
+    lambdasm, gain = searching.best_lambda(torch.full((9,), -1e4), torch.full((9,), 0.5))
     assert lambdasm == 0.999
     assert math.isfinite(gain)
 
@@ -90,7 +90,7 @@ def test_best_lambda():
 def test_grid_has_each_setting_at_its_best(from_start):
     outputs, words, table = stream(80)
     piece = piece_of(outputs, words, table)
-    for setting in cache_search.grid(piece, [5, 30, 90], [0.3, 1.0], from_start):
+    for setting in searching.grid(piece, [5, 30, 90], [0.3, 1.0], from_start):
 
         def loss(x, setting=setting):
             args = (outputs, words, table.exp(), setting.window, setting.theta, x, from_start)
@@ -99,7 +99,7 @@ def test_grid_has_each_setting_at_its_best(from_start):
 
         assert setting.loss == pytest.approx(loss(setting.lambdasm), abs=1e-5)
         assert setting.loss <= min(loss(x / 20) for x in range(20)) + 1e-6
-        assert cache_search.loss_at(piece, setting, from_start) == pytest.approx(
+        assert searching.loss_at(piece, setting, from_start) == pytest.approx(
             setting.loss, abs=1e-5
         )
 
@@ -114,32 +114,32 @@ def test_search_is_at_least_as_good_as_what_was_given(from_start):
     piece = piece_of(outputs, words, table)
     for window, theta, lambdasm in ((7, 0.9, 0.5), (500, 0.0, 0.0), (100, 3.0, 0.9)):
         given = Setting(window, theta, lambdasm, math.nan)
-        table_, best = cache_search.search(piece, given, from_start)
+        table_, best = searching.search(piece, given, from_start)
         assert (window, theta) in {setting[:2] for setting in table_}
-        assert best.loss <= cache_search.loss_at(piece, given, from_start)
-        assert best.loss == cache_search.loss_at(piece, best, from_start)
+        assert best.loss <= searching.loss_at(piece, given, from_start)
+        assert best.loss == searching.loss_at(piece, best, from_start)
         assert best.loss <= min(setting.loss for setting in table_) + 1e-5
 
 
 def test_around():
-    assert cache_search.around([1, 8, 64], 8) == pytest.approx([2, 4, 16, 32])
-    assert cache_search.around([8, 64], 8) == pytest.approx(
+    assert searching.around([1, 8, 64], 8) == pytest.approx([2, 4, 16, 32])
+    assert searching.around([8, 64], 8) == pytest.approx(
         [2, 8 / 4 ** (2 / 3), 8 / 4 ** (1 / 3), 16, 32]
     )
-    assert cache_search.around([0, 3], 0) == pytest.approx([1, 2])
-    assert cache_search.around([0], 0) == []
-    assert min(cache_search.around([0, 3], 3)) > 0
+    assert searching.around([0, 3], 0) == pytest.approx([1, 2])
+    assert searching.around([0], 0) == []
+    assert min(searching.around([0, 3], 3)) > 0
 
 
 def test_changes_by_word():
     gain = torch.tensor([1.0, -2.0, 0.5, 0.25, 0.0])
     words = torch.tensor([2, 0, 2, 3, 1])
-    found = pointer.changes(gain, words, ["a", "b", "c", "d", "e"])
+    found = words_of.changes(gain, words, ["a", "b", "c", "d", "e"])
     assert found == [("c", 1.5, 2), ("d", 0.25, 1), ("b", 0.0, 1), ("a", -2.0, 1)]
-    helped, hurt = pointer.extremes(found, 5)
+    helped, hurt = words_of.extremes(found, 5)
     assert [change.word for change in helped] == ["c", "d"]
     assert [change.word for change in hurt] == ["a"]
-    assert [change.word for change in pointer.extremes(found, 1)[0]] == ["c"]
+    assert [change.word for change in words_of.extremes(found, 1)[0]] == ["c"]
 
 
 END = re.compile(r"\| End of pointer \| (val|test) loss +\S+ \| \1 ppl +(\S+)")

@@ -1,4 +1,4 @@
-"""safekeeping.py: when a state is written, and how signals are noted and obeyed."""
+"""cli/signals.py and training/save_clock.py: signals noted and obeyed, and when to write."""
 
 import contextlib
 import os
@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from cli.signals import Output, SaveClock, Stopped, StopRequests
+from cli.signals import Output, Stopped, StopRequests
+from training.save_clock import SaveClock
 from utils import ToolkitError
 
 

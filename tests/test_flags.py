@@ -1,4 +1,4 @@
-"""options.py: every flag's default, the classic abbreviations, refusals in one line."""
+"""cli/: every flag's default, the classic abbreviations, presets, refusals in one line."""
 
 import importlib
 import re
@@ -7,9 +7,11 @@ import shlex
 import pytest
 import torch
 from conftest import ROOT, TINY
-from test_readme import PUBLISHED
 
-from cli import flags as options
+from cli import flags, resuming
+from cli.parser import ARCHITECTURE, CLASSIC, VERSION, plain
+from cli.presets import COMMANDS
+from utils import ToolkitError
 
 TRAINING = {
     "data": "data/penn/",
@@ -72,13 +74,13 @@ def test_defaults(script):
     args = vars(parser_of(script).parse_args([]))
     assert {name: args[name] for name in DEFAULTS[script]} == DEFAULTS[script]
     # The list of classic flags is the table's.
-    flags = {flag.removeprefix("--").replace("-", "_") for flag in options.CLASSIC[script]}
+    flags = {flag.removeprefix("--").replace("-", "_") for flag in CLASSIC[script]}
     assert flags == set(DEFAULTS[script])
 
 
 @pytest.mark.parametrize("script", DEFAULTS)
 def test_every_classic_abbreviation_still_works(script):
-    classic = options.CLASSIC[script]
+    classic = CLASSIC[script]
     values = {"--model": "QRNN", "--optimizer": "adam", "--cuda": None, "--tied": None}
     for flag in classic:
         for length in range(3, len(flag) + 1):
@@ -90,40 +92,76 @@ def test_every_classic_abbreviation_still_works(script):
             if flag.startswith("--drop") or flag == "--wdrop":
                 value = "0.5"
             argv = [short] if value is None else [short, value]
-            args = options.parse(lambda: parser_of(script), argv)
+            args = parser_of(script).parse_args(argv)
             assert args.given == {flag.removeprefix("--").replace("-", "_")}, short
             if value is not None:
-                joined = options.parse(lambda: parser_of(script), [f"{short}={value}"])
+                joined = parser_of(script).parse_args([f"{short}={value}"])
                 assert vars(joined) == vars(args)
 
 
 def test_given_flags():
-    args = options.parse(lambda: parser_of("main"), "--lr 30 --when 3 4 --no-cuda".split())
+    args = parser_of("main").parse_args("--lr 30 --when 3 4 --no-cuda".split())
     assert args.given == {"lr", "when", "cuda"}
     assert args.cuda is False
-    assert "given" not in options.plain(args)
-    args = options.parse(lambda: parser_of("main"), "--dropouth 0.3 --wdrop 0".split())
-    rates = {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4, "wdrop": 0.5}
-    options.take_dropouts(args, {**rates, "nhid": 3})
-    assert options.dropouts(args) == {**rates, "dropouth": 0.3, "wdrop": 0.0}
+    assert "given" not in plain(args)
+    rates = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.65, "dropoute": 0.1, "wdrop": 0.5}
+    assert flags.dropouts(args) == rates
 
 
-def test_flags_recorded_in_a_file_are_checked():
-    parser = parser_of("main")
-    args = options.parse(lambda: parser_of("main"), ["--lr", "3"])
-    options.continue_from(args, {"lr": 7.0, "clip": 0.5, "when": [3], "other": 1}, parser, "m.pt")
+TRAINED = {"args": {"lr": 7.0, "clip": 0.5, "when": [3], "other": 1}, "position": None, "epoch": 2}
+
+
+def resumed(argv, **recorded):
+    args = parser_of("main").parse_args(argv)
+    training = {**TRAINED, "args": {**TRAINED["args"], **recorded}}
+    resuming.resume_flags(args, parser_of("main"), training, "m.pt")
+    return args
+
+
+def test_a_resumed_run_takes_what_is_not_given():
+    args = resumed(["--lr", "3"])
     assert (args.lr, args.clip, args.when) == (3, 0.5, [3])
-    bad_values = [{"bptt": -5}, {"clip": "x"}, {"optimizer": "sgdd"}, {"when": [1, "x"]}]
-    bad_values += [
-        {"when": 3},
-        {"data": 3},
-        {"logdir": 5.0},
-        {"clip": [1.0]},
-        {"deterministic": "x"},
-    ]
-    for bad in bad_values:
-        with pytest.raises(options.ToolkitError, match=r"m\.pt is damaged \(its --"):
-            options.continue_from(args, bad, parser, "m.pt")
+    assert args.given == {"lr"}
+    # What repeats the run's own command is no change.
+    args = resumed(["--lr", "7", "--when", "3", "--save", "m.pt", "--clip", "2"], save="m.pt")
+    assert (args.lr, args.clip, args.save) == (7, 2, "m.pt")
+    assert args.given == {"clip", "save"}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"bptt": -5}, {"clip": "x"}, {"optimizer": "sgdd"}, {"when": [1, "x"]}, {"when": 3},
+        {"data": 3}, {"logdir": 5.0}, {"clip": [1.0]}, {"deterministic": "x"},
+    ],
+)  # fmt: skip
+def test_flags_recorded_in_a_file_are_checked(bad):
+    with pytest.raises(ToolkitError, match=r"m\.pt is damaged \(its --"):
+        resumed([], **bad)
+
+
+def test_finetuning_takes_what_shapes_training(capsys):
+    config = {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4, "wdrop": 0.0}
+    recorded = {"alpha": 0.0, "clip": 1.0, "lr": 7.0, "seed": 3, "optimizer": "adam",
+                "fixed_length": True, "epochs": 9, "precision": None}  # fmt: skip
+
+    def taken(argv, **more):
+        args = parser_of("finetune").parse_args(argv)
+        parser = parser_of("finetune")
+        resuming.finetune_flags(args, parser, config, {**recorded, **more}, "m.pt")
+        return args, capsys.readouterr().out
+
+    args, out = taken(["--dropouth", "0.5"])
+    assert flags.dropouts(args) == {**config, "dropouth": 0.5}
+    # The rate of Adam is none for SGD.
+    assert (args.alpha, args.clip, args.lr, args.fixed_length) == (0, 1, 30, True)
+    assert (args.seed, args.epochs) == (1111, 8000)
+    assert out == (
+        "From m.pt: --alpha 0.0 --clip 1.0 --dropout 0.1 --dropoute 0.4 --dropouti 0.3 "
+        "--fixed-length --wdrop 0.0\n"
+    )
+    args, _ = taken(["--max-seq-len", "9"], optimizer="sgd")
+    assert (args.lr, args.fixed_length, args.max_seq_len) == (7, False, 9)
 
 
 BAD_FLAGS = """
@@ -200,7 +238,7 @@ def test_bad_flags(command, script):
 def test_help_names_every_flag_and_its_default(name, script):
     status, out, _ = script(name, "--help")
     assert status == 0
-    for flag in options.CLASSIC[name]:
+    for flag in CLASSIC[name]:
         assert flag in out
     assert str(DEFAULTS[name].get("nhid", "model.pt")) in out
 
@@ -220,45 +258,22 @@ def test_help_is_for_people(name, script):
 def test_version(name, script):
     status, out, _ = script(name, "--version")
     assert status == 0
-    assert f" {options.VERSION} (torch {torch.__version__})\n" in out
-    assert f'version = "{options.VERSION}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f" {VERSION} (torch {torch.__version__})\n" in out
+    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
-PRESETS = {
-    "PTB LSTM": "ptb-lstm",
-    "PTB QRNN": "ptb-qrnn",
-    "WikiText-2 LSTM": "wt2-lstm",
-    "WikiText-2 QRNN": "wt2-qrnn",
-    "PTB characters LSTM": "ptbc",
-    "enwik8 LSTM": "enwik8",
-    "WikiText-103 QRNN": "wt103",
-}
-
-
-@pytest.mark.parametrize("row", PUBLISHED)
+@pytest.mark.parametrize("row", COMMANDS)
 def test_a_preset_is_the_published_command(row, capsys):
-    stages = set()
-    for command in PUBLISHED[row]:
-        name, *published = shlex.split(command.replace(".py", "", 1))
-        stages.add(name)
-        given = options.parse(lambda name=name: parser_of(name), published)
-        preset = options.parse(lambda name=name: parser_of(name), ["--preset", PRESETS[row]])
-        assert preset.preset == PRESETS[row]
-        expected = {**options.plain(given), "preset": PRESETS[row]}
-        if row == "PTB QRNN" and name != "pointer":
-            expected["data"] = "data/penn"  # said in the preset, a default in the command
-        assert options.plain(preset) == expected
-        assert preset.given >= given.given - {"data", "save", "seed"}
-        assert preset.given - given.given <= {"preset"}
+    for name, published in COMMANDS[row].items():
+        given = parser_of(name).parse_args(shlex.split(published))
+        preset = parser_of(name).parse_args(["--preset", row])
+        assert plain(preset) == {**plain(given), "preset": row}
+        assert preset.given == (given.given - {"data", "save", "seed"}) | {"preset"}
         # What it printed are the flags it stands for.
         (said,) = capsys.readouterr().out.splitlines()
-        assert said.startswith(f"--preset {PRESETS[row]}: --")
-        spelled = shlex.split(said.split(": ", 1)[1])
-        spelled = options.parse(lambda name=name: parser_of(name), spelled)
-        assert {**options.plain(spelled), "preset": PRESETS[row]} == options.plain(preset)
-    # There is one for just the stages that have a command.
-    with_preset = {stage for stage in options.PRESETS if PRESETS[row] in options.PRESETS[stage]}
-    assert with_preset == stages
+        assert said.startswith(f"--preset {row}: --")
+        spelled = parser_of(name).parse_args(shlex.split(said.split(": ", 1)[1]))
+        assert {**plain(spelled), "preset": row} == plain(preset)
 
 
 def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
@@ -267,7 +282,7 @@ def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
         ["--lr=0.5", "--when", "7", "--preset=ptbc"],
         ["--lr", "0.5", "--when", "7", "--pres", "ptbc"],
     ):
-        args = options.parse(lambda: parser_of("main"), argv)
+        args = parser_of("main").parse_args(argv)
         assert (args.lr, args.when, args.nhid) == (0.5, [7], 1000)
         out = capsys.readouterr().out
         assert "--nhid 1000" in out
@@ -277,14 +292,15 @@ def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
     # Those a resumed run takes from the run it goes on from.
     assert not {"data", "save", "seed"} & args.given
     assert {"dropouti"} <= args.given
-    assert options.dropouts(args)["dropouti"] == 0.1
+    assert flags.dropouts(args)["dropouti"] == 0.1
 
 
 def test_a_preset_in_a_resumed_run_sets_the_architecture_alone(capsys):
     argv = ["--preset", "wt103", "--resume", "m.pt", "--epochs", "20"]
-    args = options.parse(lambda: parser_of("main"), argv)
-    assert args.given == {"preset", "resume", "epochs", *options.ARCHITECTURE}
-    options.continue_from(args, {"lr": 1e-4, "when": [3]}, parser_of("main"), "m.pt")
+    args = parser_of("main").parse_args(argv)
+    assert args.given == {"preset", "resume", "epochs", *ARCHITECTURE}
+    training = {"args": {"lr": 1e-4, "when": [3]}, "position": None, "epoch": 1}
+    resuming.resume_flags(args, parser_of("main"), training, "m.pt")
     assert (args.lr, args.when, args.nhid) == (1e-4, [3], 2500)
 
 

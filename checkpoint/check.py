@@ -1,0 +1,81 @@
+"""Whether what a model file holds is a model: its configuration, vocabulary and weights.
+
+What to resume training from is checked when a run is resumed, in training/resume.py.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint.rebuild import DROPOUTS, made_of, plain_name
+
+
+def problem_of(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file's content, if anything; may also raise any kind of error."""
+    config, vocabulary = content["config"], content["vocabulary"]
+    words, counts = vocabulary["words"], vocabulary["counts"]
+    if len(words) != config["ntoken"] or len(set(words)) != len(words) or len(counts) != len(words):
+        return "its vocabulary does not fit its configuration"
+    if not all(type(word) is str for word in words) or not whole(counts):
+        return "its vocabulary is not one of words and counts"
+    sizes = [config[name] for name in ("ntoken", "ninp", "nhid", "nlayers")]
+    if not whole([*sizes, *config["splits"]]) or min(sizes) < 1:
+        return "a size is not a whole number above 0"
+    for name in DROPOUTS:
+        if not 0 <= config[name] < 1:
+            return f"{name} is not in [0, 1)"
+    kinds = {"args": dict, "stage": str, "epoch": int, "valid_loss": float}
+    if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
+        return "a field has the wrong type"
+    if math.isnan(content["valid_loss"]):
+        return "its validation loss is no number"
+    # Before a module is made for each of a trillion layers.
+    if config["nlayers"] > len(content["model"]):
+        return "its weights do not fit its configuration"
+    # On the meta device nothing is allocated, however absurd the sizes.
+    with torch.device("meta"):
+        model, criterion = made_of(config)
+    if config["splits"] and config["splits"][-1] >= config["ntoken"]:
+        return "its splits do not fit its vocabulary"
+    for module, state in ((model, content["model"]), (criterion, content["criterion"])):
+        if module.state_dict().keys() != state.keys():
+            return "its weights do not fit its configuration"
+        problem = state_problem(module, state)
+        if problem:
+            return problem
+    return None
+
+
+def whole(numbers: list[Any]) -> bool:
+    """Whether all are whole numbers of 0 or more."""
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with weights for `module`, whose names may differ by those of WeightDrop."""
+    expected = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+    if len(state) != len(expected) or expected.keys() != set(map(plain_name, state)):
+        return "its weights do not fit its configuration"
+    for name, tensor in state.items():
+        like = expected[plain_name(name)]
+        if tensor.shape != like.shape or tensor.dtype != like.dtype:
+            return f"{name} has the wrong shape or type"
+        problem = tensor_problem(name, tensor)
+        if problem:
+            return problem
+    return None
+
+
+def tensor_problem(name: str, tensor: Tensor) -> str | None:
+    """What is wrong with a tensor of any shape."""
+    # An expanded tensor is tiny on disk but huge in memory.
+    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    if not plain or not tensor.is_contiguous():
+        return f"{name} is not stored as a plain tensor"
+    # The sum first: it takes no memory for each number.
+    if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):
+        return None
+    return None if tensor.isfinite().all() else f"{name} holds numbers that are not finite"

@@ -1,0 +1,91 @@
+"""From a model to the parts of a model file, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from data import Dictionary
+from model import RNNModel
+from splitcross import SplitCrossEntropyLoss
+
+if TYPE_CHECKING:
+    from checkpoint.model_file import Checkpoint
+
+SIZES = ("rnn_type", "ninp", "nhid", "nlayers", "tie_weights")
+DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
+
+
+def config_of(model: RNNModel, criterion: SplitCrossEntropyLoss) -> dict[str, Any]:
+    """What it takes to rebuild the two: the arguments of RNNModel, and `splits`."""
+    config = {name: getattr(model, name) for name in SIZES + DROPOUTS}
+    return {"ntoken": model.encoder.num_embeddings, **config, "splits": criterion.splits[1:]}
+
+
+def vocabulary_of(dictionary: Dictionary) -> dict[str, Any]:
+    """A dictionary as plain values."""
+    counts = [dictionary.counter[i] for i in range(len(dictionary))]
+    return {"words": list(dictionary.idx2word), "counts": counts}
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state on the CPU; weights that are shared stay shared."""
+    return copies(module.state_dict())
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; those that share memory still do."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in made or not tensor.numel():
+            made[key] = tensor.detach().to("cpu", copy=True)
+        state[name] = made[key]
+    return state
+
+
+def rebuild(
+    checkpoint: Checkpoint, device: torch.device, **dropouts: float
+) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """The model and criterion of a file, on `device`; `dropouts` override those of the file."""
+    with _NoInitialWeights():
+        model, criterion = made_of({**checkpoint.config, **dropouts})
+    load_state(model, checkpoint.model)
+    load_state(criterion, checkpoint.criterion)
+    return model.to(device), criterion.to(device)
+
+
+def made_of(config: Mapping[str, Any]) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """A new model and criterion of a file's configuration."""
+    arguments = {name: value for name, value in config.items() if name != "splits"}
+    model = RNNModel(**arguments)
+    return model, SplitCrossEntropyLoss(model.decoder.in_features, config["splits"])
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights, also where weight drop was on when they were saved and is off now."""
+    by_plain_name = {plain_name(name): tensor for name, tensor in state.items()}
+    module.load_state_dict({name: by_plain_name[plain_name(name)] for name in module.state_dict()})
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without what WeightDrop adds to it."""
+    return name.replace(".module.", ".").removesuffix("_raw")
+
+
+class _NoInitialWeights(TorchFunctionMode):
+    """Within this context nothing is drawn: most of the time it takes to make a large model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Those of Tensor and those of torch.nn.init.
+        if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

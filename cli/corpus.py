@@ -1,0 +1,63 @@
+"""The corpus that the flags of a script name."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cli.progress import Bar
+from data import SPLITS, Corpus, CorpusError, Dictionary
+from utils import ToolkitError
+
+
+def read_corpus(
+    args: argparse.Namespace,
+    dictionary: Dictionary | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    first: bool = True,
+) -> Corpus:
+    """The corpus of --data in the vocabulary `dictionary` of a model, or its own.
+
+    `recorded` are the flags a model file holds: their --split counts where none is given and the
+    folder has a train.txt alone, and goes into `args`. On a terminal the `first` process shows a
+    bar. Prints what is read as <unk>. Raises CorpusError, also if that is most of the text.
+    """
+    folder = Path(args.data)
+    parts = [folder / f"{name}.txt" for name in SPLITS]
+    if args.split is None and recorded and not any(part.exists() for part in parts[1:]):
+        # Set, so that the file a later stage writes records it in turn.
+        args.split = _recorded_split(recorded)
+    size = sum(part.stat().st_size for part in parts if part.is_file())
+    with Bar(size, "reading", "B", wanted=first) as bar:
+        corpus = Corpus(folder, dictionary, split=args.split, tick=bar.update)
+    if corpus.unknown:
+        share = corpus.unknown / len(corpus)
+        check_known(share, f"the corpus {args.data}")
+        print(
+            f"| {corpus.unknown} of the {len(corpus)} tokens of {args.data} ({share:.2%}) are not "
+            "in the model's vocabulary: read as <unk>"
+        )
+    if dictionary is None and (getattr(args, "vocab_size", None) or getattr(args, "min_count", 0)):
+        fewer = corpus.with_fewer_words(args.vocab_size, args.min_count or 0)
+        kept = fewer.dictionary.word2idx
+        rare = sum(word not in kept for word in corpus.dictionary.idx2word)
+        print(f"| vocabulary of {len(kept)} words, {rare} rarer ones left out")
+        return fewer
+    return corpus
+
+
+def check_known(unknown: float, what: str) -> None:
+    """Raise CorpusError if more than half of a text's tokens, the share `unknown`, are <unk>."""
+    if unknown > 0.5:
+        raise CorpusError(
+            f"{unknown:.0%} of the tokens of {what} are not in the model's vocabulary: use a text "
+            "in the language and spelling of the corpus that the model was trained on"
+        )
+
+
+def _recorded_split(recorded: Mapping[str, Any]) -> list[float] | None:
+    split = recorded.get("split")
+    good = isinstance(split, list) and [type(share) for share in split] == [float, float]
+    if split is not None and not good:
+        raise ToolkitError(f"the model file is damaged (its split is {split!r}): give --split")
+    return split

@@ -1,0 +1,82 @@
+"""What a script runs on: the device, the precision of its products, and the memory it keeps."""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from utils import ToolkitError
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def select_device(cuda: bool | None) -> torch.device:
+    """The device to run on: CUDA when there is one, unless `cuda` is False.
+
+    Raises ToolkitError if `cuda` is True and there is none.
+    """
+    if cuda is False:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if cuda:
+        raise ToolkitError(
+            "--cuda was given but PyTorch finds no CUDA device: leave it out to run on the CPU"
+        )
+    return torch.device("cpu")
+
+
+def set_precision(precision: str | None, device: torch.device) -> str:
+    """Set what float32 matrix products are made in, and return the precision in use.
+
+    `precision` is fp32, tf32, bf16 or None: tf32 on CUDA, fp32 elsewhere. With bf16 those that
+    autocast leaves alone are as with tf32 on CUDA. Raises ToolkitError for tf32 without CUDA.
+    """
+    cuda = device.type == "cuda"
+    if precision is None:
+        precision = "tf32" if cuda else "fp32"
+    if precision == "tf32" and not cuda:
+        raise ToolkitError(
+            "--precision tf32 is a format of GPUs: on the CPU, give --precision fp32 or bf16"
+        )
+    if cuda:
+        # PyTorch's own default is tf32 for cuDNN's recurrent layers only.
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    return precision
+
+
+def score_as_trained(recorded: Mapping[str, Any], device: torch.device) -> None:
+    """Set float32 matrix products to the precision that evaluation in training had.
+
+    `recorded` are the flags in the model file. On the CPU there is only one.
+    """
+    if device.type == "cuda":
+        set_precision(recorded.get("precision"), device)
+
+
+def make_deterministic() -> None:
+    """Make CUDA give the same bits for the same work, at some cost in speed; for this process.
+
+    To be called before CUDA is first used: cuBLAS reads its setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory for the next allocation instead of giving it back.
+
+    Every step allocates the same large tensors; by default each gets fresh pages from the system,
+    whose first use costs more than many of the operations on them. Elsewhere than on glibc, nothing
+    happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

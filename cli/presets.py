@@ -1,0 +1,66 @@
+"""The published commands, word by word: the only place where they are written by hand.
+
+`--preset` takes them from here, and so do the page of commands in docs/, the tests and
+bench/reproduce.py. What is missing was never published. From the original's documentation.
+"""
+
+_CHARACTERS = "--alpha 0 --beta 0 --dropoute 0"
+_PTB_LSTM = (
+    "--batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epoch 500 "
+    "--save PTB.pt"
+)
+_PTB_QRNN = (
+    "--model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400 "
+    "--dropouth 0.3"
+)
+_WT2_LSTM = "--epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882"
+_WT2_QRNN = (
+    "--epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 "
+    "--nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt"
+)
+_WT2_CACHE = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --data data/wikitext-2"
+
+COMMANDS = {
+    "ptb-lstm": {
+        "main": _PTB_LSTM,
+        "finetune": _PTB_LSTM,
+        "pointer": "--data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 "
+        "--bptt 5000",
+    },
+    "ptb-qrnn": {
+        "main": f"{_PTB_QRNN} --seed 9001 --dropouti 0.4 --epochs 550 --save PTB.pt",
+        "finetune": f"{_PTB_QRNN} --seed 404 --dropouti 0.4 --epochs 300 --save PTB.pt",
+        "pointer": "--model QRNN --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000 --save PTB.pt",
+    },
+    "wt2-lstm": {
+        "main": _WT2_LSTM,
+        "finetune": _WT2_LSTM,
+        "pointer": f"--save WT2.pt {_WT2_CACHE}",
+    },
+    "wt2-qrnn": {
+        "main": _WT2_QRNN,
+        "finetune": _WT2_QRNN,
+        "pointer": f"--save WT2.pt --model QRNN {_WT2_CACHE}",
+    },
+    "ptbc": {
+        "main": f"--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 {_CHARACTERS} --dropouth 0.25 "
+        "--dropouti 0.1 --dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 --batch_size 128 "
+        "--optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt --when 300 400"
+    },
+    "enwik8": {
+        "main": f"--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 {_CHARACTERS} --dropouth 0.1 "
+        "--dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 "
+        "--optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35"
+    },
+    "wt103": {
+        "main": f"--epochs 14 --nlayers 4 --emsize 400 --nhid 2500 {_CHARACTERS} --dropouth 0.1 "
+        "--dropouti 0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 --batch_size 60 "
+        "--optimizer adam --lr 1e-3 --data data/wikitext-103 --save WT103.12hr.QRNN.pt --when 12 "
+        "--model QRNN"
+    },
+}
+
+
+def of_stage(stage: str) -> dict[str, str]:
+    """The published flags of a script, by the row's name; empty if there are none."""
+    return {name: row[stage] for name, row in COMMANDS.items() if stage in row}

@@ -1,0 +1,89 @@
+"""How a script starts and ends: what is said of an error, and the exit status."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from cli.device import keep_memory
+from cli.signals import Output, Stopped
+from utils import ToolkitError
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call a script's `main` and end the process.
+
+    A ToolkitError becomes one line on stderr and exit status 1; a signal that was obeyed becomes
+    one line and 128 + its number.
+    """
+    # None where the caller has closed them.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    # Log lines reach a file or a pipe as they are made, and a word or a file name that the terminal
+    # cannot show ends nothing.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    keep_memory()
+    try:
+        output = Output(sys.stdout)
+        with contextlib.redirect_stdout(output):
+            main()
+        if output.failure:
+            raise ToolkitError(output.failure)
+    except ToolkitError as error:
+        _leave(1, f"error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _leave(
+            1,
+            f"error: cannot use {error.filename} ({error.strerror}): name another, or change what "
+            "is in its way",
+        )
+    except Stopped as stopped:
+        _leave(128 + stopped.signum, f"{stopped}")
+    except KeyboardInterrupt:
+        _leave(130)
+    _leave(0)
+
+
+def _leave(status: int, sentence: str = "") -> NoReturn:
+    """Say the sentence on stderr and end this process, also one that trains with others.
+
+    PyTorch's threads between processes cannot be relied on to come down by themselves: as the
+    interpreter ends, they abort the process now and then, and may wait for a rank that is dead.
+    """
+    # The terminal may be gone; the status still tells.
+    with contextlib.suppress(OSError):
+        if sentence:
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {sentence}\n")
+        if dist.is_available() and dist.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def out_of_memory(cure: str) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or the CPU, into a ToolkitError that names the `cure`.
+
+    A context manager, and so also a decorator.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # PyTorch's allocator for the CPU has no kind of error of its own.
+        cpu = re.search("not enough memory|can't allocate memory", str(error))
+        if not cpu and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
+        where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        raise ToolkitError(
+            f"{where} is too small for this: lower {cure}, or use a smaller model"
+        ) from error

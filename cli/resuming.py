@@ -1,0 +1,105 @@
+"""What a script takes from a model file where a flag is not given, and what it may not change."""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cli.flags import DROPOUTS, PENALTIES
+from cli.parser import ARCHITECTURE, Parser
+from utils import ToolkitError
+
+# A resumed run does not take these from the run it resumes.
+_OF_THIS_CALL = {"resume", "save", "cuda", "max_batches", "keep", "split"}
+# What finetuning takes from the model's training.
+_SHAPES_TRAINING = (
+    *PENALTIES,
+    *("clip", "wdecay", "batch_size", "bptt", "nonmono", "precision"),
+    *("max_seq_len", "fixed_length"),
+)
+
+
+def check_architecture(args: argparse.Namespace, config: Mapping[str, Any], path: str) -> None:
+    """Take cell and sizes from the model in the file `path`, whose configuration is `config`.
+
+    Raises ToolkitError if a flag that was given contradicts it.
+    """
+    for flag, key in ARCHITECTURE.items():
+        if flag in args.given and getattr(args, flag) != config[key]:
+            raise ToolkitError(
+                f"--{flag} {getattr(args, flag)} contradicts {path}, whose model has {flag} "
+                f"{config[key]}: leave the flag out or name another model file"
+            )
+        if hasattr(args, flag):
+            setattr(args, flag, config[key])
+
+
+def resume_flags(
+    args: argparse.Namespace, parser: Parser, training: Mapping[str, Any], path: str
+) -> None:
+    """Take every flag that is not given from the run that is resumed from the file `path`.
+
+    A flag that repeats what that run recorded counts as not given, so that the run's own command
+    resumes it: a rate that was divided since stays divided. Raises ToolkitError if a flag would
+    make it a different run, or if the file recorded a value that the flag does not take.
+    """
+    fixed = {
+        "optimizer": "its state is that optimiser's",
+        "seed": "the random numbers go on from the file's states",
+    }
+    if training["position"] is not None:
+        fixed["batch_size"] = f"it is in the middle of epoch {training['epoch'] + 1}"
+    recorded = training["args"]
+    for name, reason in fixed.items():
+        if name in args.given and getattr(args, name) != recorded.get(name):
+            raise ToolkitError(
+                f"--{name} {getattr(args, name)} contradicts {path}, which was trained with "
+                f"{recorded.get(name)}, and {reason}: leave the flag out, or train from the start "
+                "without --resume"
+            )
+    repeated = {name for name in args.given if getattr(args, name) == recorded.get(name)}
+    args.given -= repeated - _OF_THIS_CALL
+    _take(args, parser, recorded, recorded.keys() - _OF_THIS_CALL, path)
+
+
+def finetune_flags(
+    args: argparse.Namespace,
+    parser: Parser,
+    config: Mapping[str, Any],
+    recorded: Mapping[str, Any],
+    path: str,
+) -> None:
+    """Take every flag that shapes training and is not given from the file `path`, and print them.
+
+    `config` is the model's, `recorded` the flags of its training; the rate is taken if that was
+    with SGD.
+    """
+    names = [*_SHAPES_TRAINING, *(["lr"] if recorded.get("optimizer", "sgd") == "sgd" else [])]
+    values = {**recorded, **{name: config[name] for name in DROPOUTS}}
+    taken = _take(args, parser, values, [*names, *DROPOUTS], path)
+    if taken:
+        print(f"From {path}: {parser.spelled(taken)}")
+
+
+def _take(
+    args: argparse.Namespace,
+    parser: Parser,
+    recorded: Mapping[str, Any],
+    names: Iterable[str],
+    path: str,
+) -> dict[str, Any]:
+    """Set flags to their recorded values, and return those; one that is given excludes others."""
+    excluded = {parser.flags[name].either for name in args.given & parser.flags.keys()} - {""}
+    wanted = {
+        name: recorded[name]
+        for name in names
+        if name in recorded and name in parser.flags and name not in args.given
+        if parser.flags[name].either not in excluded
+    }
+    try:
+        taken = parser.checked(wanted)
+    except ValueError as error:
+        raise ToolkitError(
+            f"{path} is damaged (its {error}): give the flag, or train again with main.py"
+        ) from error
+    vars(args).update(taken)
+    return taken

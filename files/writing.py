@@ -1,0 +1,108 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from utils import ToolkitError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` at once, when it is whole and on the disk.
+
+    If anything fails, the old file stays as it was and no other is left behind; what a killed run
+    left behind goes with the next call. What is not a plain file, a terminal or a pipe, is written
+    directly. Raises OSError.
+    """
+    # Through a link to the file it names, which is what a plain write would do.
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with open(target, "wb") as file:
+            yield file
+        return
+    _remove_stale(target)
+    temporary = _temporary(target)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], flag: str) -> Iterator[IO[bytes]]:
+    """As `replacing`, for a result whose place the user names with `flag`: raises ToolkitError."""
+    try:
+        with replacing(path) as file:
+            yield file
+    except OSError as error:
+        raise ToolkitError(
+            f"cannot write {path} ({os.strerror(error.errno)}): pass another {flag}"
+        ) from error
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def _host() -> str:
+    """This machine's name for a file name: process numbers mean something on one machine only."""
+    return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what runs that are dead by now left half written beside `target`."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.tmp")
+    for name in os.listdir(target.parent):
+        match = pattern.fullmatch(name)
+        if match and not _alive(int(match[1])):
+            # Another run may have been faster; what cannot be removed is no reason to stop.
+            with contextlib.suppress(OSError):
+                (target.parent / name).unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename on the disk, where the file system can do that for a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def unwritable(path: str | os.PathLike[str]) -> str | None:
+    """Why `replacing(path)` would fail, as far as can be told now; None if nothing is wrong."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        return "it is a folder"
+    if target.exists():
+        if not os.access(target, os.W_OK):
+            return "it is write-protected"
+        if not target.is_file():
+            return None
+    if not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    if len(os.fsencode(_temporary(target).name)) > 255:
+        return "its name is too long"
+    return None if os.access(target.parent, os.W_OK) else "its folder cannot be written"

@@ -1,0 +1,63 @@
+"""The loss that training minimises: cross-entropy, and penalties on the last layer's activations.
+
+"Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182, section 4.6.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model import Hidden, RNNModel
+
+
+class TrainingLoss(nn.Module):
+    """Model, criterion and penalties as one module.
+
+    `alpha` is the weight of activation regularisation (AR), `beta` that of temporal activation
+    regularisation (TAR); 0 is none. With `bf16` the matrix products are in bfloat16; weights, their
+    gradients and the loss stay float32.
+    """
+
+    def __init__(
+        self,
+        model: RNNModel,
+        criterion: nn.Module,
+        *,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+        self.alpha = alpha
+        self.beta = beta
+        self.bf16 = bf16
+
+    def forward(
+        self, data: Tensor, targets: Tensor, hidden: Hidden
+    ) -> tuple[Tensor, Tensor, Hidden]:
+        """The loss to minimise, its raw cross-entropy (both nats a token), the new hidden state.
+
+        `data` is (seq_len, batch), `targets` (seq_len * batch,).
+        """
+        model = self.model
+        # Without the cache of cast weights: it would outlive a step that is recorded.
+        with torch.autocast(data.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
+            output, hidden, raw, dropped = model(data, hidden, return_h=True)
+            raw_loss = self.criterion(model.decoder.weight, model.decoder.bias, output, targets)
+            loss = raw_loss + self.penalty(raw[-1], dropped[-1])
+        return loss, raw_loss.detach(), hidden
+
+    def penalty(self, raw: Tensor, dropped: Tensor) -> Tensor | float:
+        """AR and TAR of the last layer's raw and dropped outputs, both (seq_len, batch, size).
+
+        `alpha` times the mean square of the dropped output, plus `beta` times the mean square of
+        the differences between successive steps of the raw output.
+        """
+        penalty: Tensor | float = 0.0
+        if self.alpha:
+            penalty = penalty + self.alpha * dropped.float().pow(2).mean()
+        if self.beta and raw.size(0) > 1:
+            raw = raw.float()
+            penalty = penalty + self.beta * (raw[1:] - raw[:-1]).pow(2).mean()
+        return penalty

@@ -1,0 +1,323 @@
+"""What a model file holds beside the model for `--resume`: written, checked and taken up again.
+
+stage, args       the script, and the flags of the run
+data              `fingerprint` of the text it trains on
+epoch             the last epoch that has ended
+position          where the next one stands, None for its start: see training/step.py
+model, criterion  the weights that are trained on, raw where the best ones are averages
+optimizer         its state, and in `parameters` the weights' names in its order
+valid_losses      the validation losses so far
+best_loss, done   the lowest of them, and whether finetuning is over
+rng               the generator of sequence lengths
+random_states     PyTorch's generators, by rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+from checkpoint import Checkpoint, CheckpointError, plain_name
+from checkpoint.check import state_problem, tensor_problem, whole
+from cli import resuming
+from cli.parser import Parser
+from utils import ToolkitError, map_state
+
+if TYPE_CHECKING:
+    from training.session import Session
+
+# What reading a damaged state can raise.
+_DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+
+
+def training_state(session: Session) -> dict[str, Any]:
+    """Everything that `restore` needs: plain values and tensors.
+
+    The optimiser's tensors are the live ones: write them before the next step. To be called by
+    every rank at once; only the first one's result is whole.
+
+    Raises ToolkitError, rather than let it be written over a good state, if a weight or the loss is
+    not finite.
+    """
+    position = session.step.position() if session.underway else None
+    if session.underway:
+        session.check_loss()
+    optimizer = session.optimizer.state_dict()
+    for tensor in [*session.step.params, *_tensors(optimizer["state"])]:
+        if not tensor.isfinite().all():
+            raise ToolkitError(
+                f"weights are no longer finite after epoch {session.finished}, at the rate "
+                f"{session.rate:g}: lower --lr or set --clip; the saved model is the last good one"
+            )
+    return {
+        "stage": session.stage,
+        "args": session.flags,
+        "data": session.fingerprint,
+        "epoch": session.finished,
+        "position": position,
+        "model": checkpoint.snapshot(session.model),
+        "criterion": checkpoint.snapshot(session.criterion),
+        "optimizer": optimizer,
+        "parameters": _parameter_names(session),
+        "valid_losses": list(session.trigger.losses),
+        "best_loss": session.best_loss,
+        "done": session.done,
+        "rng": _rng_state(session.rng),
+        "random_states": session.ranks.gathered(_random_states()),
+    }
+
+
+def read(args: argparse.Namespace, parser: Parser, stage: str) -> Checkpoint:
+    """The model file of --resume, for the script `stage`; its flags go into `args`.
+
+    Raises ToolkitError if there is no such file, if its training state is another script's or is
+    damaged, or if a flag would make it a different run.
+    """
+    path = args.resume
+    loaded = checkpoint.load(path)
+    training = loaded.training
+    # Older files lack `stage`: usable, but not resumable.
+    if training is None or "stage" not in training:
+        raise CheckpointError(
+            f"{path} holds no training state of {stage} (it was written by {loaded.stage}): resume "
+            f"from the file that {stage} wrote"
+        )
+    if training["stage"] != stage:
+        raise CheckpointError(
+            f"{path} holds no training state of {stage} but one of {training['stage']}: resume it "
+            "with that script"
+        )
+    try:
+        problem = _problem(loaded)
+    except _DAMAGE as error:
+        problem = _told(error)
+    if problem:
+        raise _cannot_resume(path, problem)
+    resuming.check_architecture(args, loaded.config, path)
+    resuming.resume_flags(args, parser, training, path)
+    if "save" not in args.given:
+        args.save = path
+    return loaded
+
+
+def restore(session: Session, loaded: Checkpoint, path: str) -> Mapping[str, Any] | None:
+    """Put a session where the run stood whose file `loaded` is; return the position in its epoch.
+
+    The optimiser's weight decay is the new run's, its learning rate the old one's. Weight drop may
+    be on in one of the two runs and off in the other. Raises CheckpointError for another text, and
+    for a state that the model or the optimiser does not accept.
+    """
+    state = loaded.training
+    if state["data"] != session.fingerprint:
+        raise CheckpointError(
+            f"{path} goes on with another text than that in {session.args.data}: bring back the "
+            "corpus it was trained on, or begin on this one with main.py --init, or finetune.py "
+            "without --resume"
+        )
+    try:
+        checkpoint.load_state(session.model, state["model"])
+        checkpoint.load_state(session.criterion, state["criterion"])
+        _restore_optimizer(session, state)
+        _set_rng_state(session.rng, state["rng"])
+        # With another number of processes there are none to go on from: they keep fresh seeds.
+        if len(state["random_states"]) == session.ranks.world:
+            _set_random_states(state["random_states"][session.ranks.rank])
+        position = _position(session, state["position"])
+    except torch.OutOfMemoryError:
+        raise
+    except _DAMAGE as error:
+        raise _cannot_resume(path, _told(error)) from error
+    session.finished = state["epoch"]
+    session.trigger.losses = list(state["valid_losses"])
+    session.best_loss = state.get("best_loss", loaded.valid_loss)
+    session.done = state.get("done", False)
+    return position
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """A digest of the token ids, as hex digits: whether a text is the one trained on so far."""
+    return hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _cannot_resume(path: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be resumed ({problem}): its model can be used still, and main.py --init or "
+        "finetune.py begins anew from it"
+    )
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor within dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    nested = isinstance(value, dict | list | tuple)
+    return [tensor for part in parts for tensor in _tensors(part)] if nested else []
+
+
+def _problem(loaded: Checkpoint) -> str | None:
+    """What can be told to be wrong with a training state without the run that goes on from it."""
+    training = loaded.training
+    kinds = {"args": dict, "data": str, "epoch": int, "rng": str, "valid_losses": list}
+    if not all(isinstance(training[name], kind) for name, kind in kinds.items()):
+        return "its training state has a field of the wrong type"
+    if not whole([training["epoch"]]):
+        return "its training state has a field of the wrong type"
+    losses = [*training["valid_losses"], training.get("best_loss", 0.0)]
+    if not all(type(loss) is float and not math.isnan(loss) for loss in losses):
+        return "its history holds what is no loss"
+    with torch.device("meta"):
+        modules = checkpoint.made_of(loaded.config)
+    for module, name in zip(modules, ("model", "criterion"), strict=True):
+        problem = state_problem(module, training[name])
+        if problem:
+            return problem
+    for name in ("optimizer", "position"):
+        for tensor in _tensors(training[name]):
+            problem = tensor_problem(f"a tensor of its {name}", tensor)
+            if problem:
+                return problem
+    return None
+
+
+# The optimiser
+
+
+def _parameter_names(session: Session) -> list[str]:
+    """The plain names of the trained weights, in the optimiser's order."""
+    named = [
+        *((plain_name(name), p) for name, p in session.model.named_parameters()),
+        *((f"criterion.{name}", p) for name, p in session.criterion.named_parameters()),
+    ]
+    names = {id(p): name for name, p in named}
+    return [names[id(p)] for p in session.step.params]
+
+
+def _restore_optimizer(session: Session, state: Mapping[str, Any]) -> None:
+    """Load the optimiser's state; raises ValueError if it does not fit the weights.
+
+    The weights are numbered in the order of the state dict, which is another one with weight drop
+    than without.
+    """
+    optimizer, saved = session.optimizer, state["optimizer"]
+    here = _parameter_names(session)
+    before = state.get("parameters")
+    if before is None:
+        # Older files: the model's weights in the order of its state dict, then the criterion's.
+        before = [name for name in map(plain_name, state["model"]) if name in here]
+        before += here[len(before) :]
+    if sorted(before) != sorted(here):
+        raise ValueError("its optimiser trains other weights")
+    held = {
+        here.index(before[number]): {
+            name: part.clone() if isinstance(part, Tensor) else copy.deepcopy(part)
+            for name, part in parts.items()
+        }
+        for number, parts in saved["state"].items()
+    }
+    own = optimizer.state_dict()["param_groups"]
+    groups = [
+        # What an older PyTorch did not know is as in the run that goes on.
+        {**mine, **theirs, "params": mine["params"], "weight_decay": mine["weight_decay"]}
+        for mine, theirs in zip(own, saved["param_groups"], strict=True)
+    ]
+    for group in groups:
+        numbers = [value for value in group.values() if isinstance(value, float)]
+        if not all(map(math.isfinite, numbers)) or group["lr"] < 0:
+            raise ValueError("its optimiser has a setting that is no number")
+    optimizer.load_state_dict({"state": held, "param_groups": groups})
+    for p, parts in optimizer.state.items():
+        for part in _tensors(parts):
+            # One number for each weight or, as some optimisers keep them, each row or column.
+            fits = part.numel() > 1 and torch.broadcast_shapes(part.shape, p.shape) == p.shape
+            if not (part.dim() == 0 or part.shape == p.shape or fits):
+                raise ValueError("its optimiser's state does not fit the weights")
+    _try_out(optimizer)
+
+
+def _try_out(optimizer: torch.optim.Optimizer) -> None:
+    """Step on weights of one number each, with a state of the same form: what is missing raises."""
+    small = copy.copy(optimizer)
+    small.state, small.param_groups = defaultdict(dict), []
+    for group in optimizer.param_groups:
+        small.param_groups.append({**group, "params": [_one_number(p) for p in group["params"]]})
+        for p, q in zip(group["params"], small.param_groups[-1]["params"], strict=True):
+            q.grad = torch.zeros_like(q)
+            for name, part in optimizer.state.get(p, {}).items():
+                is_tensor = isinstance(part, Tensor)
+                small.state[q][name] = _one_number(part) if is_tensor else copy.deepcopy(part)
+    small.step()
+
+
+def _one_number(tensor: Tensor) -> Tensor:
+    """The first number of a tensor, as a tensor of as many dimensions."""
+    return tensor.detach()[(slice(1),) * tensor.dim()].clone()
+
+
+# The position within an epoch, and random numbers
+
+
+def _position(session: Session, position: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The position within an epoch, if its numbers and hidden state fit the model."""
+    if position is None or position["hidden"] is None:
+        return None
+    if not whole([position[name] for name in ("row", "batches", "since")]):
+        raise ValueError("its place within the epoch is no number")
+    if not all(math.isfinite(position[name]) for name in ("total", "interval")):
+        raise ValueError("its place within the epoch is no number")
+    hidden = position["hidden"]
+    if any(inputs is not None for inputs in position.get("kept", ())):
+        # Older files keep a QRNN's last inputs beside its state.
+        pairs = zip(hidden, position["kept"], strict=True)
+        hidden = [state if inputs is None else (state, inputs) for state, inputs in pairs]
+
+    def same(part: Tensor, expected: Tensor) -> Tensor:
+        if part.shape != expected.shape or part.dtype != expected.dtype:
+            raise ValueError("its hidden state does not fit its configuration")
+        return part
+
+    hidden = map_state(same, hidden, session.model.init_hidden(session.args.batch_size))
+    return {**position, "hidden": hidden}
+
+
+def _rng_state(rng: np.random.RandomState) -> str:
+    """The state of a generator of sequence lengths as text."""
+    name, key, *rest = rng.get_state()
+    return json.dumps([name, key.tolist(), *rest])
+
+
+def _set_rng_state(rng: np.random.RandomState, state: str) -> None:
+    """Go on from what `_rng_state` returned; raises ValueError for anything else."""
+    name, key, position, *rest = json.loads(state)
+    # numpy checks neither: it reads beyond its memory, or never comes to an end.
+    if type(position) is not int or not 0 <= position <= 624 or not any(key):
+        raise ValueError("its generator of sequence lengths is damaged")
+    rng.set_state((name, np.array(key, dtype=np.uint32), position, *rest))
+
+
+def _random_states() -> dict[str, Any]:
+    """The states of PyTorch's generators, CPU and CUDA."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    """Go on from `_random_states`, as far as this machine has the same devices."""
+    torch.set_rng_state(states["cpu"].clone())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.clone() for state in states["cuda"]])

@@ -1,0 +1,367 @@
+"""The session of a training run: what main.py and finetune.py share, whatever their policy."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+from checkpoint import Checkpoint
+from cli import flags, metrics
+from cli.corpus import read_corpus
+from cli.device import make_deterministic, select_device, set_precision
+from cli.lines import DOUBLE_RULE, RULE, batch_line, end_line, epoch_line
+from cli.parser import plain
+from cli.progress import Bar
+from cli.signals import Stopped, StopRequests
+from data import Corpus
+from loss import TrainingLoss
+from model import RNNModel
+from nt_asgd import NonMonotonicTrigger
+from splitcross import SplitCrossEntropyLoss
+from training import engine, parallel, resume
+from training.cuda_graphs import make_step
+from training.save_clock import SaveClock
+from utils import ToolkitError, batchify, perplexity, seed_everything
+
+Reorder = Callable[[Tensor, np.random.RandomState], object]
+
+
+@contextlib.contextmanager
+def open_session(stage: str, args: argparse.Namespace) -> Iterator[Session]:
+    """A session of the script `stage`, such as "main.py", with its processes, signals and metrics.
+
+    Raises ToolkitError for what the user can mend.
+    """
+    if args.deterministic:
+        make_deterministic()
+    device = select_device(args.cuda)
+    set_precision(args.precision, device)
+    checkpoint.check_writable(args.save)
+    ranks = parallel.join(device)
+    parallel.check_columns(ranks, args.batch_size)
+    with (
+        ranks.together(),
+        StopRequests(ranks.largest) as stop,
+        metrics.writer(
+            args.logdir, flags=plain(args), device=str(device), first=ranks.first
+        ) as writer,
+    ):
+        if writer.no_events:
+            print(writer.no_events)
+        yield Session(stage, args, device, ranks, stop, writer)
+
+
+class Session:
+    """A run: what is trained, where it stands, the best model so far, and what it writes.
+
+    `finished` is the last epoch that has ended, `underway` whether one has begun since; `best` is
+    the model file's content at the lowest validation loss `best_loss` (nats a token), None before
+    there is one; `done` says that finetuning is over. `model`, `criterion`, `optimizer`, `trigger`
+    and `step` are there after `prepare`.
+    """
+
+    model: RNNModel
+    criterion: SplitCrossEntropyLoss
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        stage: str,
+        args: argparse.Namespace,
+        device: torch.device,
+        ranks: parallel.Ranks,
+        stop: StopRequests,
+        writer: metrics.MetricsWriter | metrics.NoMetrics,
+    ) -> None:
+        self.stage = stage
+        self.args = args
+        self.device = device
+        self.ranks = ranks
+        self.stop = stop
+        self.metrics = writer
+        self.rng = seed_everything(args.seed)
+        self.best: Checkpoint | None = None
+        self.best_loss = math.inf
+        self.finished = 0
+        self.underway = self.done = False
+        self._position: Mapping[str, Any] | None = None
+
+    # What starts
+
+    def load(self, source: Checkpoint) -> tuple[Corpus, RNNModel, SplitCrossEntropyLoss]:
+        """The corpus in the vocabulary of a model file, and its model and criterion."""
+        recorded = source.training["args"] if self.args.resume else source.args
+        corpus = read_corpus(self.args, source.dictionary, recorded, self.ranks.first)
+        dropouts = flags.dropouts(self.args)
+        return corpus, *checkpoint.rebuild(source, self.device, **dropouts)
+
+    def prepare(
+        self,
+        corpus: Corpus,
+        model: RNNModel,
+        criterion: SplitCrossEntropyLoss,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Set up what is trained on and with what."""
+        args, ranks = self.args, self.ranks
+        self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        self.flags = plain(args)
+        self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
+        self.fingerprint = resume.fingerprint(corpus.train)
+        self.trigger = NonMonotonicTrigger(args.nonmono)
+        self.clock = SaveClock(args.save_every)
+        self._text = corpus.train
+        text, self.valid_data, self.test_data = engine.in_columns(
+            corpus, args.batch_size, self.device, ranks
+        )
+        bf16 = args.precision == "bf16"
+        network = TrainingLoss(model, criterion, **flags.penalties(args), bf16=bf16)
+        self.step = make_step(
+            ranks.data_parallel(network),
+            optimizer,
+            text,
+            bptt=args.bptt,
+            clip=args.clip,
+            ranks=ranks,
+            batch_fraction=text.size(1) / args.batch_size,
+            graphs=args.cuda_graphs,
+        )
+        ranks.seed_masks(args.seed)
+        print("Args:", self.flags)
+        print("Model total parameters:", sum(p.numel() for p in self.step.params))
+
+    def resume(self, source: Checkpoint) -> None:
+        """Go on where the run stood that wrote the file of --resume."""
+        self._position = resume.restore(self, source, self.args.resume)
+        self.underway = self._position is not None
+        if source.epoch and self.best is None:
+            self.best = checkpoint.in_memory(dataclasses.replace(source, args=self.flags))
+        if "lr" in self.args.given:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.args.lr
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first group of weights."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    # An epoch
+
+    def epochs(self, last: int) -> Iterator[int]:
+        """The numbers of the epochs to come, up to the `last`."""
+        resumed = self.args.resume
+        if self.finished >= last and resumed and not checkpoint.same_file(self.args.save, resumed):
+            self.save()
+        yield from range(self.finished + 1, last + 1)
+
+    def train_epoch(
+        self, epoch: int, max_seq_len: int | None = None, reorder: Reorder | None = None
+    ) -> None:
+        """Train for one epoch, or for the rest of one that a resumed run stopped in.
+
+        Before it begins, `reorder(text, rng)` may change the text (rows, batch) in place, starting
+        from the corpus as it is. `rng` depends on the seed and the epoch alone, so that a run that
+        is resumed within the epoch has the same text. Raises ToolkitError if the loss is no number.
+        """
+        step, args = self.step, self.args
+        if reorder is not None:
+            text = batchify(self._text, args.batch_size)
+            reorder(text, np.random.RandomState([args.seed, epoch]))
+            step.source.copy_(self.ranks.own(text))
+        step.begin(self._position)
+        self._position, self.underway = None, True
+        self._began = time.time()
+        timer = _Timer(step)
+        rows, columns = step.source.shape
+        batches = max(1, (rows - 1) // step.bptt) if args.max_batches is None else args.max_batches
+        with Bar(rows * columns, f"epoch {epoch}", wanted=self.ranks.first) as bar:
+            for _ in engine.train_epoch(
+                step,
+                self.rng,
+                max_seq_len=max_seq_len,
+                fixed_length=args.fixed_length,
+                max_batches=args.max_batches,
+            ):
+                if step.batches % args.log_interval == 0:
+                    self._report_batch(epoch, batches, timer, bar)
+                bar.to(step.row * columns)
+                self.stop.check()
+                if self.ranks.decided(self.clock.due()):
+                    self.save()
+        self.check_loss()
+
+    def _report_batch(self, epoch: int, batches: int, timer: _Timer, bar: Bar) -> None:
+        step = self.step
+        # A run that was resumed may have had another interval.
+        loss = self.ranks.total(step.interval.item()) / step.since
+        self._check_finite(loss)
+        seconds, taken, rows = timer.restart()
+        ms = seconds * 1000 / taken
+        bar.line(batch_line(epoch, step.batches, batches, self.rate, ms, loss))
+        bar.update(0, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
+        self.write(
+            "batch",
+            epoch,
+            row=step.row,
+            batch=step.batches,
+            lr=self.rate,
+            loss=loss,
+            tokens_per_second=rows * self.args.batch_size / seconds,
+            grad_norm=float(step.norm),
+        )
+        step.interval.zero_()
+        step.since = 0
+
+    def check_loss(self) -> None:
+        """Raise ToolkitError if the loss of any batch of this epoch was not a number."""
+        self._check_finite(self.ranks.total(float(self.step.total)))
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ToolkitError(
+                f"the training loss became {loss} by batch {self.step.batches} at the rate "
+                f"{self.rate:g} (last gradient norm {float(self.step.norm):g}): lower --lr or set "
+                "--clip; the saved model is the last good one"
+            )
+
+    # What happens after an epoch
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the model has the averaged weights, if the optimiser averages."""
+        lend = getattr(self.optimizer, "averaged", contextlib.nullcontext)
+        return lend()
+
+    def evaluate(self, what: str) -> float:
+        """The loss of the model on valid.txt or test.txt, in nats a token."""
+        return self._evaluate(self.model, self.criterion, what)
+
+    def _evaluate(self, model: RNNModel, criterion: SplitCrossEntropyLoss, what: str) -> float:
+        return engine.evaluate(
+            model,
+            criterion,
+            self.valid_data if what == "valid.txt" else self.test_data,
+            self.args.bptt,
+            self.args.max_batches,
+            after_chunk=self.stop.check,
+            ranks=self.ranks,
+            what=what,
+        )
+
+    def validate(self, epoch: int) -> float:
+        """The validation loss after an epoch, printed; raises ToolkitError if it is no number."""
+        loss = self.evaluate("valid.txt")
+        if not math.isfinite(loss):
+            raise ToolkitError(
+                f"the validation loss became {loss} in epoch {epoch} at the rate {self.rate:g}: "
+                "lower --lr or set --clip; the saved model is the last good one"
+            )
+        seconds = time.time() - self._began
+        print(RULE)
+        print(epoch_line(epoch, seconds, loss))
+        print(RULE)
+        self.write("epoch", epoch, time=seconds, valid_loss=loss)
+        return loss
+
+    def keep_if_best(self, epoch: int, loss: float, last: bool, what: str = "Model") -> None:
+        """Keep the weights in use if `loss` is the lowest so far, to be saved at the epoch's end.
+
+        Short epochs are not all worth the time of a write; the `last` one is.
+        """
+        self._saving = last or self.ranks.decided(self.clock.due_at_epoch_end())
+        if loss < self.best_loss:
+            self.best, self.best_loss = self.snapshot(epoch, loss), loss
+            said = f"Saving {what[0].lower()}{what[1:]}" if self._saving else f"{what} to be saved"
+            print(f"{said} (new best validation)")
+
+    def end_epoch(self, epoch: int) -> None:
+        """Count the epoch, and save if it is time to."""
+        self.finished, self.underway = epoch, False
+        if self._saving:
+            self.save()
+
+    # What it writes
+
+    def write(self, kind: str, epoch: int, row: int | None = None, **numbers: Any) -> None:
+        """A line of metrics, `row` rows of the text into `epoch`, by default at its end."""
+        rows = self.step.source.size(0)
+        done = (epoch - 1) * rows + (rows if row is None else row)
+        self.metrics.write(kind, step=done, epoch=epoch, **numbers)
+
+    def snapshot(self, epoch: int, loss: float) -> Checkpoint:
+        """A copy of the weights in use, as a model file; `loss` is that of validation."""
+        return Checkpoint(
+            config=checkpoint.config_of(self.model, self.criterion),
+            model=checkpoint.snapshot(self.model),
+            criterion=checkpoint.snapshot(self.criterion),
+            vocabulary=self.vocabulary,
+            args=self.flags,
+            stage=self.stage,
+            epoch=epoch,
+            valid_loss=loss,
+        )
+
+    def save(self) -> None:
+        """Best weights and training state in one file: neither can be lost without the other."""
+        with self.clock.writing():
+            state = resume.training_state(self)
+            if self.ranks.first:
+                best = self.snapshot(0, math.inf) if self.best is None else self.best
+                checkpoint.save(self.args.save, dataclasses.replace(best, training=state))
+
+    def save_copy(self, path: str, epoch: int, loss: float) -> None:
+        """Write the weights in use to a file of their own."""
+        if self.ranks.first:
+            checkpoint.save(path, self.snapshot(epoch, loss))
+
+    # What ends
+
+    @contextlib.contextmanager
+    def until_stopped(self, what: str) -> Iterator[None]:
+        """Within this context a signal saves the state and ends the run.
+
+        Ctrl-C ends `what` only, so that the best model so far can be tested.
+        """
+        self.stop.check()
+        try:
+            yield
+        except Stopped as stopped:
+            self.save()
+            if stopped.signum != signal.SIGINT or self.best is None:
+                told = f"{stopped}; --resume {self.args.save} goes on from here"
+                raise Stopped(stopped.signum, told) from None
+            print(RULE)
+            print(f"Exiting from {what} early")
+
+    def test(self) -> None:
+        """Score the best model on the test set."""
+        model, criterion = checkpoint.rebuild(self.best, self.device)
+        loss = self._evaluate(model, criterion, "test.txt")
+        print(DOUBLE_RULE)
+        print(end_line(loss))
+        self.metrics.write("test", step=self.finished * self.step.source.size(0), test_loss=loss)
+        print(DOUBLE_RULE)
+
+
+class _Timer:
+    """Time, steps and rows since it was last started."""
+
+    def __init__(self, step: engine.TrainingStep) -> None:
+        self._step = step
+        self.restart()
+
+    def restart(self) -> tuple[float, int, int]:
+        """Seconds, steps and rows since the last start; start anew."""
+        now = time.perf_counter(), self._step.batches, self._step.row
+        before, self._last = getattr(self, "_last", now), now
+        return tuple(b - a for a, b in zip(before, now, strict=True))
