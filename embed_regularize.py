@@ -6,7 +6,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 def embedded_dropout(
@@ -18,15 +17,7 @@ def embedded_dropout(
     `scale` (ntoken, 1) or (ntoken, emsize) multiplies the embedding matrix further, as in the
     original. Equal to looking up in `mask * embed.weight`, but only rows in use are touched.
     """
-    output = functional.embedding(
-        words,
-        embed.weight,
-        embed.padding_idx,
-        embed.max_norm,
-        embed.norm_type,
-        embed.scale_grad_by_freq,
-        embed.sparse,
-    )
+    output = embed(words)
     if dropout:
         weight = embed.weight
         mask = torch.empty(weight.size(0), 1, dtype=weight.dtype, device=weight.device)

@@ -54,7 +54,6 @@ def build_parser() -> Parser:
         "--log-interval",
         type=positive_int,
         default=100,
-        metavar="N",
         help="words between two lines of progress",
     )
     flags.add_seed(parser)

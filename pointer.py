@@ -49,7 +49,6 @@ def build_parser() -> Parser:
         "words",
         "--by-word",
         type=positive_int,
-        metavar="N",
         help="print the N words of valid.txt that the cache helps most and hurts most",
     )
     parser.flag(

@@ -25,7 +25,7 @@ from bench.common import (
     spread,
 )
 from cli.device import keep_memory, select_device
-from qrnn import kernels
+from kernels import cuda
 from qrnn.forget_mult import forget_mult, forget_mult_loop
 
 SHAPES = [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 1, 1550)]
@@ -76,7 +76,7 @@ def naive_kernels() -> Callable[[Tensor, Tensor, Tensor], object]:
         grad_f, grad_x, running = torch.empty_like(f), torch.empty_like(f), torch.empty_like(f[0])
         size = (steps, columns)
         grid = ((columns + 255) // 256,)
-        with kernels.on_stream(torch.cuda.current_stream().cuda_stream):
+        with cuda.on_stream(torch.cuda.current_stream().cuda_stream):
             tensors = [t.data_ptr() for t in (f, x, h)]
             forward(grid, (256,), (*tensors, *size))
             tensors += [t.data_ptr() for t in (grad, running, grad_f, grad_x)]

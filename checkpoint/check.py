@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint.rebuild import DROPOUTS, made_of, plain_name
+from checkpoint.parts import DROPOUTS, made_of, plain_name
+
+# What reading fields of a wrong type, or sizes beyond any memory, can raise.
+DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 
 
 def problem_of(content: Mapping[str, Any]) -> str | None:
@@ -47,6 +50,11 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
         if problem:
             return problem
     return None
+
+
+def told(error: Exception) -> str:
+    """An error as a reason in parentheses."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def whole(numbers: list[Any]) -> bool:

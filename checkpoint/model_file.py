@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from checkpoint.check import problem_of
-from checkpoint.rebuild import copies
+from checkpoint.check import DAMAGE, problem_of, told
+from checkpoint.parts import copies, load_state, made_of
 from data import Dictionary
 from files.writing import replacing, unwritable
+from model import RNNModel
+from splitcross import SplitCrossEntropyLoss
 from utils import ToolkitError
 
 FORMAT = "awd-lstm-lm"
@@ -57,11 +60,6 @@ class Checkpoint:
         return Dictionary.from_words(self.vocabulary["words"], self.vocabulary["counts"])
 
 
-def same_file(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two paths lead to one place."""
-    return os.path.realpath(path) == os.path.realpath(other)
-
-
 def in_memory(checkpoint: Checkpoint) -> Checkpoint:
     """A file's model, without its training state, that stays when the file is written over."""
     weights = {name: copies(getattr(checkpoint, name)) for name in ("model", "criterion")}
@@ -88,15 +86,11 @@ def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointE
     # torch's writer, which has more to write as it ends, hides what the system said.
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    reason = getattr(cause, "strerror", None) or _first_line(error)
+    reason = getattr(cause, "strerror", None) or told(error)
     return CheckpointError(
         f"cannot write {path} ({reason}): the old file, if any, is unchanged; free the disk or "
         "pass another --save"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -138,17 +132,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     fields = {name: content.get(name) for name in Checkpoint.__dataclass_fields__}
     try:
         problem = problem_of(fields)
-    # What reading fields of a wrong type, or sizes beyond any memory, can raise.
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        RuntimeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
-        problem = f"{type(error).__name__}: {_first_line(error)}"
+    except (*DAMAGE, MemoryError) as error:
+        problem = told(error)
     if problem:
         raise CheckpointError(f"{path} is damaged ({problem}): train it again with main.py")
     return Checkpoint(**fields)
@@ -186,3 +171,27 @@ def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
             shutil.copyfileobj(old, new)
     except OSError as error:
         raise _cannot_write(target, error) from error
+
+
+def rebuild(
+    checkpoint: Checkpoint, device: torch.device, **dropouts: float
+) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """The model and criterion of a file, on `device`; `dropouts` override those of the file."""
+    with _NoInitialWeights():
+        model, criterion = made_of({**checkpoint.config, **dropouts})
+    load_state(model, checkpoint.model)
+    load_state(criterion, checkpoint.criterion)
+    return model.to(device), criterion.to(device)
+
+
+class _NoInitialWeights(TorchFunctionMode):
+    """Within this context nothing is drawn: most of the time it takes to make a large model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Those of Tensor and those of torch.nn.init.
+        if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

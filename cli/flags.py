@@ -47,21 +47,18 @@ def add_split(parser: Parser) -> None:
 
 def add_vocabulary(parser: Parser) -> None:
     """--vocab-size and --min-count."""
-    parser.flag(
-        "files",
+    add = parser.group("files")
+    add(
         "--vocab-size",
         either="vocabulary",
         type=types.vocabulary_size,
-        metavar="N",
         help="keep the N most frequent words of train.txt, <unk> and <eos> among them, and read "
         "the others as <unk>; PTB has 10,000",
     )
-    parser.flag(
-        "files",
+    add(
         "--min-count",
         either="vocabulary",
         type=types.positive_int,
-        metavar="N",
         help="keep the words that occur N times or more in train.txt, and read the others as "
         "<unk>; WikiText-2 and -103 have 3",
     )
@@ -80,38 +77,33 @@ def add_model(parser: Parser) -> None:
 
 def add_sizes(parser: Parser) -> None:
     """The sizes of the network."""
-    parser.flag(
-        "network",
+    add = parser.group("network")
+    add(
         "--emsize",
         type=types.positive_int,
         default=400,
-        metavar="N",
         help="size of a word's embedding, and of the last layer, whose weights are tied to it; "
         "published: 400, PTB characters 200",
     )
-    parser.flag(
-        "network",
+    add(
         "--nhid",
         type=types.positive_int,
         default=1150,
-        metavar="N",
         help="hidden units of every layer but the last; published: LSTM 1150, QRNN 1550, "
         "PTB characters 1000, enwik8 1840, WikiText-103 2500",
     )
-    parser.flag(
-        "network",
+    add(
         "--nlayers",
         type=types.positive_int,
         default=3,
-        metavar="N",
         help="recurrent layers; published: LSTM 3, QRNN 4",
     )
 
 
 def add_training(parser: Parser) -> None:
     """Optimisation and what is said of it."""
-    parser.flag(
-        "training",
+    add = parser.group("training")
+    add(
         "--lr",
         type=types.positive,
         default=30.0,
@@ -119,69 +111,55 @@ def add_training(parser: Parser) -> None:
         help="learning rate, scaled for each batch by its length over --bptt; published: SGD 30, "
         "Adam 1e-3, PTB characters 2e-3",
     )
-    parser.flag(
-        "training",
+    add(
         "--clip",
         type=types.non_negative,
         default=0.25,
         metavar="NORM",
         help="gradient norm to clip at, 0 for none; published: 0.25, PTB QRNN 0.2",
     )
-    parser.flag(
-        "training",
+    add(
         "--epochs",
         type=types.positive_int,
         default=8000,
-        metavar="N",
         help="passes over train.txt at most; published: PTB LSTM 500, WikiText-2 LSTM 750, "
         "QRNN 550 and 500",
     )
-    parser.flag(
-        "training",
+    add(
         "--batch_size",
         type=types.positive_int,
         default=80,
-        metavar="N",
         help="columns of a batch, each a stream of text of its own; published: PTB 20, WikiText-2 "
         "LSTM 80, QRNN 40, characters 128, WikiText-103 60",
     )
-    parser.flag(
-        "training",
+    add(
         "--bptt",
         type=types.positive_int,
         default=70,
-        metavar="N",
         help="base of the random sequence length, in tokens (variable length backpropagation "
         "sequences); published: 70, PTB characters 150, enwik8 200, WikiText-103 140",
     )
-    parser.flag(
-        "training",
+    add(
         "--nonmono",
         type=types.natural,
         default=5,
-        metavar="N",
         help="epochs whose losses NT-ASGD's trigger leaves out (the paper's n, the non-monotone "
         "interval): averaging starts when validation is worse than the best before them; "
         "published: 5",
     )
-    parser.flag(
-        "training",
+    add(
         "--log-interval",
         type=types.positive_int,
         default=200,
-        metavar="N",
         help="batches from one log line to the next",
     )
-    parser.flag(
-        "training",
+    add(
         "--max-seq-len",
         either="lengths",
         type=types.positive_int,
-        metavar="N",
         help="cap on the random sequence length, in tokens",
     )
-    parser.flag(
-        "training",
+    add(
         "--fixed-length",
         either="lengths",
         action="store_true",
@@ -191,75 +169,60 @@ def add_training(parser: Parser) -> None:
 
 def add_regularisers(parser: Parser) -> None:
     """Dropouts, activation penalties and weight decay."""
-    parser.flag(
-        "regularisation",
+    add = parser.group("regularisation")
+    add(
         "--dropout",
         type=types.probability,
         default=0.4,
-        metavar="P",
         help="variational (locked) dropout on the last layer's output; published: 0.4, PTB "
         "characters and WikiText-103 0.1",
     )
-    parser.flag(
-        "regularisation",
+    add(
         "--dropouth",
         type=types.probability,
         default=0.3,
-        metavar="P",
         help="variational dropout between layers; published: PTB LSTM 0.25, QRNN 0.3, "
         "WikiText-2 0.2",
     )
-    parser.flag(
-        "regularisation",
+    add(
         "--dropouti",
         type=types.probability,
         default=0.65,
-        metavar="P",
         help="variational dropout on the word vectors; published: WikiText-2 LSTM 0.65, "
         "PTB and WikiText-2 QRNN 0.4, characters 0.1",
     )
-    parser.flag(
-        "regularisation",
+    add(
         "--dropoute",
         type=types.probability,
         default=0.1,
-        metavar="P",
         help="embedding dropout: a word is gone from the whole batch; published: 0.1, characters "
         "and WikiText-103 0",
     )
-    parser.flag(
-        "regularisation",
+    add(
         "--wdrop",
         type=types.probability,
         default=0.5,
-        metavar="P",
         help="weight drop (DropConnect) on the hidden-to-hidden weights, for the QRNN on its "
         "linear map; published: LSTM 0.5, QRNN 0.1, enwik8 0.2, WikiText-103 0",
     )
-    parser.flag(
-        "regularisation",
+    add(
         "--alpha",
         type=types.non_negative,
         default=2.0,
-        metavar="X",
         help="activation regularisation (AR): times the mean square of the last layer's dropped "
         "output, 0 for none; published: 2, characters and WikiText-103 0",
     )
-    parser.flag(
-        "regularisation",
+    add(
         "--beta",
         type=types.non_negative,
         default=1.0,
-        metavar="X",
         help="temporal activation regularisation (TAR): times the mean square of its change from "
         "step to step, 0 for none; published: 1, characters and WikiText-103 0",
     )
-    parser.flag(
-        "regularisation",
+    add(
         "--wdecay",
         type=types.non_negative,
         default=1.2e-6,
-        metavar="X",
         help="weight decay (L2) on every parameter; published: 1.2e-6, WikiText-103 0",
     )
 
@@ -271,41 +234,34 @@ def add_chunk(parser: Parser, default: int) -> None:
         "--bptt",
         type=types.positive_int,
         default=default,
-        metavar="N",
         help="tokens computed at a time; the result does not depend on it",
     )
 
 
 def add_cache(parser: Parser) -> None:
     """The continuous cache."""
-    parser.flag(
-        "cache",
+    add = parser.group("cache")
+    add(
         "--window",
         type=types.positive_int,
         default=3785,
-        metavar="N",
         help="positions the cache looks back over, in tokens; published: PTB 500, WikiText-2 3785",
     )
-    parser.flag(
-        "cache",
+    add(
         "--theta",
         type=types.sharpness,
         default=0.6625523432485668,
-        metavar="X",
         help="sharpness of the cache's attention (the cache paper's theta), 0 is uniform over the "
         "window; published: PTB 1.0, WikiText-2 0.662",
     )
-    parser.flag(
-        "cache",
+    add(
         "--lambdasm",
         type=types.probability,
         default=0.12785920428335693,
-        metavar="P",
         help="weight of the cache in the mixture with the vocabulary's softmax (the cache paper's "
         "lambda); published: PTB 0.1, WikiText-2 0.1279",
     )
-    parser.flag(
-        "cache",
+    add(
         "--cache-from-start",
         action="store_true",
         help="use the cache from the second token on and not only once the window is full",
@@ -319,23 +275,21 @@ def add_save(parser: Parser, help: str) -> None:
 
 def add_safety(parser: Parser) -> None:
     """--resume, --save-every and --deterministic."""
-    parser.flag(
-        "",
+    add = parser.group("")
+    add(
         "--resume",
         default="",
         metavar="FILE",
         help="model file of an earlier run to go on from, with its flags where none are given",
     )
-    parser.flag(
-        "",
+    add(
         "--save-every",
         type=types.non_negative,
         default=300.0,
         metavar="SECONDS",
         help="also save within an epoch, every so many seconds",
     )
-    parser.flag(
-        "",
+    add(
         "--deterministic",
         action="store_true",
         help="the same bits for the same seed on a GPU too, at some cost in speed",
@@ -355,7 +309,7 @@ def add_logdir(parser: Parser) -> None:
 
 def add_seed(parser: Parser) -> None:
     """--seed."""
-    parser.flag("running", "--seed", type=types.seed, default=1111, metavar="N", help="random seed")
+    parser.flag("running", "--seed", type=types.seed, default=1111, help="random seed")
 
 
 def add_device(parser: Parser) -> None:
@@ -371,16 +325,15 @@ def add_device(parser: Parser) -> None:
 
 def add_speed(parser: Parser) -> None:
     """--precision and --no-cuda-graphs."""
-    parser.flag(
-        "running",
+    add = parser.group("running")
+    add(
         "--precision",
         choices=["fp32", "tf32", "bf16"],
         help="of training's matrix products: float32, TensorFloat-32 (a GPU's, and its default) or "
         "bfloat16; weights, their gradients and evaluation are float32, in TensorFloat-32 with the "
         "last two on a GPU, as are an LSTM's and a GRU's layers there with bf16",
     )
-    parser.flag(
-        "running",
+    add(
         "--no-cuda-graphs",
         dest="cuda_graphs",
         action="store_false",
@@ -395,7 +348,6 @@ def add_max_batches(parser: Parser, what: str) -> None:
         "running",
         "--max-batches",
         type=types.positive_int,
-        metavar="N",
         help=f"stop after N {what}, for a trial",
     )
 

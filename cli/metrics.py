@@ -22,10 +22,8 @@ import math
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -61,17 +59,17 @@ class MetricsWriter:
 
     `command` are the words of the command line, `flags` all of its values, `device` the device in
     words. Where tensorboard or tensorboardX is installed, events are written beside it;
-    `no_events` says, in a sentence, why not. Raises ToolkitError if the folder cannot be written.
+    `no_events` says, in a sentence, why not. Without a `folder` nothing is written. Raises
+    ToolkitError if the folder cannot be written; if it cannot be any more, says so once.
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        command: Sequence[str],
-        flags: Mapping[str, Any],
+        self, folder: str | os.PathLike[str], *, command: Sequence[str], flags: Mapping[str, Any],
         device: str,
-    ) -> None:
+    ) -> None:  # fmt: skip
+        self.no_events = self._file = self._events = None
+        if not folder:
+            return
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,22 +83,14 @@ class MetricsWriter:
                 f"cannot write {self.folder / NAME} ({os.strerror(error.errno)}): pass another "
                 "--logdir"
             ) from error
-        self.no_events = None
         self._events = _events(self.folder)
         if self._events is None:
             self.no_events = (
                 "TensorBoard events need the package tensorboard, which is not installed: "
                 f"{NAME} alone is written"
             )
-        self._append(
-            {
-                "command": list(command),
-                "flags": dict(flags),
-                "versions": versions(),
-                "device": device,
-                "commit": commit(),
-            }
-        )
+        head = {"command": list(command), "flags": dict(flags), "versions": versions()}
+        self._append({**head, "device": device, "commit": commit()})
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
         """Append a line of `kind`; `step` counts rows of the corpus in columns.
@@ -118,7 +108,7 @@ class MetricsWriter:
         self._append({"kind": kind, "step": step, **values})
         if self._events is None:
             return
-        with self._telling():
+        with self._as_far_as_it_goes():
             for name, value in values.items():
                 if isinstance(value, int | float) and name not in ("epoch", "batch"):
                     self._events.add_scalar(f"{kind}/{name}", value, step)
@@ -126,19 +116,19 @@ class MetricsWriter:
                 self._events.add_text("switch", "averaging starts", step)
 
     def _append(self, values: Mapping[str, Any]) -> None:
-        with self._telling():
-            self._file.write(json.dumps(_finite(values), ensure_ascii=False, default=str) + "\n")
+        if self._file is not None:
+            with self._as_far_as_it_goes():
+                text = json.dumps(_finite(values), ensure_ascii=False, default=str)
+                self._file.write(f"{text}\n")
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Turn what the system refuses into a sentence."""
+    def _as_far_as_it_goes(self) -> Iterator[None]:
+        """Once the system refuses a write, say so and write no more: the run matters more."""
         try:
             yield
         except OSError as error:
-            raise ToolkitError(
-                f"cannot write to {self.folder} ({error.strerror or error}): free the disk or "
-                "leave --logdir out"
-            ) from error
+            print(f"Cannot write to {self.folder} ({error.strerror or error}): going on without it")
+            self.close()
 
     def _end_line(self) -> None:
         """End a line that a run which was killed, or a full disk, has left without its end."""
@@ -150,46 +140,18 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the files."""
-        # What did not reach a full disk has been told, and must not hide what is being told.
-        with contextlib.suppress(OSError):
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for file in (self._file, self._events):
+            # The failed write was already reported.
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+        self._file = self._events = None
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class NoMetrics:
-    """In the place of a MetricsWriter where nothing is to be written."""
-
-    no_events = None
-
-    def write(self, kind: str, *, step: int, **values: Any) -> None:
-        """Nothing."""
-
-    def __enter__(self) -> "NoMetrics":
-        return self
-
     def __exit__(self, *exc: object) -> None:
-        """Nothing to close."""
-
-
-def writer(
-    folder: str, *, flags: Mapping[str, Any], device: str, first: bool
-) -> MetricsWriter | NoMetrics:
-    """The writer that `--logdir` asks for: none without a folder, or off the `first` process."""
-    if not folder or not first:
-        return NoMetrics()
-    return MetricsWriter(folder, command=sys.argv, flags=flags, device=device)
+        self.close()
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -212,7 +174,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             found = json.loads(line)
         except json.JSONDecodeError:
-            # The run was killed, or is at it; the next begins with its command.
+            # The run was killed or is still writing; the next begins with its command.
             if len(lines) > 1 and (number == len(lines) or lines[number].startswith('{"command"')):
                 continue
             found = None

@@ -1,6 +1,7 @@
 """The parser of every script: errors of one line, classic abbreviations, presets."""
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +47,8 @@ class Flag(NamedTuple):
 
     def words(self, value: Any) -> list[str]:
         """The words of a command line that set the flag to `value`."""
-        if isinstance(value, bool):
-            return [self.name]
-        if isinstance(value, list):
-            return [self.name, *map(str, value)]
-        return [f"{self.name}={value}"]
+        values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+        return [self.name, *map(str, values)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,10 +75,8 @@ class Parser(argparse.ArgumentParser):
             self.flag(
                 "",
                 "--preset",
-                type=self._preset,
-                metavar="NAME",
-                help=f"take the published flags: {', '.join(self.presets)}; any flag given beside "
-                "it counts instead",
+                choices=self.presets,
+                help="take the published flags; any flag given beside it counts instead",
             )
 
     def flag(
@@ -88,8 +84,11 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Add a flag under the title `group` of the help; the rest is as for `add_argument`.
 
-        Of the flags of a group with the same `either`, only one may be given.
+        Of the flags of a group with the same `either`, only one may be given. The name of the value
+        in the help is that of its type here, if it is not given.
         """
+        if options.get("type") in _METAVARS:
+            options.setdefault("metavar", _METAVARS[options["type"]])
         place: Any = self
         if group:
             if group not in self._groups:
@@ -106,6 +105,10 @@ class Parser(argparse.ArgumentParser):
         # Nothing but what was given ends up in the namespace: `parse_known_args` adds the rest.
         action = place.add_argument(*names, default=argparse.SUPPRESS, **options)
         self.flags[action.dest] = Flag(names[0], default, either)
+
+    def group(self, title: str) -> Callable[..., None]:
+        """`flag` for the flags under one title."""
+        return functools.partial(self.flag, title)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
@@ -143,12 +146,7 @@ class Parser(argparse.ArgumentParser):
 
     def spelled(self, values: Mapping[str, Any]) -> str:
         """Flags and their values as on a command line, sorted by name."""
-        words = []
-        for name in sorted(values):
-            value, flag = values[name], self.flags[name].name
-            told = " ".join(map(str, value)) if isinstance(value, list) else f"{value}"
-            words.append(flag if isinstance(value, bool) else f"{flag} {told}")
-        return " ".join(words)
+        return " ".join(w for name in sorted(values) for w in self.flags[name].words(values[name]))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
@@ -156,16 +154,6 @@ class Parser(argparse.ArgumentParser):
     def _given(self, words: Sequence[str]) -> dict[str, Any]:
         """What `words` set, and nothing else; raises ArgumentError unless `exit_on_error`."""
         return vars(super().parse_known_args([self._expanded(word) for word in words])[0])
-
-    def _preset(self, name: str) -> str:
-        if name not in self.presets:
-            known = ", ".join(self.presets)
-            if name in presets.COMMANDS:
-                raise argparse.ArgumentTypeError(
-                    f"nothing was published for {name} at this stage, only for {known}"
-                )
-            raise argparse.ArgumentTypeError(f"must be one of {known}, not {name!r}")
-        return name
 
     def _expanded(self, word: str) -> str:
         flag, equals, value = word.partition("=")
@@ -238,3 +226,10 @@ def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], 
             what += " and below 2**63"
         raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
     return value
+
+
+_METAVARS = {
+    **dict.fromkeys((positive_int, natural, seed, vocabulary_size), "N"),
+    **dict.fromkeys((positive, non_negative, sharpness), "X"),
+    probability: "P",
+}

@@ -1,7 +1,6 @@
 """A progress bar for whoever watches: on a terminal only, and only where tqdm is installed."""
 
 import sys
-from types import TracebackType
 from typing import Any
 
 
@@ -36,12 +35,7 @@ class Bar:
     def __enter__(self) -> "Bar":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

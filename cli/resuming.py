@@ -11,11 +11,7 @@ from utils import ToolkitError
 # A resumed run does not take these from the run it resumes.
 _OF_THIS_CALL = {"resume", "save", "cuda", "max_batches", "keep", "split"}
 # What finetuning takes from the model's training.
-_SHAPES_TRAINING = (
-    *PENALTIES,
-    *("clip", "wdecay", "batch_size", "bptt", "nonmono", "precision"),
-    *("max_seq_len", "fixed_length"),
-)
+_SHAPES_TRAINING = "batch_size bptt clip fixed_length max_seq_len nonmono precision wdecay".split()
 
 
 def check_architecture(args: argparse.Namespace, config: Mapping[str, Any], path: str) -> None:
@@ -73,11 +69,10 @@ def finetune_flags(
     `config` is the model's, `recorded` the flags of its training; the rate is taken if that was
     with SGD.
     """
-    names = [*_SHAPES_TRAINING, *(["lr"] if recorded.get("optimizer", "sgd") == "sgd" else [])]
+    rate = ["lr"] if recorded.get("optimizer", "sgd") == "sgd" else []
     values = {**recorded, **{name: config[name] for name in DROPOUTS}}
-    taken = _take(args, parser, values, [*names, *DROPOUTS], path)
-    if taken:
-        print(f"From {path}: {parser.spelled(taken)}")
+    names = [*_SHAPES_TRAINING, *PENALTIES, *DROPOUTS, *rate]
+    print(f"From {path}: {parser.spelled(_take(args, parser, values, names, path))}")
 
 
 def _take(

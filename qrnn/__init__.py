@@ -2,5 +2,3 @@
 
 from qrnn.forget_mult import ForgetMult
 from qrnn.layer import QRNN, QRNNLayer
-
-__all__ = ["QRNN", "ForgetMult", "QRNNLayer"]

@@ -1,24 +1,22 @@
-"""The CUDA kernels of the QRNN (`forget_mult.cu`): compilation, launch and autograd.
+"""The CUDA kernels of the QRNN (`forget_mult.cu`): their arguments, and autograd.
 
-"Quasi-Recurrent Neural Networks", arXiv 1611.01576, section 2.1. CuPy compiles the source at the
-first use of a dtype on a device, and launches on PyTorch's current stream, in memory from PyTorch's
-allocator. Importing this module imports neither CuPy nor anything else of CUDA.
+"Quasi-Recurrent Neural Networks", arXiv 1611.01576, section 2.1.
 
 Everything here takes tensors of one dtype (float64, float32, float16 or bfloat16) on one device,
 and raises TypeError for another dtype, ValueError for a wrong shape or device, and
 KernelUnavailable where CuPy is missing or unusable.
 """
 
-import functools
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SOURCE = Path(__file__).with_name("forget_mult.cu")
+from kernels import cuda
+from kernels.cuda import KernelUnavailable, available, requirement  # noqa: F401
+
 SCALARS = {
     torch.float64: "double",
     torch.float32: "float",
@@ -43,22 +41,11 @@ KERNEL_NAMES = (
     *_FORWARD.values(),
     *_BACKWARD.values(),
 )
+SOURCE = cuda.Source(
+    Path(__file__).with_name("forget_mult.cu"), KERNEL_NAMES, "the QRNN's CUDA kernels"
+)
 BLOCK = 64  # threads, the kernels' launch bound
 _MAX_STEPS = 2**31 - 64  # the kernels count steps, and look two chunks ahead, in 32 bits
-
-
-class KernelUnavailable(RuntimeError):
-    """CuPy is missing or unusable; the message says what to install."""
-
-
-def available() -> bool:
-    """Whether CuPy can be imported and sees a GPU; it is tried once."""
-    return isinstance(_import_cupy(), ModuleType)
-
-
-def requirement() -> str:
-    """What to install where `available()` is False, and why it is not there now."""
-    return f"pip install {_package()}, see requirements-gpu.txt ({_import_cupy()})"
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
@@ -68,7 +55,8 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """
     if dtype not in SCALARS:
         raise TypeError(f"the QRNN kernels take {_dtype_names()}, not {dtype}")
-    _kernels(torch.cuda.current_device() if device.index is None else device.index, dtype)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    SOURCE.kernels(index, compile_options(dtype))
 
 
 def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
@@ -425,16 +413,10 @@ def _launch_columns(
     keeps temporary tensors alive until the launch; from then on the stream's order protects them.
     """
     seq_len, batch, hidden = sizes
-    values = [_value(argument) for argument in arguments]
+    values = [cuda.value(argument) for argument in arguments]
     values += (seq_len, batch, hidden, int(reverse))
     grid = ((batch * hidden + BLOCK - 1) // BLOCK,)
     _launch(name, like.dtype, like.device, grid, (BLOCK,), values)
-
-
-def _value(argument: Tensor | float | None) -> int | float:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return 0 if argument is None else argument
 
 
 def _launch(
@@ -445,73 +427,7 @@ def _launch(
     block: tuple[int],
     arguments: list[int | float],
 ) -> None:
-    """Launch on PyTorch's current stream: looked up at every call, as it may have changed."""
-    if device.type != "cuda":
-        raise ValueError(f"the QRNN kernels take CUDA tensors, not tensors on {device}")
-    kernel = _kernels(device.index, dtype)[name]
-    cupy = _import_cupy()
-    handle = torch.cuda.current_stream(device).cuda_stream
-    with torch.cuda.device(device), cupy.cuda.Device(device.index), on_stream(handle):
-        kernel(grid, block, arguments)
-
-
-class _StreamHandle:
-    """PyTorch's stream in the CUDA stream protocol, which torch.cuda.Stream lacks before 2.10."""
-
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
-
-
-def on_stream(handle: int) -> Any:
-    """A context within which CuPy launches on the CUDA stream `handle`; CuPy must be there."""
-    cupy = _import_cupy()
-    # CuPy 14 brings from_external and warns that ExternalStream is deprecated.
-    if hasattr(cupy.cuda.Stream, "from_external"):
-        return cupy.cuda.Stream.from_external(_StreamHandle(handle))
-    return cupy.cuda.ExternalStream(handle)
-
-
-@functools.cache
-def _kernels(device_index: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The kernels for one dtype, compiled for and loaded on one device."""
-    cupy = _import_cupy()
-    if isinstance(cupy, Exception):
-        raise KernelUnavailable(f"the QRNN's CUDA kernels need CuPy: {requirement()}") from cupy
-    module = cupy.RawModule(
-        code=SOURCE.read_text(encoding="utf-8"),
-        options=compile_options(dtype),
-        backend="nvrtc",
-    )
-    try:
-        with torch.cuda.device(device_index), cupy.cuda.Device(device_index):
-            return {name: module.get_function(name) for name in KERNEL_NAMES}
-    except (ImportError, OSError, RuntimeError) as error:
-        # What CuPy raises where it finds no NVRTC or no headers; an error in the source is another.
-        raise KernelUnavailable(
-            "CuPy could not compile the QRNN's CUDA kernels; it needs NVRTC and CUDA's headers, "
-            f"from the CUDA toolkit or pip install '{_package()}[ctk]' ({error})"
-        ) from error
-
-
-@functools.cache
-def _import_cupy() -> ModuleType | Exception:
-    """CuPy, or the reason why there is none."""
-    try:
-        import cupy
-
-        if not cupy.cuda.is_available():
-            return RuntimeError("CuPy is installed but finds no usable GPU")
-    except (ImportError, OSError, RuntimeError) as error:
-        return error
-    return cupy
-
-
-def _package() -> str:
-    major = (torch.version.cuda or "13").split(".")[0]
-    return f"cupy-cuda{major}x"
+    SOURCE.launch(name, compile_options(dtype), device, grid, block, arguments)
 
 
 def _dtype_names() -> str:

@@ -53,6 +53,7 @@ def target_probs(
     # A position's history, oldest first, in columns 0 to width - 1; ring r are the columns from
     # starts[r] to starts[r - 1]: the ages that window r has and window r - 1 has not.
     starts = [max(0, width - window) for window in ascending]
+    ends = [width, *starts[:-1]]
     edges = torch.tensor([width - start for start in starts], device=device)
     result = outputs.new_zeros(len(ascending), len(thetas), n)
     column = torch.arange(width, device=device)
@@ -81,32 +82,35 @@ def target_probs(
             band.masked_fill_(~there, 0.0)  # whatever is finite at every theta
         matches = band[row, col]
         # The first window that reaches back to a match.
-        ring = torch.bucketize(width - col, edges)
-        cell = row * len(ascending) + ring
+        cell = row * len(ascending) + torch.bucketize(width - col, edges)
         powers = torch.empty_like(band)
         for k, theta in enumerate(thetas):
             torch.mul(band, theta, out=powers).exp_()
             if there is not None:
                 powers.mul_(there)
-            ends = [width, *starts[:-1]]
-            total = torch.stack(
-                [powers[:, a:b].sum(dim=1) for a, b in zip(starts, ends, strict=True)]
-            ).cumsum(dim=0)
+            rings = [powers[:, a:b].sum(dim=1) for a, b in zip(starts, ends, strict=True)]
+            total = torch.stack(rings).cumsum(dim=0)
             hits = powers.new_zeros(rows * len(ascending))
             hits.index_add_(0, cell, matches.mul(theta).exp_())
             hits = hits.view(rows, len(ascending)).t().cumsum(dim=0)
             probs = torch.where(total > _TINY, hits / total, 0.0)
-            # The largest score stood outside a window by so much that nothing inside it was left.
             for w, i in (total <= _TINY).nonzero().tolist():
                 if first + i > 0:
                     seen = slice(max(starts[w], width - first - i), width)
-                    attention = (theta * band[i, seen]).softmax(dim=0)
-                    match = words[first + i - width + seen.start : first + i] == words[first + i]
-                    probs[w, i] = attention[match].sum()
+                    before = words[first + i - width + seen.start : first + i]
+                    probs[w, i] = _anew(theta * band[i, seen], before == words[first + i])
             result[:, k, queries] = probs
         tick(rows)
     order = torch.tensor([ascending.index(window) for window in windows], device=device)
     return result[order]
+
+
+def _anew(scores: Tensor, match: Tensor) -> Tensor:
+    """The cache's probability where the largest score stood outside a window by far.
+
+    `scores` and `match` are those inside it: nothing of them was left beside the largest one.
+    """
+    return scores.softmax(dim=0)[match].sum()
 
 
 def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
@@ -202,7 +206,7 @@ def search(
     near = sorted({w for w in near if 0 < w < windows[-1]} | {best.window})
     finer = grid(piece, near, [*around(thetas, best.theta), best.theta], from_start, tick)
     best = min([best, *finer], key=lambda setting: setting.loss)
-    # Numbers that can be typed.
+    # Rounded, so that they can be typed as flags.
     rounded = best._replace(
         theta=float(f"{best.theta:.4g}"), lambdasm=round(best.lambdasm, 4), loss=math.nan
     )

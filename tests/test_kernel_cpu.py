@@ -23,6 +23,7 @@ import pytest
 import torch
 from references import assert_near, eager_and_compiled, naive_forget_mult, naive_qrnn
 
+from kernels import cuda
 from qrnn import QRNNLayer, kernels, operators
 from qrnn import forget_mult as eager
 
@@ -37,7 +38,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is 
 
 def compile_shim(program: str, output: Path, dtype: torch.dtype, *options: str) -> None:
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [*kernels.compile_options(dtype), f'-DSOURCE="{kernels.SOURCE}"']
+    command += [*kernels.compile_options(dtype), f'-DSOURCE="{kernels.SOURCE.path}"']
     command += [*options, "-o", str(output)]
     result = subprocess.run([*command, str(SHIM / program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -707,11 +708,11 @@ class TestErrors:
 @pytest.fixture
 def no_memory_of_cupy():
     """The cached import and kernels are forgotten before and after."""
-    kernels._import_cupy.cache_clear()
-    kernels._kernels.cache_clear()
+    cuda.import_cupy.cache_clear()
+    kernels.SOURCE.loaded.clear()
     yield
-    kernels._import_cupy.cache_clear()
-    kernels._kernels.cache_clear()
+    cuda.import_cupy.cache_clear()
+    kernels.SOURCE.loaded.clear()
 
 
 @pytest.mark.usefixtures("no_memory_of_cupy")
@@ -854,7 +855,7 @@ def test_nvrtc_compiles(architecture, dtype):
         pytest.skip("the wheel nvidia-cuda-nvrtc is not installed")
     if architecture not in supported_architectures(library):
         pytest.skip(f"this NVRTC no longer, or does not yet, know compute_{architecture}")
-    source = kernels.SOURCE.read_text(encoding="utf-8")
+    source = kernels.SOURCE.path.read_text(encoding="utf-8")
     program = compiler.Program(source, "forget_mult.cu", lib_name=str(library))
     # CuPy's own options, with CuPy 13's default standard, the oldest in use.
     options = ["--std=c++14", "-ftz=true", "--device-as-default-execution-space"]
@@ -872,7 +873,9 @@ def test_no_local_memory_or_spills(architecture, tmp_path):
         command = ["nvcc", "-std=c++14", f"-arch=sm_{architecture}"]
         command += [*kernels.compile_options(dtype), "-cubin", "-Xptxas", "-v"]
         command += ["-o", str(tmp_path / f"{kernels.SCALARS[dtype]}.cubin")]
-        result = subprocess.run([*command, str(kernels.SOURCE)], capture_output=True, text=True)
+        result = subprocess.run(
+            [*command, str(kernels.SOURCE.path)], capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stderr
         return result.stderr
 

@@ -308,13 +308,14 @@ def test_under_autocast_the_carried_state_fits():
 
 
 def test_without_cupy_a_gpu_falls_back_with_one_warning(monkeypatch):
+    from kernels import cuda
     from qrnn import forget_mult as module
     from qrnn import kernels
 
     class OnGPU:
         is_cuda = True
 
-    monkeypatch.setattr(kernels, "_import_cupy", lambda: ImportError("No module named 'cupy'"))
+    monkeypatch.setattr(cuda, "import_cupy", lambda: ImportError("No module named 'cupy'"))
     module._warn_without_kernels.cache_clear()
     with pytest.warns(UserWarning, match=r"pip install cupy-cuda\d+x.*No module named 'cupy'"):
         assert module._kernels_for(OnGPU()) is None

@@ -29,16 +29,13 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import Checkpoint, CheckpointError, plain_name
-from checkpoint.check import state_problem, tensor_problem, whole
+from checkpoint.check import DAMAGE, state_problem, tensor_problem, told, whole
 from cli import resuming
 from cli.parser import Parser
 from utils import ToolkitError, map_state
 
 if TYPE_CHECKING:
     from training.session import Session
-
-# What reading a damaged state can raise.
-_DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 
 
 def training_state(session: Session) -> dict[str, Any]:
@@ -100,8 +97,8 @@ def read(args: argparse.Namespace, parser: Parser, stage: str) -> Checkpoint:
         )
     try:
         problem = _problem(loaded)
-    except _DAMAGE as error:
-        problem = _told(error)
+    except DAMAGE as error:
+        problem = told(error)
     if problem:
         raise _cannot_resume(path, problem)
     resuming.check_architecture(args, loaded.config, path)
@@ -136,8 +133,8 @@ def restore(session: Session, loaded: Checkpoint, path: str) -> Mapping[str, Any
         position = _position(session, state["position"])
     except torch.OutOfMemoryError:
         raise
-    except _DAMAGE as error:
-        raise _cannot_resume(path, _told(error)) from error
+    except DAMAGE as error:
+        raise _cannot_resume(path, told(error)) from error
     session.finished = state["epoch"]
     session.trigger.losses = list(state["valid_losses"])
     session.best_loss = state.get("best_loss", loaded.valid_loss)
@@ -157,10 +154,6 @@ def _cannot_resume(path: str, problem: str) -> CheckpointError:
     )
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 def _tensors(value: Any) -> list[Tensor]:
     """Every tensor within dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
@@ -174,9 +167,8 @@ def _problem(loaded: Checkpoint) -> str | None:
     """What can be told to be wrong with a training state without the run that goes on from it."""
     training = loaded.training
     kinds = {"args": dict, "data": str, "epoch": int, "rng": str, "valid_losses": list}
-    if not all(isinstance(training[name], kind) for name, kind in kinds.items()):
-        return "its training state has a field of the wrong type"
-    if not whole([training["epoch"]]):
+    typed = all(isinstance(training[name], kind) for name, kind in kinds.items())
+    if not typed or not whole([training["epoch"]]):
         return "its training state has a field of the wrong type"
     losses = [*training["valid_losses"], training.get("best_loss", 0.0)]
     if not all(type(loss) is float and not math.isnan(loss) for loss in losses):
@@ -276,9 +268,8 @@ def _position(session: Session, position: Mapping[str, Any] | None) -> Mapping[s
     """The position within an epoch, if its numbers and hidden state fit the model."""
     if position is None or position["hidden"] is None:
         return None
-    if not whole([position[name] for name in ("row", "batches", "since")]):
-        raise ValueError("its place within the epoch is no number")
-    if not all(math.isfinite(position[name]) for name in ("total", "interval")):
+    counted = whole([position[name] for name in ("row", "batches", "since")])
+    if not counted or not all(math.isfinite(position[name]) for name in ("total", "interval")):
         raise ValueError("its place within the epoch is no number")
     hidden = position["hidden"]
     if any(inputs is not None for inputs in position.get("kept", ())):

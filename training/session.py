@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,10 +19,11 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import Checkpoint
-from cli import flags, metrics
+from cli import flags
 from cli.corpus import read_corpus
 from cli.device import make_deterministic, select_device, set_precision
 from cli.lines import DOUBLE_RULE, RULE, batch_line, end_line, epoch_line
+from cli.metrics import MetricsWriter
 from cli.parser import plain
 from cli.progress import Bar
 from cli.signals import Stopped, StopRequests
@@ -33,8 +36,6 @@ from training import engine, parallel, resume
 from training.cuda_graphs import make_step
 from training.save_clock import SaveClock
 from utils import ToolkitError, batchify, perplexity, seed_everything
-
-Reorder = Callable[[Tensor, np.random.RandomState], object]
 
 
 @contextlib.contextmanager
@@ -53,8 +54,11 @@ def open_session(stage: str, args: argparse.Namespace) -> Iterator[Session]:
     with (
         ranks.together(),
         StopRequests(ranks.largest) as stop,
-        metrics.writer(
-            args.logdir, flags=plain(args), device=str(device), first=ranks.first
+        MetricsWriter(
+            args.logdir if ranks.first else "",
+            command=sys.argv,
+            flags=plain(args),
+            device=str(device),
         ) as writer,
     ):
         if writer.no_events:
@@ -82,7 +86,7 @@ class Session:
         device: torch.device,
         ranks: parallel.Ranks,
         stop: StopRequests,
-        writer: metrics.MetricsWriter | metrics.NoMetrics,
+        writer: MetricsWriter,
     ) -> None:
         self.stage = stage
         self.args = args
@@ -128,15 +132,9 @@ class Session:
         bf16 = args.precision == "bf16"
         network = TrainingLoss(model, criterion, **flags.penalties(args), bf16=bf16)
         self.step = make_step(
-            ranks.data_parallel(network),
-            optimizer,
-            text,
-            bptt=args.bptt,
-            clip=args.clip,
-            ranks=ranks,
-            batch_fraction=text.size(1) / args.batch_size,
-            graphs=args.cuda_graphs,
-        )
+            ranks.data_parallel(network), optimizer, text, bptt=args.bptt, clip=args.clip,
+            ranks=ranks, batch_fraction=text.size(1) / args.batch_size, graphs=args.cuda_graphs,
+        )  # fmt: skip
         ranks.seed_masks(args.seed)
         print("Args:", self.flags)
         print("Model total parameters:", sum(p.numel() for p in self.step.params))
@@ -160,13 +158,16 @@ class Session:
 
     def epochs(self, last: int) -> Iterator[int]:
         """The numbers of the epochs to come, up to the `last`."""
-        resumed = self.args.resume
-        if self.finished >= last and resumed and not checkpoint.same_file(self.args.save, resumed):
+        places = {os.path.realpath(path) for path in (self.args.resume, self.args.save)}
+        if self.args.resume and self.finished >= last and len(places) == 2:
             self.save()
         yield from range(self.finished + 1, last + 1)
 
     def train_epoch(
-        self, epoch: int, max_seq_len: int | None = None, reorder: Reorder | None = None
+        self,
+        epoch: int,
+        max_seq_len: int | None = None,
+        reorder: Callable[[Tensor, np.random.RandomState], object] | None = None,
     ) -> None:
         """Train for one epoch, or for the rest of one that a resumed run stopped in.
 
@@ -182,31 +183,30 @@ class Session:
         step.begin(self._position)
         self._position, self.underway = None, True
         self._began = time.time()
-        timer = _Timer(step)
+        timed = time.perf_counter(), step.batches, step.row
         rows, columns = step.source.shape
         batches = max(1, (rows - 1) // step.bptt) if args.max_batches is None else args.max_batches
         with Bar(rows * columns, f"epoch {epoch}", wanted=self.ranks.first) as bar:
-            for _ in engine.train_epoch(
-                step,
-                self.rng,
-                max_seq_len=max_seq_len,
-                fixed_length=args.fixed_length,
-                max_batches=args.max_batches,
-            ):
+            limits = {"max_seq_len": max_seq_len, "max_batches": args.max_batches}
+            for _ in engine.train_epoch(step, self.rng, fixed_length=args.fixed_length, **limits):
                 if step.batches % args.log_interval == 0:
-                    self._report_batch(epoch, batches, timer, bar)
+                    timed = self._report_batch(epoch, batches, timed, bar)
                 bar.to(step.row * columns)
                 self.stop.check()
                 if self.ranks.decided(self.clock.due()):
                     self.save()
         self.check_loss()
 
-    def _report_batch(self, epoch: int, batches: int, timer: _Timer, bar: Bar) -> None:
+    def _report_batch(
+        self, epoch: int, batches: int, timed: tuple[float, int, int], bar: Bar
+    ) -> tuple[float, int, int]:
+        """Print and write the numbers since the last time; return time, batch and row of this."""
         step = self.step
         # A run that was resumed may have had another interval.
         loss = self.ranks.total(step.interval.item()) / step.since
         self._check_finite(loss)
-        seconds, taken, rows = timer.restart()
+        now = time.perf_counter(), step.batches, step.row
+        seconds, taken, rows = (b - a for a, b in zip(timed, now, strict=True))
         ms = seconds * 1000 / taken
         bar.line(batch_line(epoch, step.batches, batches, self.rate, ms, loss))
         bar.update(0, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
@@ -222,6 +222,7 @@ class Session:
         )
         step.interval.zero_()
         step.since = 0
+        return now
 
     def check_loss(self) -> None:
         """Raise ToolkitError if the loss of any batch of this epoch was not a number."""
@@ -351,17 +352,3 @@ class Session:
         print(end_line(loss))
         self.metrics.write("test", step=self.finished * self.step.source.size(0), test_loss=loss)
         print(DOUBLE_RULE)
-
-
-class _Timer:
-    """Time, steps and rows since it was last started."""
-
-    def __init__(self, step: engine.TrainingStep) -> None:
-        self._step = step
-        self.restart()
-
-    def restart(self) -> tuple[float, int, int]:
-        """Seconds, steps and rows since the last start; start anew."""
-        now = time.perf_counter(), self._step.batches, self._step.row
-        before, self._last = getattr(self, "_last", now), now
-        return tuple(b - a for a, b in zip(before, now, strict=True))

@@ -1,20 +1,14 @@
 """From a model to the parts of a model file, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from data import Dictionary
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
-
-if TYPE_CHECKING:
-    from checkpoint.model_file import Checkpoint
 
 SIZES = ("rnn_type", "ninp", "nhid", "nlayers", "tie_weights")
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
@@ -49,17 +43,6 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def rebuild(
-    checkpoint: Checkpoint, device: torch.device, **dropouts: float
-) -> tuple[RNNModel, SplitCrossEntropyLoss]:
-    """The model and criterion of a file, on `device`; `dropouts` override those of the file."""
-    with _NoInitialWeights():
-        model, criterion = made_of({**checkpoint.config, **dropouts})
-    load_state(model, checkpoint.model)
-    load_state(criterion, checkpoint.criterion)
-    return model.to(device), criterion.to(device)
-
-
 def made_of(config: Mapping[str, Any]) -> tuple[RNNModel, SplitCrossEntropyLoss]:
     """A new model and criterion of a file's configuration."""
     arguments = {name: value for name, value in config.items() if name != "splits"}
@@ -76,16 +59,3 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def plain_name(name: str) -> str:
     """A weight's name without what WeightDrop adds to it."""
     return name.replace(".module.", ".").removesuffix("_raw")
-
-
-class _NoInitialWeights(TorchFunctionMode):
-    """Within this context nothing is drawn: most of the time it takes to make a large model."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Those of Tensor and those of torch.nn.init.
-        if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)

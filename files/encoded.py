@@ -1,0 +1,317 @@
+"""A corpus's texts as token ids, and the cache of them that is keyed on what the files hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from files.writing import replacing
+from utils import ToolkitError
+
+EOS, UNK = "<eos>", "<unk>"
+SPLITS = ("train", "valid", "test")
+
+# Text is read in blocks of this size: small enough that a block's words stay in the processor's
+# cache, which is a fifth faster than blocks of 4 MiB, and that no corpus fills the memory.
+BLOCK_BYTES = 1 << 17
+
+CACHE_NAME = ".corpus-cache.npz"
+CACHE_FORMAT = b"awd-lstm-lm corpus cache 1"
+ZIP_MAGIC = b"PK\x03\x04"
+
+
+class CorpusError(ToolkitError):
+    """A corpus that is missing, cannot be read, or does not fit the model's vocabulary."""
+
+
+@dataclass
+class Encoded:
+    """A corpus under its own ids, by first appearance."""
+
+    words: list[str]
+    counts: np.ndarray  # (vocabulary,) int64: occurrences over all three files
+    splits: list[np.ndarray]  # train, valid, test: (tokens,) int32
+
+
+def read(
+    folder: Path, split: Sequence[float] | None, cache: bool, tick: Callable[[int], object]
+) -> Encoded:
+    """The texts of a corpus folder; the arguments and errors are those of `data.Corpus`."""
+    _check_files(folder, split is not None)
+    if split is not None:
+        return _split_lines(_encode(folder, tick=tick, names=SPLITS[:1]), split, folder)
+    return _encode_cached(folder, tick) if cache else _encode(folder, tick=tick)
+
+
+def _check_files(folder: Path, split: bool = False) -> None:
+    """Raise CorpusError unless the folder has its files, with `split` a train.txt and no other."""
+    try:
+        is_file, is_folder = folder.is_file(), folder.is_dir()
+        names = [f"{split}.txt" for split in SPLITS]
+        missing = [name for name in names if is_folder and not (folder / name).exists()]
+        given = [name for name in names if name not in missing]
+    except OSError as error:
+        raise _cannot_read(folder, error) from None
+    if is_file:
+        raise CorpusError(
+            f"{folder} is a file: --data takes the folder that holds train.txt, valid.txt and "
+            "test.txt"
+        )
+    if not is_folder:
+        raise CorpusError(
+            f"there is no corpus folder {folder}: fetch one with ./getdata.sh NAME, or say with "
+            "--data where it is"
+        )
+    if split:
+        others = [name for name in given if name != "train.txt"]
+        if others and "train.txt" in given:
+            raise CorpusError(
+                f"{folder} has a {others[0]} already: leave --split out, or move it away"
+            )
+        missing = [name for name in missing if name == "train.txt"]
+    elif missing == names[1:]:
+        raise CorpusError(
+            f"the corpus folder {folder} has a train.txt alone: cut valid and test off its end "
+            "with --split 0.05 0.05, or bring valid.txt and test.txt"
+        )
+    if missing:
+        raise CorpusError(
+            f"the corpus folder {folder} has no {' and no '.join(missing)}: fetch the corpus with "
+            "./getdata.sh NAME, or give another folder with --data"
+        )
+
+
+def _cannot_read(path: Path, error: OSError) -> CorpusError:
+    return CorpusError(
+        f"cannot read {path} ({error.strerror or error}): check the file and its permissions"
+    )
+
+
+def _split_lines(encoded: Encoded, split: Sequence[float], folder: Path) -> Encoded:
+    """Cut valid and test off the end of the only part, each a given fraction of the lines."""
+    (ids,) = encoded.splits
+    ends = np.flatnonzero(ids == encoded.words.index(EOS)) + 1
+    valid, test = (round(share * len(ends)) for share in split)
+    train = len(ends) - valid - test
+    if min(train, valid, test) < 1:
+        raise CorpusError(
+            f"--split {split[0]:g} {split[1]:g} makes {train}, {valid} and {test} of the "
+            f"{len(ends)} lines of {folder / 'train.txt'} train, valid and test: each must have "
+            "one or more"
+        )
+    cuts = [ends[train - 1], ends[train + valid - 1]]
+    return Encoded(encoded.words, encoded.counts, np.split(ids, cuts))
+
+
+# Reading and encoding
+
+
+def _text_blocks(
+    path: Path,
+    digest: hashlib.blake2b | None = None,
+    tick: Callable[[int], object] = lambda size: None,
+) -> Iterator[str]:
+    r"""Yield the file's text in blocks that cut no word, with every line ended by one "\n".
+
+    `digest` is fed the file's bytes, `tick` their number. Raises CorpusError when the file cannot
+    be read or decoded.
+    """
+    line = 1
+    encoding = "utf-8-sig"  # a byte order mark is dropped, at the file's start only
+    rest = b""
+    last_char = "\n"
+    at_end = False
+    try:
+        with path.open("rb") as file:
+            while not at_end:
+                chunk = file.read(BLOCK_BYTES)
+                tick(len(chunk))
+                if digest is not None:
+                    digest.update(chunk)
+                at_end = not chunk
+                block = rest + chunk
+                # A space or "\n" is never part of a word, of a UTF-8 sequence or of a "\r\n" that
+                # goes on after it, so a block may end there.
+                cut = len(block) if at_end else max(block.rfind(b"\n"), block.rfind(b" ")) + 1
+                block, rest = block[:cut], block[cut:]
+                if not block:
+                    continue
+                text = block.decode(encoding)
+                encoding = "utf-8"
+                text = _universal_newlines(text)
+                line += text.count("\n")
+                last_char = text[-1:] or last_char
+                yield text
+    except UnicodeDecodeError as error:
+        good = error.object[: error.start].decode("utf-8")
+        line += _universal_newlines(good).count("\n")
+        raise CorpusError(
+            f"line {line} of {path} is not UTF-8: convert the file to UTF-8 (iconv does it)"
+        ) from None
+    except OSError as error:
+        raise _cannot_read(path, error) from None
+    if last_char != "\n":
+        yield "\n"
+
+
+def _universal_newlines(text: str) -> str:
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
+
+
+def _encode(
+    folder: Path,
+    digests: list[hashlib.blake2b] | None = None,
+    tick: Callable[[int], object] = lambda size: None,
+    names: Sequence[str] = SPLITS,
+) -> Encoded:
+    """Encode the files of `names`; `digests`, one for each, are fed the bytes that were encoded."""
+    # A word that is looked up for the first time takes the counter's next number, all in C.
+    word2idx: defaultdict[str, int] = defaultdict(count().__next__)
+    splits = []
+    for number, split in enumerate(names):
+        path = folder / f"{split}.txt"
+        pieces = []
+        for text in _text_blocks(path, digests[number] if digests else None, tick):
+            words = text.replace("\n", f" {EOS} ").split()
+            pieces.append(np.fromiter(map(word2idx.__getitem__, words), np.int32, len(words)))
+        if not any(map(len, pieces)):
+            raise CorpusError(
+                f"{path} is empty: fetch the corpus again with ./getdata.sh NAME, or give another "
+                "folder with --data"
+            )
+        splits.append(np.concatenate(pieces))
+    return Encoded(list(word2idx), _count(splits, len(word2idx)), splits)
+
+
+def _count(splits: list[np.ndarray], vocabulary: int) -> np.ndarray:
+    """Return how often each id occurs in all the splits together: (vocabulary,) int64."""
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    step = 1 << 22  # bincount makes a copy of twice the size
+    for ids in splits:
+        for start in range(0, len(ids), step):
+            counts += np.bincount(ids[start : start + step], minlength=vocabulary)
+    return counts
+
+
+# The cache
+
+
+def _new_digests() -> list[hashlib.blake2b]:
+    return [hashlib.blake2b(digest_size=32) for _ in SPLITS]
+
+
+def _cache_key(digests: list[hashlib.blake2b]) -> str:
+    """Return what the three files' contents and the cache's format come to, as hex digits."""
+    parts = [CACHE_FORMAT, *(digest.digest() for digest in digests)]
+    return hashlib.blake2b(b"".join(parts), digest_size=32).hexdigest()
+
+
+def _hash_files(folder: Path) -> str:
+    digests = _new_digests()
+    for split, digest in zip(SPLITS, digests, strict=True):
+        path = folder / f"{split}.txt"
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise _cannot_read(path, error) from None
+    return _cache_key(digests)
+
+
+def _cache_places(folder: Path, key: str) -> list[Path]:
+    """Return where a cache may be, best first: beside the corpus, in the user's cache folder."""
+    places = [folder / CACHE_NAME]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    with suppress(RuntimeError):  # there may be no home folder
+        user_cache = user_cache.expanduser()
+    if user_cache.is_absolute():
+        places.append(user_cache / "awd-lstm-lm" / f"{key}.npz")
+    return places
+
+
+def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
+    """Take the encoded corpus from a cache that fits, else encode it and leave a cache."""
+    key = _hash_files(folder)
+    for path in _cache_places(folder, key):
+        encoded = _read_cache(path, key)
+        if encoded is not None:
+            return encoded
+    # Hashed again while encoding: the key stays true if a file changes between the two readings.
+    digests = _new_digests()
+    encoded = _encode(folder, digests, tick)
+    key = _cache_key(digests)
+    for path in _cache_places(folder, key):
+        if _write_cache(path, key, encoded):
+            break
+    return encoded
+
+
+def _read_cache(path: Path, key: str) -> Encoded | None:
+    """Return what the cache holds, or None if it is not a whole cache of the files behind `key`."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+                return None
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as stored:
+                if _array(stored, "key", np.uint8).tobytes() != key.encode():
+                    return None
+                words = _array(stored, "words", np.uint8).tobytes().decode("utf-8").split("\n")
+                counts = _array(stored, "counts", np.int64)
+                splits = [_array(stored, split, np.int32) for split in SPLITS]
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        ValueError,
+        MemoryError,  # a damaged header can ask for any size,
+        RuntimeError,  # a damaged zip for any compression or a password
+        zipfile.BadZipFile,
+        zlib.error,
+    ):
+        return None
+    if len(counts) != len(words) or not all(map(len, splits)):
+        return None
+    if min(ids.min() for ids in splits) < 0 or max(ids.max() for ids in splits) >= len(words):
+        return None
+    return Encoded(words, counts, splits)
+
+
+def _array(stored: np.lib.npyio.NpzFile, name: str, dtype: type[np.generic]) -> np.ndarray:
+    array = stored[name]
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
+        raise ValueError(f"{name} is not a row of {dtype.__name__}")
+    return array
+
+
+def _write_cache(path: Path, key: str, encoded: Encoded) -> bool:
+    """Write the cache in one step, and say whether that worked: a cache is only a convenience."""
+    words = "\n".join(encoded.words).encode("utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.stat().st_mode & 0o222:
+            return False  # marked read-only: root could write there all the same, and must not
+        with replacing(path) as file:
+            np.savez(
+                file,
+                key=np.frombuffer(key.encode(), np.uint8),
+                words=np.frombuffer(words, np.uint8),
+                counts=encoded.counts,
+                **dict(zip(SPLITS, encoded.splits, strict=True)),
+            )
+    except OSError:
+        return False
+    return True

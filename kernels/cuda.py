@@ -1,0 +1,129 @@
+"""CUDA sources compiled by CuPy at their first use, and launched on PyTorch's stream.
+
+Importing this module imports neither CuPy nor anything else of CUDA.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class KernelUnavailable(RuntimeError):
+    """CuPy is missing or unusable; the message says what to install."""
+
+
+class Source:
+    """A CUDA source file; `names` are its kernels, and `what` they are called in messages.
+
+    It is compiled, for each set of options on each device, when it is first used there.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str], what: str) -> None:
+        self.path = path
+        self.names = names
+        self.what = what
+        self.loaded: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
+
+    def kernels(self, device_index: int, options: tuple[str, ...]) -> dict[str, Any]:
+        """The kernels by name, compiled and loaded; raises KernelUnavailable where CuPy is not."""
+        if (device_index, options) not in self.loaded:
+            self.loaded[device_index, options] = self._load(device_index, options)
+        return self.loaded[device_index, options]
+
+    def _load(self, device_index: int, options: tuple[str, ...]) -> dict[str, Any]:
+        cupy = import_cupy()
+        if isinstance(cupy, Exception):
+            raise KernelUnavailable(f"{self.what} need CuPy: {requirement()}") from cupy
+        code = self.path.read_text(encoding="utf-8")
+        module = cupy.RawModule(code=code, options=options, backend="nvrtc")
+        try:
+            with torch.cuda.device(device_index), cupy.cuda.Device(device_index):
+                return {name: module.get_function(name) for name in self.names}
+        except (ImportError, OSError, RuntimeError) as error:
+            # What CuPy raises where it finds no NVRTC or no headers; an error in the source is
+            # another.
+            raise KernelUnavailable(
+                f"CuPy could not compile {self.what}; it needs NVRTC and CUDA's headers, from the "
+                f"CUDA toolkit or pip install '{_package()}[ctk]' ({error})"
+            ) from error
+
+    def launch(
+        self,
+        name: str,
+        options: tuple[str, ...],
+        device: torch.device,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: Sequence[int | float],
+    ) -> None:
+        """Launch on PyTorch's current stream: looked up at every call, as it may have changed.
+
+        Every argument is 64 bits wide: addresses and whole numbers as long long, others as double.
+        Raises ValueError if `device` is no GPU.
+        """
+        if device.type != "cuda":
+            raise ValueError(f"{self.what} take CUDA tensors, not tensors on {device}")
+        kernel = self.kernels(device.index, options)[name]
+        cupy = import_cupy()
+        handle = torch.cuda.current_stream(device).cuda_stream
+        with torch.cuda.device(device), cupy.cuda.Device(device.index), on_stream(handle):
+            kernel(grid, block, arguments)
+
+
+def available() -> bool:
+    """Whether CuPy can be imported and sees a GPU; it is tried once."""
+    return isinstance(import_cupy(), ModuleType)
+
+
+def requirement() -> str:
+    """What to install where `available()` is False, and why it is not there now."""
+    return f"pip install {_package()}, see requirements-gpu.txt ({import_cupy()})"
+
+
+def value(argument: Tensor | float | None) -> int | float:
+    """A kernel's argument as a number: the address of a tensor, 0 for None."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else argument
+
+
+class _StreamHandle:
+    """PyTorch's stream in the CUDA stream protocol, which torch.cuda.Stream lacks before 2.10."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def on_stream(handle: int) -> Any:
+    """A context within which CuPy launches on the CUDA stream `handle`; CuPy must be there."""
+    cupy = import_cupy()
+    # CuPy 14 brings from_external and warns that ExternalStream is deprecated.
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_StreamHandle(handle))
+    return cupy.cuda.ExternalStream(handle)
+
+
+@functools.cache
+def import_cupy() -> ModuleType | Exception:
+    """CuPy, or the reason why there is none."""
+    try:
+        import cupy
+
+        if not cupy.cuda.is_available():
+            return RuntimeError("CuPy is installed but finds no usable GPU")
+    except (ImportError, OSError, RuntimeError) as error:
+        return error
+    return cupy
+
+
+def _package() -> str:
+    major = (torch.version.cuda or "13").split(".")[0]
+    return f"cupy-cuda{major}x"
