@@ -48,13 +48,13 @@ def map_state(function: Callable[..., Any], state: Any, *others: Any) -> Any:
     """`function` of every tensor of a hidden state and of its counterparts in the `others`.
 
     A state is a tensor, or lists, tuples or dictionaries of states; the result has its form. Raises
-    ValueError or TypeError if the others have another.
+    ValueError, TypeError or KeyError if the others have another.
     """
     if isinstance(state, Tensor):
         return function(state, *others)
+    if not isinstance(state, dict | list | tuple):
+        raise TypeError(f"a state holds tensors, lists, tuples and dictionaries, not {state!r}")
     if isinstance(state, dict):
-        if any(state.keys() != other.keys() for other in others):
-            raise ValueError("two states have other keys")
         return {k: map_state(function, state[k], *(other[k] for other in others)) for k in state}
     return type(state)(map_state(function, *parts) for parts in zip(state, *others, strict=True))
 

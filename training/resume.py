@@ -234,12 +234,15 @@ def _restore_optimizer(session: Session, state: Mapping[str, Any]) -> None:
             raise ValueError("its optimiser has a setting that is no number")
     optimizer.load_state_dict({"state": held, "param_groups": groups})
     for p, parts in optimizer.state.items():
-        for part in _tensors(parts):
-            # One number for each weight or, as some optimisers keep them, each row or column.
-            fits = part.numel() > 1 and torch.broadcast_shapes(part.shape, p.shape) == p.shape
-            if not (part.dim() == 0 or part.shape == p.shape or fits):
-                raise ValueError("its optimiser's state does not fit the weights")
+        if not all(part.dim() == 0 or _fits(part, p) for part in _tensors(parts)):
+            raise ValueError("its optimiser's state does not fit the weights")
     _try_out(optimizer)
+
+
+def _fits(part: Tensor, p: Tensor) -> bool:
+    """Whether `part` has a number for each weight of `p`, or for each row or column of it."""
+    sizes = list(zip(part.shape, p.shape, strict=True))
+    return any(a == b for a, b in sizes) and all(a in (1, b) for a, b in sizes)
 
 
 def _try_out(optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,197 @@
+"""training/resume.py: whatever a session saves it resumes exactly, and damage is refused."""
+
+import contextlib
+import copy
+import json
+
+import pytest
+import torch
+from conftest import TINY, assert_same
+from torch import nn
+
+import checkpoint
+import main
+import model as models
+from cli import flags
+from model import CELLS, RNNModel
+from nt_asgd import NTASGD
+from splitcross import SplitCrossEntropyLoss
+from training import resume
+from training.session import open_session
+from utils import ToolkitError
+
+
+class Counting(nn.GRUCell):
+    """A cell with a buffer of whole numbers, and a dictionary for its state."""
+
+    weight_drop = ("weight_hh",)
+
+    def __init__(self, n_in, n_out, layer):
+        super().__init__(n_in, n_out)
+        self.register_buffer("steps", torch.zeros(2, dtype=torch.int64))
+
+    def initial_state(self, bsz):
+        zeros = self.bias_hh.new_zeros(1, bsz, self.hidden_size)
+        return {"h": zeros, "sum": [zeros.clone()]}
+
+    def forward(self, x, state):
+        h, outputs = state["h"][0], []
+        for x_t in x:
+            h = super().forward(x_t, h)
+            outputs.append(h)
+        self.steps += len(x)
+        return torch.stack(outputs), {"h": h.unsqueeze(0), "sum": [state["sum"][0] + h]}
+
+
+@pytest.fixture(autouse=True)
+def counting(monkeypatch):
+    monkeypatch.setitem(models.CELLS, "COUNTING", Counting)
+
+
+def averaging(params):
+    optimizer = NTASGD(params, 2.0, 1e-4)
+    optimizer.start_averaging()
+    return optimizer
+
+
+def in_groups(params):
+    groups = [{"params": params[:1], "lr": 0.0}, {"params": params[1:], "momentum": 0.5}]
+    return torch.optim.SGD(groups, lr=1.0, weight_decay=1e-4)
+
+
+OPTIMIZERS = {
+    "NT-ASGD": lambda params: NTASGD(params, 2.0, 1e-4),
+    "NT-ASGD, averaging": averaging,
+    "a rate of 0": lambda params: NTASGD(params, 0.0),
+    "SGD with momentum": lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "Adam with amsgrad": lambda params: torch.optim.Adam(params, lr=0.01, amsgrad=True, fused=True),
+    "several groups": in_groups,
+    "a row and a column": lambda params: torch.optim.Adafactor(params, lr=0.01),
+}
+
+
+@contextlib.contextmanager
+def a_session(path, corpus_dir, cell, optimizer):
+    """A session of main.py on the tiny corpus, resumed from `path` if that is there."""
+    argv = ["--data", str(corpus_dir), *TINY, "--model", cell, "--save", str(path)]
+    parser = main.build_parser()
+    args = parser.parse_args([*argv, *(["--resume", str(path)] if path.exists() else [])])
+    source = resume.read(args, parser, "main.py") if args.resume else None
+    with open_session("main.py", args) as session:
+        if source is None:
+            corpus = main.read_corpus(args).sorted_by_frequency()
+            sizes = (cell, len(corpus.dictionary), 12, 16, 2)
+            network = RNNModel(*sizes, **flags.dropouts(args), tie_weights=True)
+            criterion = SplitCrossEntropyLoss(12, [20])
+        else:
+            corpus, network, criterion = session.load(source)
+        params = [*network.parameters(), *criterion.parameters()]
+        session.prepare(corpus, network, criterion, OPTIMIZERS[optimizer](params))
+        if source is not None:
+            session.resume(source)
+        yield session
+
+
+def train(session, epoch, batches):
+    session.args.max_batches = batches
+    session.train_epoch(epoch)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["within an epoch", "after an epoch"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("cell", [*CELLS, "COUNTING"])
+def test_what_is_saved_is_resumed_exactly(cell, optimizer, ended, corpus_dir, tmp_path):
+    with a_session(tmp_path / "whole", corpus_dir, cell, optimizer) as session:
+        train(session, 1, 3 if ended else 5)
+        if ended:
+            session.finished, session.underway = 1, False
+            train(session, 2, 2)
+        whole = resume.training_state(session)
+    path = tmp_path / "m.pt"
+    with a_session(path, corpus_dir, cell, optimizer) as session:
+        train(session, 1, 3)
+        session.finished, session.underway = int(ended), not ended
+        session.save()
+    # Every stage can use the file.
+    checkpoint.rebuild(checkpoint.load(path), torch.device("cpu"))
+    with a_session(path, corpus_dir, cell, optimizer) as session:
+        train(session, 1 + ended, 2 if ended else 5)
+        assert_same(whole, resume.training_state(session), but=("args",))
+
+
+@pytest.fixture(scope="module")
+def within_an_epoch(tmp_path_factory, corpus_dir):
+    """The file of an averaging run that was saved within an epoch."""
+    path = tmp_path_factory.mktemp("state") / "m.pt"
+    with a_session(path, corpus_dir, "LSTM", "NT-ASGD, averaging") as session:
+        train(session, 1, 3)
+        session.save()
+    return checkpoint.load(path)
+
+
+def change(*places, to):
+    """A change of the value at a place within a training state; `to` is a value or a function."""
+
+    def damage(state):
+        *way, last = places
+        for place in way:
+            state = state[place]
+        state[last] = to(state[last]) if callable(to) else to
+
+    return damage
+
+
+def words_of(rng, position=0, fill=1):
+    return json.dumps(["MT19937", [fill] * 624, position, 0, 0.0])
+
+
+DAMAGE = {
+    "no rate": change("optimizer", "param_groups", 0, "lr", to=float("nan")),
+    "a rate below 0": change("optimizer", "param_groups", 0, "lr", to=-1.0),
+    "another group": change("optimizer", "param_groups", to=lambda groups: groups * 2),
+    "averages lost": change("optimizer", "state", to={}),
+    "an average lost": change("optimizer", "state", 2, to={}),
+    "averages of nothing": change("optimizer", "state", 0, "average", to=lambda t: t * torch.nan),
+    "averages too small": change("optimizer", "state", 0, "average", to=lambda t: t[:1, :1]),
+    "an average of one row": change("optimizer", "state", 0, "average", to=lambda t: t[:3]),
+    "a count of words": change("optimizer", "param_groups", 0, "averaged_steps", to="many"),
+    "weights not finite": change("model", "decoder.bias", to=lambda t: t * torch.inf),
+    "weights of another size": change("model", "decoder.bias", to=lambda t: t[:-1]),
+    "weights lost": change("model", to={}),
+    "no hidden state": change("position", "hidden", to=lambda state: state[:1]),
+    "a hidden state of more columns": change(
+        "position", "hidden", 0, to=lambda pair: tuple(t.repeat(1, 2, 1) for t in pair)
+    ),
+    "a hidden state of one tensor": change("position", "hidden", 0, to=torch.zeros(1, 4, 16)),
+    "a hidden state of text": change("position", "hidden", 0, to="abc"),
+    "a place below 0": change("position", "row", to=-3),
+    "a sum that is no number": change("position", "total", to=float("inf")),
+    "a history of words": change("valid_losses", to=["a"]),
+    "epochs by halves": change("epoch", to=1.5),
+    "a place outside the key": change("rng", to=lambda rng: words_of(rng, 2**30)),
+    "a place just outside the key": change("rng", to=lambda rng: words_of(rng, 625)),
+    "a key of zeros": change("rng", to=lambda rng: words_of(rng, 0, 0)),
+    "a short key": change("rng", to='["MT19937", [1, 2], 0, 0, 0.0]'),
+    "no generator": change("rng", to="{}"),
+    "a random state of floats": change("random_states", 0, "cpu", to=torch.zeros(5056)),
+    "a short random state": change("random_states", 0, "cpu", to=lambda t: t[:9]),
+    "a field lost": lambda state: state.pop("random_states"),
+    "an expanded tensor": change("position", "text", to=torch.zeros(1).expand(16, 4)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_state_cannot_be_resumed_but_its_model_stays(
+    case, within_an_epoch, corpus_dir, tmp_path
+):
+    path, damaged = tmp_path / "m.pt", copy.deepcopy(within_an_epoch)
+    DAMAGE[case](damaged.training)
+    checkpoint.save(path, damaged)
+    message = r"m\.pt cannot be resumed \(.*its model can be used"
+    with (
+        pytest.raises(ToolkitError, match=message),
+        a_session(path, corpus_dir, "LSTM", "NT-ASGD, averaging"),
+    ):
+        pass
+    checkpoint.rebuild(checkpoint.load(path), torch.device("cpu"))
