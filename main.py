@@ -10,7 +10,7 @@ from checkpoint import Checkpoint
 from cli import flags, program, resuming
 from cli.corpus import read_corpus
 from cli.parser import Parser
-from model import CELLS, RNNModel
+from model import RNNModel, find_cell
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss, default_splits
 from training import resume
@@ -82,8 +82,7 @@ def starting_file(args: argparse.Namespace, parser: Parser) -> Checkpoint | None
 
 def set_default_rate(args: argparse.Namespace) -> None:
     """Without --lr, take a rate that trains with this optimiser and cell, and say so."""
-    rate = getattr(CELLS[args.model], "sgd_rate", args.lr)
-    kind = args.model
+    rate, kind = getattr(find_cell(args.model), "sgd_rate", args.lr), args.model
     if args.optimizer == "adam":
         rate, kind = ADAM_RATE, "Adam"
     if rate != args.lr:

@@ -4,6 +4,7 @@
 of Neural Language Modeling at Multiple Scales", arXiv 1803.08240.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -74,12 +75,28 @@ class QRNN(QRNNLayer):
         return output, state
 
 
-# The values of --model. A cell is made by CELL(n_in, n_out, layer), layers counted from 0. Its
-# forward(x, state) takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out)
-# and the new state; initial_state(bsz) is the state at the start of a text. A state is a tensor, or
-# tuples, lists or dictionaries of tensors, all with the batch in dimension 1. `weight_drop` names
-# the weights that --wdrop acts on; `sgd_rate`, if there is one, is the default of --lr.
-CELLS: dict[str, Any] = {"LSTM": LSTM, "QRNN": QRNN, "GRU": GRU}
+# The values of --model, and the file and class of each.
+CELLS = {
+    "LSTM": "model.LSTM",
+    "QRNN": "model.QRNN",
+    "GRU": "model.GRU",
+}  # fmt: skip
+
+
+def find_cell(name: str) -> Any:
+    """The class of a cell, which is imported only now.
+
+    `CELL(n_in, n_out, layer)`, with layers counted from 0, makes a module whose forward(x, state)
+    takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out) and the new state.
+    Its initial_state(bsz) is the state at the start of a text. A state is a tensor, or tuples,
+    lists or dictionaries of tensors, all with the batch in dimension 1. The class attribute
+    `weight_drop` names the weights that --wdrop acts on; `sgd_rate`, if there is one, is the
+    default of --lr. Raises ValueError for an unknown name.
+    """
+    if name not in CELLS:
+        raise ValueError(f"rnn_type must be one of {', '.join(CELLS)}, not {name!r}")
+    module, _, cell = CELLS[name].rpartition(".")
+    return getattr(importlib.import_module(module), cell)
 
 
 class RNNModel(nn.Module):
@@ -108,8 +125,7 @@ class RNNModel(nn.Module):
         tie_weights: bool = False,
     ) -> None:
         super().__init__()
-        if rnn_type not in CELLS:
-            raise ValueError(f"rnn_type must be one of {', '.join(CELLS)}, not {rnn_type!r}")
+        cell_type = find_cell(rnn_type)
         self.rnn_type = rnn_type
         self.ninp = ninp
         self.nhid = nhid
@@ -124,7 +140,7 @@ class RNNModel(nn.Module):
         sizes = [ninp] + [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
         self.lockdrop = LockedDropout()
         self.encoder = nn.Embedding(ntoken, ninp)
-        cells = (CELLS[rnn_type](sizes[i], sizes[i + 1], i) for i in range(nlayers))
+        cells = (cell_type(sizes[i], sizes[i + 1], i) for i in range(nlayers))
         self.rnns = nn.ModuleList(drop_weights(cell, cell.weight_drop, wdrop) for cell in cells)
         if tie_weights:
             self.decoder = nn.Linear(1, ntoken)

@@ -187,10 +187,7 @@ def around(values: Sequence[float], best: float) -> list[float]:
 
 @torch.inference_mode()
 def search(
-    piece: Piece,
-    given: Setting,
-    from_start: bool,
-    tick: Callable[[int], None] = lambda n: None,
+    piece: Piece, given: Setting, from_start: bool, tick: Callable[[int], None] = lambda n: None
 ) -> tuple[list[Setting], Setting]:
     """The settings of the grid, and the best one found there, around it, or given.
 

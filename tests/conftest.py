@@ -24,6 +24,18 @@ TINY = (
 ).split()
 
 
+def put(*places, to):
+    """A change of what a file holds at a place; `to` is a value, or makes one of the old."""
+
+    def damage(content):
+        *way, last = places
+        for place in way:
+            content = content[place]
+        content[last] = to(content[last]) if callable(to) else to
+
+    return damage
+
+
 def flat(value, name=""):
     """Every tensor and plain value within dictionaries, lists and tuples, by its place."""
     if isinstance(value, dict | list | tuple):

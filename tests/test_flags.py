@@ -14,55 +14,23 @@ from cli.presets import COMMANDS
 from utils import ToolkitError
 
 TRAINING = {
-    "data": "data/penn/",
-    "model": "LSTM",
-    "emsize": 400,
-    "nhid": 1150,
-    "nlayers": 3,
-    "lr": 30,
-    "clip": 0.25,
-    "epochs": 8000,
-    "batch_size": 80,
-    "bptt": 70,
-    "dropout": 0.4,
-    "dropouth": 0.3,
-    "dropouti": 0.65,
-    "dropoute": 0.1,
-    "wdrop": 0.5,
-    "alpha": 2,
-    "beta": 1,
-    "wdecay": 1.2e-6,
-    "seed": 1111,
-    "nonmono": 5,
-    "log_interval": 200,
-    "save": "model.pt",
-    "cuda": None,
-}
+    "data": "data/penn/", "model": "LSTM", "emsize": 400, "nhid": 1150, "nlayers": 3, "lr": 30,
+    "clip": 0.25, "epochs": 8000, "batch_size": 80, "bptt": 70, "dropout": 0.4, "dropouth": 0.3,
+    "dropouti": 0.65, "dropoute": 0.1, "wdrop": 0.5, "alpha": 2, "beta": 1, "wdecay": 1.2e-6,
+    "seed": 1111, "nonmono": 5, "log_interval": 200, "save": "model.pt", "cuda": None,
+}  # fmt: skip
 DEFAULTS = {
     "main": {**TRAINING, "resume": "", "optimizer": "sgd", "when": [-1]},
     "finetune": {**TRAINING, "tied": False},
     "pointer": {
-        "data": "data/penn",
-        "model": "LSTM",
-        "save": "model.pt",
-        "bptt": 5000,
-        "window": 3785,
-        "theta": 0.6625523432485668,
-        "lambdasm": 0.12785920428335693,
-        "cuda": None,
+        "data": "data/penn", "model": "LSTM", "save": "model.pt", "bptt": 5000, "window": 3785,
+        "theta": 0.6625523432485668, "lambdasm": 0.12785920428335693, "cuda": None,
     },
     "generate": {
-        "data": "./data/penn",
-        "model": "LSTM",
-        "checkpoint": "./model.pt",
-        "outf": "generated.txt",
-        "words": 1000,
-        "seed": 1111,
-        "temperature": 1.0,
-        "log_interval": 100,
-        "cuda": None,
+        "data": "./data/penn", "model": "LSTM", "checkpoint": "./model.pt", "outf": "generated.txt",
+        "words": 1000, "seed": 1111, "temperature": 1.0, "log_interval": 100, "cuda": None,
     },
-}
+}  # fmt: skip
 
 
 def parser_of(script):

@@ -47,23 +47,11 @@ def test_lines(tmp_path):
     assert batch["kind"] == "batch"
     assert batch["ppl"] == pytest.approx(8)
     assert batch["bpc"] == pytest.approx(3)
-    assert epoch == {
-        "kind": "epoch",
-        "step": 663,
-        "epoch": 1,
-        "time": 1.5,
-        "valid_loss": 0.0,
-        "valid_ppl": 1.0,
-        "valid_bpc": 0.0,
-    }
+    scored = {"valid_loss": 0.0, "valid_ppl": 1.0, "valid_bpc": 0.0}
+    assert epoch == {"kind": "epoch", "step": 663, "epoch": 1, "time": 1.5, **scored}
     assert switch == {"kind": "switch", "step": 663, "epoch": 1}
-    assert test == {
-        "kind": "test",
-        "step": 663,
-        "test_loss": None,
-        "test_ppl": None,
-        "test_bpc": None,
-    }
+    scored = dict.fromkeys(("test_loss", "test_ppl", "test_bpc"))
+    assert test == {"kind": "test", "step": 663, **scored}
     assert metrics.read(path) == [header, batch, epoch, switch, test]
 
 

@@ -6,32 +6,12 @@ import torch
 from model import CELLS, RNNModel
 from utils import map_state
 
+ENDS = ["encoder.weight", "decoder.weight", "decoder.bias"]
+GATED = ["weight_ih_l0", "bias_ih_l0", "bias_hh_l0"]
 KEYS = {
-    ("LSTM", 0.5): [
-        "encoder.weight",
-        "rnns.0.module.weight_ih_l0",
-        "rnns.0.module.bias_ih_l0",
-        "rnns.0.module.bias_hh_l0",
-        "rnns.0.module.weight_hh_l0_raw",
-        "decoder.weight",
-        "decoder.bias",
-    ],
-    ("LSTM", 0.0): [
-        "encoder.weight",
-        "rnns.0.weight_ih_l0",
-        "rnns.0.weight_hh_l0",
-        "rnns.0.bias_ih_l0",
-        "rnns.0.bias_hh_l0",
-        "decoder.weight",
-        "decoder.bias",
-    ],
-    ("QRNN", 0.5): [
-        "encoder.weight",
-        "rnns.0.linear.module.bias",
-        "rnns.0.linear.module.weight_raw",
-        "decoder.weight",
-        "decoder.bias",
-    ],
+    ("LSTM", 0.5): [*ENDS, *(f"rnns.0.module.{w}" for w in [*GATED, "weight_hh_l0_raw"])],
+    ("LSTM", 0.0): [*ENDS, *(f"rnns.0.{w}" for w in [*GATED, "weight_hh_l0"])],
+    ("QRNN", 0.5): [*ENDS, "rnns.0.linear.module.bias", "rnns.0.linear.module.weight_raw"],
 }
 KEYS["GRU", 0.5] = KEYS["LSTM", 0.5]
 KEYS["GRU", 0.0] = KEYS["LSTM", 0.0]

@@ -95,22 +95,8 @@ def test_the_tables_of_the_study():
         run("LSTM", 1, "no averaging", ppl=131, stage="raw"),
     ]
     table = study.tables(runs)
-    assert cells(table, "| LSTM | 1,234,567 | 1 |") == [
-        "LSTM",
-        "1,234,567",
-        "1",
-        "140.00",
-        "120.00",
-        "117.00",
-    ]
-    assert cells(table, "| QRNN | 1,234,567 | 2 |") == [
-        "QRNN",
-        "1,234,567",
-        "2",
-        "150.00",
-        "130.00",
-        "127.00",
-    ]
+    assert "| LSTM | 1,234,567 | 1 | 140.00 | 120.00 | 117.00 |" in table
+    assert "| QRNN | 1,234,567 | 2 | 150.00 | 130.00 | 127.00 |" in table
     assert cells(table, "| GRU |  | 1 |")[3:] == ["not run"] * 3
     weight_drop = ["118.50", "115.50", "-1.5", "71.1 / 68.9", "+11.1"]
     assert cells(table, "no weight drop")[1:] == weight_drop

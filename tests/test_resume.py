@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, assert_same
+from conftest import TINY, assert_same, put
 from torch import nn
 
 import checkpoint
 import main
-import model as models
 from cli import flags
 from model import CELLS, RNNModel
 from nt_asgd import NTASGD
@@ -45,7 +44,7 @@ class Counting(nn.GRUCell):
 
 @pytest.fixture(autouse=True)
 def counting(monkeypatch):
-    monkeypatch.setitem(models.CELLS, "COUNTING", Counting)
+    monkeypatch.setitem(CELLS, "COUNTING", f"{__name__}.Counting")
 
 
 def averaging(params):
@@ -130,54 +129,42 @@ def within_an_epoch(tmp_path_factory, corpus_dir):
     return checkpoint.load(path)
 
 
-def change(*places, to):
-    """A change of the value at a place within a training state; `to` is a value or a function."""
-
-    def damage(state):
-        *way, last = places
-        for place in way:
-            state = state[place]
-        state[last] = to(state[last]) if callable(to) else to
-
-    return damage
-
-
 def words_of(rng, position=0, fill=1):
     return json.dumps(["MT19937", [fill] * 624, position, 0, 0.0])
 
 
 DAMAGE = {
-    "no rate": change("optimizer", "param_groups", 0, "lr", to=float("nan")),
-    "a rate below 0": change("optimizer", "param_groups", 0, "lr", to=-1.0),
-    "another group": change("optimizer", "param_groups", to=lambda groups: groups * 2),
-    "averages lost": change("optimizer", "state", to={}),
-    "an average lost": change("optimizer", "state", 2, to={}),
-    "averages of nothing": change("optimizer", "state", 0, "average", to=lambda t: t * torch.nan),
-    "averages too small": change("optimizer", "state", 0, "average", to=lambda t: t[:1, :1]),
-    "an average of one row": change("optimizer", "state", 0, "average", to=lambda t: t[:3]),
-    "a count of words": change("optimizer", "param_groups", 0, "averaged_steps", to="many"),
-    "weights not finite": change("model", "decoder.bias", to=lambda t: t * torch.inf),
-    "weights of another size": change("model", "decoder.bias", to=lambda t: t[:-1]),
-    "weights lost": change("model", to={}),
-    "no hidden state": change("position", "hidden", to=lambda state: state[:1]),
-    "a hidden state of more columns": change(
+    "no rate": put("optimizer", "param_groups", 0, "lr", to=float("nan")),
+    "a rate below 0": put("optimizer", "param_groups", 0, "lr", to=-1.0),
+    "another group": put("optimizer", "param_groups", to=lambda groups: groups * 2),
+    "averages lost": put("optimizer", "state", to={}),
+    "an average lost": put("optimizer", "state", 2, to={}),
+    "averages of nothing": put("optimizer", "state", 0, "average", to=lambda t: t * torch.nan),
+    "averages too small": put("optimizer", "state", 0, "average", to=lambda t: t[:1, :1]),
+    "an average of one row": put("optimizer", "state", 0, "average", to=lambda t: t[:3]),
+    "a count of words": put("optimizer", "param_groups", 0, "averaged_steps", to="many"),
+    "weights not finite": put("model", "decoder.bias", to=lambda t: t * torch.inf),
+    "weights of another size": put("model", "decoder.bias", to=lambda t: t[:-1]),
+    "weights lost": put("model", to={}),
+    "no hidden state": put("position", "hidden", to=lambda state: state[:1]),
+    "a hidden state of more columns": put(
         "position", "hidden", 0, to=lambda pair: tuple(t.repeat(1, 2, 1) for t in pair)
     ),
-    "a hidden state of one tensor": change("position", "hidden", 0, to=torch.zeros(1, 4, 16)),
-    "a hidden state of text": change("position", "hidden", 0, to="abc"),
-    "a place below 0": change("position", "row", to=-3),
-    "a sum that is no number": change("position", "total", to=float("inf")),
-    "a history of words": change("valid_losses", to=["a"]),
-    "epochs by halves": change("epoch", to=1.5),
-    "a place outside the key": change("rng", to=lambda rng: words_of(rng, 2**30)),
-    "a place just outside the key": change("rng", to=lambda rng: words_of(rng, 625)),
-    "a key of zeros": change("rng", to=lambda rng: words_of(rng, 0, 0)),
-    "a short key": change("rng", to='["MT19937", [1, 2], 0, 0, 0.0]'),
-    "no generator": change("rng", to="{}"),
-    "a random state of floats": change("random_states", 0, "cpu", to=torch.zeros(5056)),
-    "a short random state": change("random_states", 0, "cpu", to=lambda t: t[:9]),
+    "a hidden state of one tensor": put("position", "hidden", 0, to=torch.zeros(1, 4, 16)),
+    "a hidden state of text": put("position", "hidden", 0, to="abc"),
+    "a place below 0": put("position", "row", to=-3),
+    "a sum that is no number": put("position", "total", to=float("inf")),
+    "a history of words": put("valid_losses", to=["a"]),
+    "epochs by halves": put("epoch", to=1.5),
+    "a place outside the key": put("rng", to=lambda rng: words_of(rng, 2**30)),
+    "a place just outside the key": put("rng", to=lambda rng: words_of(rng, 625)),
+    "a key of zeros": put("rng", to=lambda rng: words_of(rng, 0, 0)),
+    "a short key": put("rng", to='["MT19937", [1, 2], 0, 0, 0.0]'),
+    "no generator": put("rng", to="{}"),
+    "a random state of floats": put("random_states", 0, "cpu", to=torch.zeros(5056)),
+    "a short random state": put("random_states", 0, "cpu", to=lambda t: t[:9]),
     "a field lost": lambda state: state.pop("random_states"),
-    "an expanded tensor": change("position", "text", to=torch.zeros(1).expand(16, 4)),
+    "an expanded tensor": put("position", "text", to=torch.zeros(1).expand(16, 4)),
 }
 
 

@@ -66,21 +66,3 @@ def test_importing_is_silent_and_needs_neither_cupy_nor_a_gpu():
 def test_sampling_and_scoring_load_nothing_of_training():
     code = "import sys, generate, pointer, score; assert 'training' not in sys.modules"
     assert run_python(code).returncode == 0
-
-
-@pytest.mark.parametrize("script", ["main", "finetune", "pointer", "generate"])
-def test_as_a_program(script, tmp_path):
-    """The guard at the end of each script: help, and one line for an error."""
-    path = ROOT / f"{script}.py"
-
-    def call(*argv):
-        command = [sys.executable, str(path), *argv]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    result = call("--no-such-flag")
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"{script}.py: error: ")
-    missing = call("--data", "nowhere")
-    assert (missing.returncode, missing.stdout) == (1, "")
-    assert len(missing.stderr.splitlines()) == 1
-    assert missing.stderr.startswith(f"{script}.py: error: ")

@@ -80,8 +80,7 @@ class Source:
         """Return the same source with its files at `base_url`."""
         base_url = base_url.rstrip("/")
         return replace(
-            self,
-            remotes=tuple(replace(r, url=f"{base_url}/{r.name}") for r in self.remotes),
+            self, remotes=tuple(replace(r, url=f"{base_url}/{r.name}") for r in self.remotes)
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 from checkpoint import Checkpoint
@@ -243,14 +243,13 @@ class Session:
         lend = getattr(self.optimizer, "averaged", contextlib.nullcontext)
         return lend()
 
-    def evaluate(self, what: str) -> float:
-        """The loss of the model on valid.txt or test.txt, in nats a token."""
-        return self._evaluate(self.model, self.criterion, what)
+    def evaluate(self, what: str, *network: nn.Module) -> float:
+        """The loss on valid.txt or test.txt, in nats a token, of another network if one is given.
 
-    def _evaluate(self, model: RNNModel, criterion: SplitCrossEntropyLoss, what: str) -> float:
+        A network is a model and its criterion.
+        """
         return engine.evaluate(
-            model,
-            criterion,
+            *(network or (self.model, self.criterion)),
             self.valid_data if what == "valid.txt" else self.test_data,
             self.args.bptt,
             self.args.max_batches,
@@ -346,8 +345,7 @@ class Session:
 
     def test(self) -> None:
         """Score the best model on the test set."""
-        model, criterion = checkpoint.rebuild(self.best, self.device)
-        loss = self._evaluate(model, criterion, "test.txt")
+        loss = self.evaluate("test.txt", *checkpoint.rebuild(self.best, self.device))
         print(DOUBLE_RULE)
         print(end_line(loss))
         self.metrics.write("test", step=self.finished * self.step.source.size(0), test_loss=loss)
