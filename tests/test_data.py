@@ -204,26 +204,13 @@ def message(folder):
     return text
 
 
-def test_missing_folder(tmp_path):
-    assert re.search(
-        r"no corpus folder .*nowhere.*getdata\.sh.*--data", message(tmp_path / "nowhere")
-    )
-
-
-def test_missing_file_is_named(tmp_path):
+def test_what_is_missing_or_of_another_kind(tmp_path):
     folder = write(tmp_path / "c")
-    (folder / "valid.txt").unlink()
-    assert re.search(r"has no valid\.txt.*getdata\.sh.*--data", message(folder))
-
-
-def test_folder_given_as_a_file(tmp_path):
-    folder = write(tmp_path / "c")
+    missing = message(tmp_path / "nowhere")
+    assert re.search(r"no corpus folder .*nowhere.*getdata\.sh.*--data", missing)
     assert "is a file" in message(folder / "train.txt")
-
-
-def test_file_that_is_a_folder(tmp_path):
-    folder = write(tmp_path / "c")
     (folder / "test.txt").unlink()
+    assert re.search(r"has no test\.txt.*getdata\.sh.*--data", message(folder))
     (folder / "test.txt").mkdir()
     assert re.search(r"cannot read .*test\.txt \(Is a directory\)", message(folder))
 
@@ -395,9 +382,7 @@ def test_foreign_cache_is_rebuilt(tmp_path, changes):
     folder = write(tmp_path / "c")
     path, key = folder / encoded_files.CACHE_NAME, encoded_files._hash_files(folder)
     foreign(path, key)
-    assert encoded_files._read_cache(path, key).words == ["a", "b"], (
-        "the test's own file is well formed"
-    )
+    assert encoded_files._read_cache(path, key).words == ["a", "b"]
     foreign(path, key, **changes)
     assert encoded_files._read_cache(path, key) is None
     assert_same(Corpus(folder), *by_double_loop(folder))

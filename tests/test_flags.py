@@ -132,67 +132,34 @@ def test_finetuning_takes_what_shapes_training(capsys):
     assert (args.lr, args.fixed_length, args.max_seq_len) == (7, False, 9)
 
 
-BAD_FLAGS = """
-main --model RNN_TANH
-main --emsize 0
-main --nhid -3
-main --nlayers 0
-main --nlayers 1.5
-main --batch_size -1
-main --batch_size many
-main --fixed-length --max-seq-len 7
-main --batch_size 9223372036854775808
-pointer --window 99999999999999999999
-pointer --theta 1e39
-main --bptt 0
-main --epochs 0
-main --dropout 1
-main --dropouth -0.1
-main --dropouti 1.5
-main --dropoute nan
-main --wdrop 1.0
-main --lr 0
-main --lr inf
-main --clip -1
-main --alpha -1
-main --beta x
-main --wdecay -1e-6
-main --seed -1
-main --seed 99999999999999999999
-main --nonmono -1
-main --log-interval 0
-main --optimizer adagrad
-main --when soon
-main --max-batches 0
-main --max-seq-len 0
-main --save-every -1
-main --save-every soon
-main --save-every nan
-main --resume
-main --nosuchflag 3
-main --drop 0.1
-main stray
-finetune --model LSTMM
-finetune --dropout 2
-finetune --optimizer adam
-finetune --save-every -3
-finetune --resume
-pointer --window 0
-pointer --lambdasm 1
-pointer --theta -1
-pointer --bptt -5
-main --preset ptb
-finetune --preset ptbc
-pointer --preset wt103
-generate --temperature 0
-generate --words 0
-generate --top-k 0
-""".strip().splitlines()
+BAD_FLAGS = {
+    "main": """
+        --model RNN_TANH; --emsize 0; --nhid -3; --nlayers 0; --nlayers 1.5; --batch_size -1;
+        --batch_size many; --fixed-length --max-seq-len 7; --batch_size 9223372036854775808;
+        --bptt 0; --epochs 0; --dropout 1; --dropouth -0.1; --dropouti 1.5; --dropoute nan;
+        --wdrop 1.0; --lr 0; --lr inf; --clip -1; --alpha -1; --beta x; --wdecay -1e-6; --seed
+        -1; --seed 99999999999999999999; --nonmono -1; --log-interval 0; --optimizer adagrad;
+        --when soon; --max-batches 0; --max-seq-len 0; --save-every -1; --save-every soon;
+        --save-every nan; --resume; --nosuchflag 3; --drop 0.1; stray; --preset ptb
+    """,
+    "pointer": """
+        --window 99999999999999999999; --theta 1e39; --window 0; --lambdasm 1; --theta -1;
+        --bptt -5; --preset wt103
+    """,
+    "finetune": """
+        --model LSTMM; --dropout 2; --optimizer adam; --save-every -3; --resume; --preset ptbc
+    """,
+    "generate": """
+        --temperature 0; --words 0; --top-k 0
+    """,
+}
 
 
-@pytest.mark.parametrize("command", BAD_FLAGS)
-def test_bad_flags(command, script):
-    name, *argv = command.split()
+@pytest.mark.parametrize(
+    ("name", "flags"), [(name, one) for name, all in BAD_FLAGS.items() for one in all.split(";")]
+)
+def test_bad_flags(name, flags, script):
+    argv = flags.split()
     status, out, err = script(name, *argv)
     assert status == 2
     assert out == ""

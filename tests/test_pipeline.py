@@ -156,8 +156,9 @@ def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, script, corp
     for first in (1, 3, 5):
         path = tmp_path / f"{first}"
         begun = train(script, corpus_dir, path, *flags, "--epochs", first)
-        # The flags come from the file.
-        status, out, err = script("main", "--resume", path, "--epochs", 6)
+        # With flags from the file, or with those of the run's own command.
+        own = ["--data", corpus_dir, *TINY, *flags] if first > 1 else []
+        status, out, err = script("main", *own, "--resume", path, "--epochs", 6)
         assert (status, err) == (0, "")
         assert EPOCH.findall(begun) + EPOCH.findall(out) == EPOCH.findall(whole)
         assert_same_weights(tmp_path / "whole", path)
@@ -348,14 +349,14 @@ def test_when_saves_a_copy_and_divides_the_rate(script, corpus_dir, tmp_path):
     assert checkpoint.load(f"{path}.e2").epoch == 2
 
 
-def test_adam_has_a_rate_of_its_own(script, corpus_dir, tmp_path):
+@pytest.mark.parametrize(("flag", "rate"), [("--optimizer=adam", 0.001), ("--model=GRU", 5)])
+def test_adam_and_the_gru_have_rates_of_their_own(flag, rate, script, corpus_dir, tmp_path):
     # The original takes 30 and diverges.
-    path = tmp_path / "m.pt"
-    argv = ["--data", corpus_dir, *TINY, "--save", path, "--optimizer", "adam", "--epochs", 1]
+    argv = ["--data", corpus_dir, *TINY, "--save", tmp_path / "m.pt", flag, "--epochs", 1]
     status, out, _ = script("main", *argv, "--log-interval", 30)
     assert status == 0
-    assert "the learning rate is 0.001" in out
-    assert "lr 0.00100" in out
+    assert f"the learning rate is {rate}" in out
+    assert f"lr {rate:.5f}" in out
 
 
 @pytest.mark.usefixtures("switch_after_two_epochs")
@@ -615,18 +616,6 @@ def middle_of_an_epoch(tmp_path_factory, corpus_dir):
         with pytest.raises(Stopped):
             main.main(["--data", str(corpus_dir), *TINY, "--lr", "5", "--save", str(path)])
     return path
-
-
-def test_the_middle_of_an_epoch(middle_of_an_epoch, script, corpus_dir, tmp_path):
-    position = checkpoint.load(middle_of_an_epoch).training["position"]
-    assert position["batches"] == 5
-    for name in ("a", "b"):
-        flags = ["--epochs", 1, "--save", tmp_path / name]
-        if name == "a":
-            assert script("main", "--resume", middle_of_an_epoch, *flags)[0] == 0
-        else:
-            train(script, corpus_dir, tmp_path / name, "--epochs", 1)
-    assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
 def test_keep(script, corpus_dir, trained, tmp_path):
