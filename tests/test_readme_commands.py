@@ -1,4 +1,4 @@
-"""README.md's commands run, in its order, on corpora of a hundred lines in the places it names.
+"""The commands of README.md and docs/ run, in their order, on corpora of a hundred lines.
 
 Those of the scripts run in this process as they are written. Those that train, for hours as
 written, get `--epochs 1 --max-batches 1` and a tiny network's sizes behind their flags; the cache's
@@ -55,7 +55,7 @@ def excluded(command):
     return any(command == name or command.startswith(f"{name} ") for name in EXCLUDED)
 
 
-def test_what_is_excluded_is_in_the_readme():
+def test_what_is_excluded_is_in_the_pages():
     for name in EXCLUDED:
         assert any(c == name or c.startswith(f"{name} ") for c in commands()), name
 

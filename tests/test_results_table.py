@@ -26,7 +26,7 @@ def cells(table, title):
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_the_readme_holds_what_results_hold():
+def test_the_pages_hold_what_their_sources_hold():
     assert results_table.main(["--check"]) == 0
 
 
@@ -64,16 +64,17 @@ def test_a_reduced_run_is_no_row(tmp_path):
 
 
 def test_check_fails_on_a_changed_figure_and_writing_mends_it(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme.write_text(text.replace("60.6 / 58.3", "60.5 / 58.3"), encoding="utf-8")
-    flags = ["--readme", str(readme), "--results", str(ROOT / "results")]
+    for page in results_table.pages(ROOT / "results"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        text = (ROOT / page).read_text("utf-8").replace("53.4 / 52.6", "53.3 / 52.6")
+        (tmp_path / page).write_text(text, "utf-8")
+    flags = ["--root", str(tmp_path)]
     assert results_table.main([*flags, "--check"]) == 1
-    assert "tools/results_table.py" in capsys.readouterr().out
+    assert "README.md differs" in capsys.readouterr().out
     assert results_table.main(flags) == 0
-    assert readme.read_text(encoding="utf-8") == text
+    assert (tmp_path / "README.md").read_text("utf-8") == (ROOT / "README.md").read_text("utf-8")
     with pytest.raises(ValueError, match="markers"):
-        results_table.filled(text.replace("<!-- end of study -->", ""), ROOT / "results")
+        results_table.replaced("no markers", "study", "")
 
 
 def run(cell, seed, without="", *, ppl, stage="finetune"):

@@ -1,9 +1,10 @@
-"""Write the README's tables of measured figures from results/ alone, or check that they agree.
+"""Write the pages' tables from results/ and the presets alone, or check that they agree.
 
 Between the markers `<!-- NAME: written by tools/results_table.py -->` and `<!-- end of NAME -->`:
-`published` is the published table with ours beside it, from results/ROW.metrics.jsonl, which
-bench/reproduce.py writes; `study` the small-scale study's tables, from results/study.jsonl, which
-bench/study.py writes. `--check` changes nothing and ends with exit status 1 if they differ.
+`published` in README.md is the published table with ours beside it, from results/ROW.metrics.jsonl,
+which bench/reproduce.py writes; `study` in docs/reproducing.md the small-scale study's tables, from
+results/study.jsonl, which bench/study.py writes; `commands` in docs/commands.md the published
+commands, from cli/presets.py. `--check` changes nothing and ends with exit status 1 if they differ.
 """
 
 import argparse
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import study
 from bench.published import BITS, ROWS, Row
+from cli.presets import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("main", "finetune", "pointer")
@@ -76,30 +78,43 @@ def replaced(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"\n{content}\n\n", text)
 
 
-def filled(text: str, results: Path) -> str:
-    """The README's `text` with both parts from `results`."""
-    text = replaced(text, "published", published_table(results))
-    return replaced(text, "study", study.tables(study.read(results)))
+def commands() -> str:
+    """Every published command, row by row."""
+    parts = []
+    for name, stages in COMMANDS.items():
+        lines = [f"python {stage}.py {flags}" for stage, flags in stages.items()]
+        parts.append("\n".join([f"{ROWS[name].title}, `{name}`:\n", "```", *lines, "```"]))
+    return "\n\n".join(parts)
+
+
+def pages(results: Path) -> dict[str, tuple[str, str]]:
+    """By page: the name of the part that is written, and its content."""
+    return {
+        "README.md": ("published", published_table(results)),
+        "docs/reproducing.md": ("study", study.tables(study.read(results))),
+        "docs/commands.md": ("commands", commands()),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write or check README.md; the exit status."""
+    """Write or check the pages; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder with the pages")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     args = parser.parse_args(argv)
-    text = args.readme.read_text(encoding="utf-8")
-    new = filled(text, args.results)
-    if args.check:
-        if new != text:
-            print("README.md differs from results/: run python tools/results_table.py")
-            return 1
-        return 0
-    if new != text:
-        args.readme.write_text(new, encoding="utf-8")
-        print(f"Wrote {args.readme}")
-    return 0
+    status = 0
+    for page, (name, content) in pages(args.results).items():
+        path = args.root / page
+        text = path.read_text(encoding="utf-8")
+        new = replaced(text, name, content)
+        if new != text and args.check:
+            print(f"{page} differs from its sources: run python tools/results_table.py")
+            status = 1
+        elif new != text:
+            path.write_text(new, encoding="utf-8")
+            print(f"Wrote {path}")
+    return status
 
 
 if __name__ == "__main__":
