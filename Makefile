@@ -11,7 +11,7 @@ demo: $(BIN)/.runtime
 	$(BIN)/python tools/demo.py
 
 test: lint $(BIN)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "not slow and not corpora and not published"

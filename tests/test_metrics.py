@@ -5,10 +5,10 @@ import math
 import shutil
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli import metrics
 from utils import ToolkitError
@@ -88,40 +88,6 @@ def test_a_first_line_that_was_cut_off(tmp_path):
     assert line["command"] == ["a\x85b\u2028"]
 
 
-def test_events_where_tensorboard_is_installed(tmp_path, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            calls.append(folder)
-
-        def add_scalar(self, name, value, step):
-            calls.append((name, value, step))
-
-        def add_text(self, name, value, step):
-            calls.append((name, step))
-
-        def close(self):
-            calls.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
-    with writer(tmp_path) as metrics_writer:
-        assert metrics_writer.no_events is None
-        metrics_writer.write("epoch", step=7, epoch=1, time=1.5, valid_loss=0.0)
-        metrics_writer.write("switch", step=7, epoch=1)
-    assert calls == [
-        str(tmp_path),
-        ("epoch/time", 1.5, 7),
-        ("epoch/valid_loss", 0.0, 7),
-        ("epoch/valid_ppl", 1.0, 7),
-        ("epoch/valid_bpc", 0.0, 7),
-        ("switch", 7),
-        "closed",
-    ]
-
-
 @pytest.mark.usefixtures("no_tensorboard")
 def test_refusals(tmp_path):
     with writer(tmp_path) as metrics_writer, pytest.raises(ValueError, match="kind must be one"):
@@ -169,9 +135,6 @@ def test_a_commit_with_changed_code_says_so(tmp_path, monkeypatch):
 
 
 def test_tensorboard_reads_every_number(tmp_path):
-    accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    ).EventAccumulator
     numbers = {"lr": 30.0, "loss": 5.0, "tokens_per_second": 1000.0, "grad_norm": 0.5}
     with metrics.MetricsWriter(tmp_path, command=["main.py"], flags={}, device="cpu") as log:
         assert log.no_events is None
@@ -180,7 +143,7 @@ def test_tensorboard_reads_every_number(tmp_path):
         log.write("epoch", step=30, epoch=1, time=2.0, valid_loss=4.0)
         log.write("switch", step=30, epoch=1)
         log.write("test", step=30, test_loss=3.0)
-    events = accumulator(str(tmp_path))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     for name, value in {
         **{f"batch/{name}": value for name, value in numbers.items()},
