@@ -19,8 +19,9 @@ from training.step import TrainingStep
 
 # Graphs kept at once. Lengths around a bptt of 70 take 44 in an epoch, the rarest once.
 MOST_GRAPHS = 64
-# Settings of an optimiser that are no part of a recording, or are read from the device.
-_NOT_FROZEN = ("lr", "params", "averaged_steps", "capturable")
+# Settings of an optimiser that are no part of a recording, or are read from the device, and what
+# every module has for its own ends.
+_NOT_FROZEN = {"lr", "params", "averaged_steps", "capturable", *vars(nn.Module())} - {"training"}
 _PLAIN = (int, float, str, type(None))
 
 
@@ -77,10 +78,7 @@ class GraphedStep(TrainingStep):
         the optimiser's settings, the clipping norm, and where the text lies.
         """
         modules = [_plain(vars(module)) for module in self.network.modules()]
-        groups = [
-            _plain({name: value for name, value in group.items() if name not in _NOT_FROZEN})
-            for group in self.optimizer.param_groups
-        ]
+        groups = [_plain(group) for group in self.optimizer.param_groups]
         averaging = isinstance(self.optimizer, NTASGD) and self.optimizer.averaging
         return (self.clip, averaging, self.source.data_ptr(), tuple(modules), tuple(groups))
 
@@ -146,10 +144,12 @@ def _plain(values: dict[str, Any]) -> tuple[Any, ...]:
     """Those of `values` that are numbers, words, or tuples and lists of such."""
     kept = []
     for name, value in values.items():
-        if isinstance(value, tuple | list) and all(isinstance(part, _PLAIN) for part in value):
-            kept.append((name, tuple(value)))
-        elif isinstance(value, _PLAIN):
+        if name in _NOT_FROZEN:
+            continue
+        if isinstance(value, _PLAIN):
             kept.append((name, value))
+        elif isinstance(value, tuple | list) and all(isinstance(part, _PLAIN) for part in value):
+            kept.append((name, tuple(value)))
     return tuple(kept)
 
 
