@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
 import checkpoint
+import main
 from bench import reproduce
+from bench.published import ROWS
+from cli.presets import COMMANDS
+from tools.getdata import SPECS
 from utils import ToolkitError
 
 REDUCED = [*TINY, "--lr", "5", "--epochs", "3", "--save-every", "0", "--max-batches", "9"]
@@ -208,3 +213,9 @@ def test_what_is_no_packed_corpus_is_refused(case, corpus_dir, tmp_path):
     with pytest.raises(ToolkitError, match="--pack"):
         reproduce.unpack(archive, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_rows_tokens_are_those_of_its_corpus(row):
+    corpus = Path(main.build_parser().parse_args(COMMANDS[row]["main"].split()).data).name
+    assert ROWS[row].tokens == SPECS[corpus].texts["train"].tokens
