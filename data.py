@@ -150,6 +150,16 @@ class Corpus:
         return renumbered
 
 
+def partial_shuffle(text: torch.Tensor, rng: np.random.RandomState) -> None:
+    """Rotate every column of `text` (rows, columns) by a random offset of its own, in place.
+
+    "Partially Shuffling the Training Data to Improve Language Models", arXiv 1903.04167: sentences
+    stay whole but for one in a column, and the batches of an epoch are other ones.
+    """
+    for column, offset in enumerate(rng.randint(len(text), size=text.size(1))):
+        text[:, column] = text[:, column].roll(int(offset))
+
+
 def _ids_in(dictionary: Dictionary, words: list[str], folder: Path) -> tuple[np.ndarray, list[int]]:
     """Return the id in `dictionary` of each of `words`, int32, and the places of those it lacks."""
     unk = dictionary.word2idx.get(UNK, -1)

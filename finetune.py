@@ -8,6 +8,7 @@ import checkpoint
 from checkpoint import Checkpoint
 from cli import flags, program, resuming
 from cli.parser import Parser
+from data import partial_shuffle
 from nt_asgd import NTASGD
 from training import resume
 from training.session import Session, open_session
@@ -85,9 +86,10 @@ def finetune(args: argparse.Namespace, session: Session) -> None:
     """The epochs: what happens after each, and what ends them; then the test score."""
     # The original's cap: a drawn length is at most ten steps longer than the base.
     max_seq_len = args.bptt + 10 if args.max_seq_len is None else args.max_seq_len
+    reorder = partial_shuffle if args.partial_shuffle else None
     with session.until_stopped("finetuning"):
         for epoch in session.epochs(session.finished if session.done else args.epochs):
-            session.train_epoch(epoch, max_seq_len)
+            session.train_epoch(epoch, max_seq_len, reorder)
             with session.averaged():
                 valid_loss = session.validate(epoch)
                 session.done = session.trigger.update(valid_loss)

@@ -1,5 +1,6 @@
 """Sample text from a trained model, word by word."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -9,11 +10,12 @@ from torch import Tensor
 import checkpoint
 from cli import flags, program
 from cli.device import score_as_trained, select_device
-from cli.parser import Parser, positive, positive_int
+from cli.parser import Parser, positive, positive_int, share_of_one
 from cli.progress import Bar
 from cli.resuming import check_architecture
+from data import EOS, UNK, Dictionary
 from files.writing import unwritable, writing
-from model import RNNModel
+from model import Hidden, RNNModel
 from splitcross import SplitCrossEntropyLoss
 from utils import ToolkitError, seed_everything
 
@@ -45,9 +47,26 @@ def build_parser() -> Parser:
     )
     parser.flag(
         "",
+        "--top-p",
+        type=share_of_one,
+        metavar="P",
+        help="sample among the likeliest words that have the probability P together",
+    )
+    parser.flag("", "--no-unk", action="store_true", help="never sample <unk>")
+    parser.flag("", "--samples", type=positive_int, default=1, help="texts to sample, as one batch")
+    parser.flag(
+        "",
         "--prompt",
         default="",
-        help="words to continue, in the tokens of the corpus; without it, from a random word",
+        help="words to continue, in the tokens of the corpus, as a line begins; without it, from a "
+        "random word",
+    )
+    parser.flag(
+        "",
+        "--next",
+        type=positive_int,
+        metavar="K",
+        help="print the K likeliest words after --prompt and their probabilities, and sample none",
     )
     parser.flag(
         "",
@@ -62,61 +81,115 @@ def build_parser() -> Parser:
 
 
 @torch.inference_mode()
+def next_words(
+    model: RNNModel, criterion: SplitCrossEntropyLoss, data: Tensor, hidden: Hidden
+) -> tuple[Tensor, Hidden]:
+    """`log p` (batch, ntoken) of every word after `data` (n, batch), and the new state."""
+    output, hidden = model(data, hidden)
+    decoder = model.decoder.weight, model.decoder.bias
+    return criterion.logprob(*decoder, output[-data.size(1) :]), hidden
+
+
+def choose(
+    logprob: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Draw a word (batch, 1) from each row of `logprob` (batch, ntoken), divided by `temperature`.
+
+    Among the `top_k` likeliest, and of these among the fewest whose probabilities reach `top_p`.
+    """
+    # In float32 a smaller number is 0, and every quotient by it infinite.
+    scaled, words = logprob / max(temperature, 1e-30), None
+    if top_k is not None and top_k < scaled.size(1):
+        scaled, words = scaled.topk(top_k)
+    elif top_p is not None:
+        scaled, words = scaled.sort(descending=True)
+    if top_p is not None:
+        probs = scaled.softmax(dim=1)
+        # Those before a word have not reached it yet.
+        scaled = scaled.masked_fill(probs.cumsum(dim=1) - probs >= top_p, -torch.inf)
+    chosen = torch.multinomial(scaled.softmax(dim=1), 1)
+    return chosen if words is None else words.gather(1, chosen)
+
+
+@torch.inference_mode()
 def sample(
     model: RNNModel,
     criterion: SplitCrossEntropyLoss,
     prompt: Tensor,
     temperature: float,
     top_k: int | None = None,
+    top_p: float | None = None,
+    banned: int | None = None,
 ) -> Iterator[Tensor]:
-    """Sample word ids (1,) without end, the first one after `prompt` (n,).
+    """Sample word ids (batch,) without end, the first after `prompt` (n, batch); see `choose`.
 
-    The distribution is the criterion's over the full vocabulary, its logarithm divided by
-    `temperature`, cut to the `top_k` likeliest words.
+    The distribution is the criterion's over the full vocabulary, without the word `banned`.
     """
     model.eval()
-    hidden = model.init_hidden(1)
-    data = prompt.unsqueeze(1)
-    # In float32 a smaller number is 0, and every quotient by it infinite.
-    temperature = max(temperature, 1e-30)
+    hidden, data = model.init_hidden(prompt.size(1)), prompt
     while True:
-        output, hidden = model(data, hidden)
-        logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output[-1:])
-        if top_k is None or top_k >= logprob.size(1):
-            word = torch.multinomial((logprob[0] / temperature).softmax(dim=0), 1)
-        else:
-            candidates, words = logprob[0].topk(top_k)
-            word = words[torch.multinomial((candidates / temperature).softmax(dim=0), 1)]
-        yield word
-        data = word.unsqueeze(1)
+        logprob, hidden = next_words(model, criterion, data, hidden)
+        if banned is not None:
+            logprob[:, banned] = -torch.inf
+        word = choose(logprob, temperature, top_k, top_p)
+        yield word.squeeze(1)
+        data = word.t()
+
+
+def prompt_ids(words: Sequence[str], dictionary: Dictionary) -> list[int]:
+    """The ids of the words of --prompt after an <eos>, as a line begins; unknown ones are <unk>.
+
+    Names those on standard error. Raises ToolkitError if the vocabulary has no <unk>.
+    """
+    known = dictionary.word2idx
+    unknown = list(dict.fromkeys(word for word in words if word not in known))
+    if unknown and UNK not in known:
+        raise ToolkitError(
+            f"the model does not know the word {unknown[0]!r} of --prompt: write it as its corpus "
+            "does (lower case, tokens apart)"
+        )
+    if unknown:
+        sys.stderr.write(f"not in the vocabulary, read as {UNK}: {' '.join(unknown)}\n")
+    return [*([known[EOS]] if EOS in known else []), *(known.get(w, known.get(UNK)) for w in words)]
+
+
+def as_text(ids: Sequence[int], words: Sequence[str]) -> str:
+    """Words in lines of 20."""
+    lines = [ids[n : n + WORDS_PER_LINE] for n in range(0, len(ids), WORDS_PER_LINE)]
+    return "".join(" ".join(words[i] for i in line) + "\n" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write sampled words; raises ToolkitError for what the user can mend."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.next and not args.prompt.split():
+        parser.error("--next tells how a --prompt goes on: give one")
     loaded = checkpoint.load(args.checkpoint)
     check_architecture(args, loaded.config, args.checkpoint)
     device = select_device(args.cuda)
     score_as_trained(loaded.args, device)
-    problem = None if args.outf == "-" else unwritable(args.outf)
+    problem = None if args.outf == "-" or args.next else unwritable(args.outf)
     if problem:
         raise ToolkitError(f"cannot write {args.outf} ({problem}): pass another --outf")
     dictionary = loaded.dictionary
-    unknown = [word for word in args.prompt.split() if word not in dictionary.word2idx]
-    if unknown:
-        raise ToolkitError(
-            f"the model does not know the word {unknown[0]!r} of --prompt: write it as its corpus "
-            "does (lower case, tokens apart), or <unk> where the corpus has that"
-        )
-    model, criterion = checkpoint.rebuild(loaded, device)
-    seed_everything(args.seed)
     if args.prompt.split():
-        known = [dictionary.word2idx[word] for word in args.prompt.split()]
-        prompt = torch.tensor(known, device=device)
-    else:
-        prompt = torch.randint(len(dictionary), (1,)).to(device)
-
-    words = sample(model, criterion, prompt, args.temperature, args.top_k)
+        known = torch.tensor(prompt_ids(args.prompt.split(), dictionary))
+        prompt = known.unsqueeze(1).repeat(1, args.samples)
+    model, criterion = checkpoint.rebuild(loaded, device)
+    if args.next:
+        model.eval()
+        logprob, _ = next_words(model, criterion, prompt[:, :1].to(device), model.init_hidden(1))
+        best = logprob[0].topk(min(args.next, len(dictionary)))
+        for nats, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"{math.exp(nats):.6f} {dictionary.idx2word[word]}")
+        return
+    seed_everything(args.seed)
+    if not args.prompt.split():
+        prompt = torch.randint(len(dictionary), (1, args.samples))
+    banned = dictionary.word2idx.get(UNK) if args.no_unk else None
+    chosen = (args.temperature, args.top_k, args.top_p, banned)
+    words = sample(model, criterion, prompt.to(device), *chosen)
     ids = []
     with Bar(args.words, "generating", "word") as bar:
         for number in range(1, args.words + 1):
@@ -126,13 +199,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if number % args.log_interval == 0 and args.outf != "-":
                 bar.line(f"| Generated {number}/{args.words} words")
     # All at once: asking for each word's number would have a GPU wait for the host every time.
-    pieces = []
-    for number, word in enumerate(torch.cat(ids).tolist(), start=1):
-        pieces.append(dictionary.idx2word[word])
-        pieces.append("\n" if number % WORDS_PER_LINE == 0 else " ")
-    text = "".join(pieces)
+    texts = torch.stack(ids, dim=1).tolist()
+    text = "\n".join(as_text(one, dictionary.idx2word) for one in texts)
     if args.outf == "-":
-        sys.stdout.write(text.rstrip() + "\n")
+        sys.stdout.write(text)
         return
     with writing(args.outf, "--outf") as file:
         file.write(text.encode())

@@ -10,6 +10,7 @@ from checkpoint import Checkpoint
 from cli import flags, program, resuming
 from cli.corpus import read_corpus
 from cli.parser import Parser
+from data import partial_shuffle
 from model import RNNModel, find_cell
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss, default_splits
@@ -116,9 +117,10 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
 def train(args: argparse.Namespace, session: Session) -> None:
     """The epochs: what happens after each, and what ends them; then the test score."""
     optimizer = session.optimizer
+    reorder = partial_shuffle if args.partial_shuffle else None
     with session.until_stopped("training"):
         for epoch in session.epochs(args.epochs):
-            session.train_epoch(epoch, args.max_seq_len)
+            session.train_epoch(epoch, args.max_seq_len, reorder)
             averaging = args.optimizer == "sgd" and optimizer.averaging
             # The averaged weights, once there are, are scored and kept; training stays on the raw.
             with session.averaged():

@@ -154,6 +154,11 @@ def add_training(parser: Parser) -> None:
         help="batches from one log line to the next",
     )
     add(
+        "--partial-shuffle",
+        action="store_true",
+        help="before each epoch, rotate every column of the text by a random offset of its own",
+    )
+    add(
         "--max-seq-len",
         either="lengths",
         type=types.positive_int,

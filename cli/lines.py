@@ -34,3 +34,8 @@ def end_line(loss: float) -> str:
 def pointer_line(part: str, loss: float) -> str:
     """The last of pointer.py for a `part`, val or test."""
     return f"| End of pointer | {part} loss {loss:5.2f} | {part} ppl {perplexity(loss):8.2f}"
+
+
+def dynamic_line(part: str, loss: float) -> str:
+    """The last of dynamiceval.py for a `part`, val or test."""
+    return pointer_line(part, loss).replace("pointer", "dynamic evaluation")

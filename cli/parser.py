@@ -211,6 +211,11 @@ def probability(text: str) -> float:
     return _number(text, float, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
+def share_of_one(text: str) -> float:
+    """A number above 0, and at most 1."""
+    return _number(text, float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+
+
 def fraction(text: str) -> float:
     """A number above 0 and below 1."""
     return _number(text, float, lambda x: 0 < x < 1, "above 0 and below 1")

@@ -18,6 +18,8 @@ _WT2_QRNN = (
     "--epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 "
     "--nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt"
 )
+# Settings that arXiv 1709.07432's code was published with.
+_DYNAMIC_LSTM = "--lr 0.002 --lamb 0.02 --epsilon 0.001 --oldhyper"
 _WT2_CACHE = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --data data/wikitext-2"
 
 COMMANDS = {
@@ -26,21 +28,27 @@ COMMANDS = {
         "finetune": _PTB_LSTM,
         "pointer": "--data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 "
         "--bptt 5000",
+        "dynamiceval": f"--data data/penn --save PTB.pt {_DYNAMIC_LSTM}",
     },
     "ptb-qrnn": {
         "main": f"{_PTB_QRNN} --seed 9001 --dropouti 0.4 --epochs 550 --save PTB.pt",
         "finetune": f"{_PTB_QRNN} --seed 404 --dropouti 0.4 --epochs 300 --save PTB.pt",
         "pointer": "--model QRNN --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000 --save PTB.pt",
+        "dynamiceval": "--model QRNN --data data/penn --save PTB.pt --lr 0.00012 --lamb 0.02 "
+        "--bptt 20",
     },
     "wt2-lstm": {
         "main": _WT2_LSTM,
         "finetune": _WT2_LSTM,
         "pointer": f"--save WT2.pt {_WT2_CACHE}",
+        "dynamiceval": f"--data data/wikitext-2 --save WT2.pt {_DYNAMIC_LSTM}",
     },
     "wt2-qrnn": {
         "main": _WT2_QRNN,
         "finetune": _WT2_QRNN,
         "pointer": f"--save WT2.pt --model QRNN {_WT2_CACHE}",
+        "dynamiceval": "--model QRNN --data data/wikitext-2 --save WT2.pt --lr 0.00012 "
+        "--lamb 0.008 --bptt 20",
     },
     "ptbc": {
         "main": f"--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 {_CHARACTERS} --dropouth 0.25 "

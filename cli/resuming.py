@@ -11,7 +11,9 @@ from utils import ToolkitError
 # A resumed run does not take these from the run it resumes.
 _OF_THIS_CALL = {"resume", "save", "cuda", "max_batches", "keep", "split"}
 # What finetuning takes from the model's training.
-_SHAPES_TRAINING = "batch_size bptt clip fixed_length max_seq_len nonmono precision wdecay".split()
+_SHAPES_TRAINING = """
+    batch_size bptt clip fixed_length max_seq_len nonmono partial_shuffle precision wdecay
+""".split()
 
 
 def check_architecture(args: argparse.Namespace, config: Mapping[str, Any], path: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Corpus, CorpusError, Dictionary
+from data import Corpus, CorpusError, Dictionary, partial_shuffle
 from files import encoded as encoded_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -534,3 +534,15 @@ def test_sample_can_be_made_again(tmp_path):
     assert vocabulary in readme
     for split in encoded_files.SPLITS:
         assert (tmp_path / f"{split}.txt").read_bytes() == (SAMPLE / f"{split}.txt").read_bytes()
+
+
+def test_partial_shuffle_rotates_every_column_by_its_own_offset():
+    text = torch.arange(300).view(3, 100).t().contiguous().int()
+    columns = [column.tolist() for column in text.t()]
+    partial_shuffle(text, np.random.RandomState(4))
+    offsets = [
+        column.tolist().index(first[0]) for column, first in zip(text.t(), columns, strict=True)
+    ]
+    assert len(set(offsets)) == 3
+    for column, before, offset in zip(text.t(), columns, offsets, strict=True):
+        assert column.tolist() == before[-offset:] + before[:-offset]

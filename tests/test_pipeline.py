@@ -1,6 +1,7 @@
 """The four scripts on one model file: the stages, resuming, interruption, bad input."""
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -514,6 +515,55 @@ def test_generate(script, trained, tmp_path):
     assert len(set(hot.split())) > 50
 
 
+def test_next_words_are_those_that_score_gives(script, trained):
+    for cell in ORIGINAL_CELLS:
+        argv = ["--checkpoint", trained[cell], "--prompt", "w1 w3", "--next", 61, "--no-cuda"]
+        status, out, err = script("generate", *argv)
+        assert (status, err) == (0, "")
+        rows = [line.split() for line in out.splitlines()]
+        found = {word: float(p) for p, word in rows}
+        assert len(found) == 61
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert sum(found.values()) == pytest.approx(1, abs=1e-4)
+        for word in ("w9", rows[0][1]):
+            text = f"w1 w3 {word}" if word != "<eos>" else "w1 w3"
+            argv = ["--checkpoint", trained[cell], "--text", text, "--tokens", "--json"]
+            token = json.loads(script("score", *argv, "--no-cuda")[1].splitlines()[2])
+            assert found[word] == pytest.approx(math.exp(token["logprob"]), abs=1e-5)
+
+
+def test_several_texts_and_a_part_of_the_words(script, trained, tmp_path):
+    model = checkpoint.load(trained["LSTM"])
+    words = model.vocabulary["words"]
+    words[words.index("w0")] = "<unk>"
+    path = tmp_path / "m.pt"
+    checkpoint.save(path, model)
+    argv = ["--checkpoint", path, "--outf", "-", "--words", 30, "--no-cuda"]
+    status, out, err = script("generate", *argv, "--samples", 3, "--prompt", "zebra w3 gnu zebra")
+    assert (status, err) == (0, "not in the vocabulary, read as <unk>: zebra gnu\n")
+    texts = out.split("\n\n")
+    assert [len(text.split()) for text in texts] == [30, 30, 30]
+    assert len(set(texts)) == 3
+    # So small a probability leaves the likeliest word alone.
+    few = script("generate", *argv, "--top-p", 1e-6, "--prompt", "w3")[1]
+    assert few == script("generate", *argv, "--top-k", 1, "--prompt", "w3")[1]
+    many = [*argv, "--words", 2000, "--samples", 2]
+    assert "<unk>" in script("generate", *many)[1]
+    assert "<unk>" not in script("generate", *many, "--no-unk")[1]
+
+
+def test_the_words_that_reach_a_probability_are_kept():
+    import generate
+
+    logprob = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4000, 1)
+    for top_p, kept in ((0.39, 1), (0.4, 1), (0.41, 2), (0.7001, 3), (1.0, 4)):
+        torch.manual_seed(0)
+        counts = generate.choose(logprob, 1.0, top_p=top_p).flatten().bincount(minlength=4) / 4000
+        expected = torch.tensor([0.4, 0.3, 0.2, 0.1])[:kept]
+        torch.testing.assert_close(counts[:kept], expected / expected.sum(), atol=0.03, rtol=0)
+        assert counts[kept:].sum() == 0
+
+
 def test_generate_samples_the_models_distribution(trained):
     # Over the vocabulary, not over the features of the last layer.
     import generate
@@ -524,9 +574,8 @@ def test_generate_samples_the_models_distribution(trained):
     torch.manual_seed(0)
     counts = torch.zeros(model.encoder.num_embeddings)
     for _ in range(3000):
-        counts[next(generate.sample(model, criterion, prompt, 0.7))] += 1
+        counts[next(generate.sample(model, criterion, prompt.unsqueeze(1), 0.7))] += 1
     model.eval()
-    model.reset()
     with torch.no_grad():
         output, _ = model(prompt.unsqueeze(1), model.init_hidden(1))
         logits = output[-1] @ model.decoder.weight.t() + model.decoder.bias
@@ -634,6 +683,7 @@ def test_keep(script, corpus_dir, trained, tmp_path):
 def test_finetune_resumes_exactly(stopped_in, script, corpus_dir, trained, tmp_path, monkeypatch):
     whole, path = tmp_path / "whole", tmp_path / "m.pt"
     flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--epochs", 3, "--max-batches", 30]
+    flags += ["--partial-shuffle"]
     for file in (whole, path):
         shutil.copy(trained["QRNN"], file)
     assert script("finetune", *flags, "--save", whole)[0] == 0

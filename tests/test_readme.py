@@ -35,7 +35,11 @@ def test_the_published_commands_are_those_of_the_presets():
     stages = [f"python {s}.py {flags}" for row in COMMANDS.values() for s, flags in row.items()]
     assert [stage for stage in stages if stage not in commands()] == []
     # The README's own are among them.
-    ours = [c for c in commands() if re.match("python (main|finetune|pointer)", c) and "PTB" in c]
+    ours = [
+        c
+        for c in commands()
+        if re.match("python (main|finetune|pointer|dynamiceval)", c) and "PTB" in c
+    ]
     assert all(c in stages for c in ours if "search" not in c and "preset" not in c)
 
 
@@ -114,7 +118,7 @@ def test_published_commands_run_at_their_real_size(row, script, tmp_path, monkey
         if not (folder / "train.txt").is_file():
             folder = stand_in(corpus, tmp_path)
         short = ["--data", folder, "--max-batches", 1]
-        if name != "pointer":
+        if name in ("main", "finetune"):
             short += ["--epochs", 1]
         status, out, err = script(name, *argv, *short)
         assert (status, err) == (0, "")

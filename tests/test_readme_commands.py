@@ -43,6 +43,7 @@ SHORT = {
     "main.py": "--epochs 1 --max-batches 1 --emsize 8 --nhid 8 --nlayers 2 --no-cuda",
     "finetune.py": "--epochs 1 --max-batches 1 --emsize 8 --nhid 8 --nlayers 2 --no-cuda",
     "pointer.py": "--max-batches 1 --no-cuda",
+    "dynamiceval.py": "--max-batches 1 --no-cuda --batch_size 4",
     "generate.py": "--no-cuda",
     "score.py": "--no-cuda",
     "plot.py": "",

@@ -59,7 +59,7 @@ def assert_close(path, other, atol=1e-5):
 @pytest.mark.parametrize("cell", ["LSTM", "QRNN"])
 def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
     # Five columns: the shares are uneven.
-    flags = ["--data", corpus_dir, *ALIKE, "--model", cell]
+    flags = ["--data", corpus_dir, *ALIKE, "--model", cell, "--partial-shuffle"]
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["--epochs", 3, "--log-interval", 5]
     status, alone, err = script("main", *flags, *more, "--save", one)

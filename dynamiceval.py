@@ -1,0 +1,256 @@
+"""Score a trained model that goes on learning from the text it reads (dynamic evaluation).
+
+Each segment is scored before the model learns from it. The weights are those of the model file
+again before each text, and the file is not written. Statistics of the gradients over train.txt are
+collected once and kept beside the model, as SAVE.rms.
+"""
+
+import argparse
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from checkpoint import Checkpoint
+from cli import flags, program
+from cli.corpus import read_corpus
+from cli.device import score_as_trained, select_device
+from cli.lines import DOUBLE_RULE, dynamic_line
+from cli.parser import Parser, non_negative, positive_int
+from cli.progress import Bar
+from cli.resuming import check_architecture
+from continuous_cache import ContinuousCache
+from data import Corpus
+from dynamic_evaluation import DynamicEvaluation, GradientStatistics
+from files.writing import replacing
+from loss import TrainingLoss
+from model import Hidden
+from scoring.stream import Piece, with_cache
+from training.cuda_graphs import make_step
+from training.resume import fingerprint
+from utils import ToolkitError, batchify, check_length, perplexity
+
+# Tried with --grid, times --bptt / 5; the published grid.
+RATES = (3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4)
+LAMBDAS = (1e-3, 2e-3, 3e-3, 5e-3)
+FAST_TOKENS = 30_000
+NO_DROPOUT = dict.fromkeys(flags.DROPOUTS, 0.0)
+
+
+def build_parser() -> Parser:
+    """The command line of dynamiceval.py."""
+    parser = Parser("dynamiceval", __doc__)
+    flags.add_data(parser, "data/penn")
+    flags.add_split(parser)
+    flags.add_model(parser)
+    flags.add_save(parser, "model file to score")
+    add = parser.group("dynamic evaluation")
+    add("--lr", type=non_negative, default=5e-5, help="rate; published: 5e-5, the QRNNs 1.2e-4")
+    add(
+        "--lamb",
+        type=non_negative,
+        default=0.002,
+        help="pull back to the trained weights; published: 0.002, the QRNNs 0.02 and 0.008",
+    )
+    add(
+        "--epsilon",
+        type=non_negative,
+        default=2e-5,
+        help="added to the root mean square that a gradient is divided by",
+    )
+    add(
+        "--bptt",
+        type=positive_int,
+        default=5,
+        help="tokens of a segment, which the model learns from next; published: 5, the QRNNs 20",
+    )
+    add("--batch_size", type=positive_int, default=100, help="columns for the statistics")
+    add("--sgd", action="store_true", help="plain gradient descent, without statistics")
+    add(
+        "--oldhyper",
+        action="store_true",
+        help="--lamb is for all tensors of weights together, --lr and --epsilon for sums",
+    )
+    add(
+        "--grid",
+        action="store_true",
+        help=f"try {len(RATES)} rates and {len(LAMBDAS)} lambdas on valid.txt, and those given",
+    )
+    add(
+        "--gridfast",
+        action="store_true",
+        help=f"the same on the first {FAST_TOKENS:,} tokens of valid.txt",
+    )
+    parser.flag("cache", "--cache", action="store_true", help="add the continuous cache")
+    flags.add_cache(parser)
+    flags.add_device(parser)
+    flags.add_max_batches(parser, "segments of each text")
+    return parser
+
+
+class ScoredLoss(TrainingLoss):
+    """The cross-entropy, which keeps what the continuous cache needs of the last segment."""
+
+    piece: Piece | None = None
+
+    def forward(
+        self, data: Tensor, targets: Tensor, hidden: Hidden
+    ) -> tuple[Tensor, Tensor, Hidden]:
+        """As TrainingLoss without penalties."""
+        output, hidden, raw, _ = self.model(data, hidden, return_h=True)
+        decoder = self.model.decoder.weight, self.model.decoder.bias
+        loss = self.criterion(*decoder, output, targets)
+        with torch.no_grad():
+            logprob = self.criterion.target_logprob(*decoder, output.detach(), targets)
+        self.piece = Piece(raw[-1].detach().squeeze(1), targets, logprob)
+        return loss, loss.detach(), hidden
+
+
+class Setting(NamedTuple):
+    """A rate and a pull, and the loss with them, in nats a token."""
+
+    lr: float
+    lamb: float
+    loss: float = math.nan
+
+
+def run(
+    network: TrainingLoss,
+    optimizer: torch.optim.Optimizer,
+    source: Tensor,
+    args: argparse.Namespace,
+    what: str,
+) -> tuple[float, int]:
+    """Go through `source` (rows, batch) once, a step after each segment of --bptt rows.
+
+    Returns the mean loss, nats a token, of the segments as they were before their steps (with
+    --cache, of the mixture), and the number of steps.
+    """
+    step = make_step(network, optimizer, source, bptt=args.bptt, clip=0.0, graphs=True)
+    step.begin()
+    cached = isinstance(network, ScoredLoss)
+    cache = ContinuousCache(args.window, args.theta, args.cache_from_start) if cached else None
+    last, total = len(source) - 1, 0.0
+    with Bar(last * source.size(1), what) as bar:
+        while step.row < last and step.batches != args.max_batches:
+            rows = min(args.bptt, last - step.row)
+            # The rate is that of a whole segment for the last, shorter one too.
+            step.take(rows, args.bptt)
+            if cache is not None:
+                total -= with_cache(network.piece, cache, args.lambdasm)[0].double().sum()
+            if bar.shown and step.batches % 50 == 0:
+                loss = float(step.total if cache is None else total) / step.row
+                bar.update(0, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
+            bar.to(step.row * source.size(1))
+    return float(step.total if cache is None else total) / step.row, step.batches
+
+
+def statistics(
+    network: TrainingLoss, args: argparse.Namespace, loaded: Checkpoint, corpus: Corpus
+) -> tuple[list[Tensor], int]:
+    """Root mean squares of the gradients over train.txt, and the number of segments.
+
+    They are taken from SAVE.rms if it is of these weights, this text and these settings, and else
+    collected and written there. Raises ToolkitError if train.txt is too short.
+    """
+    path = f"{args.save}.rms"
+    digest = hashlib.blake2b(fingerprint(corpus.train).encode(), digest_size=16)
+    for tensor in (*loaded.model.values(), *loaded.criterion.values()):
+        digest.update(tensor.numpy().tobytes())
+    digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
+    optimizer = GradientStatistics(network.parameters())
+    params = optimizer.param_groups[0]["params"]
+    kept = read_statistics(path, digest.hexdigest())
+    if kept and [part.shape for part in kept[0]] == [p.shape for p in params]:
+        return [part.to(p.device) for part, p in zip(kept[0], params, strict=True)], kept[1]
+    source = batchify(corpus.train, args.batch_size).to(params[0].device)
+    check_length(source, "train.txt", "lower --batch_size or bring a longer text")
+    _, segments = run(network, optimizer, source, args, "gradients over train.txt")
+    rms = optimizer.rms(segments)
+    try:
+        with replacing(path) as file:
+            held = {"rms": [part.cpu() for part in rms], "segments": segments}
+            torch.save({"key": digest.hexdigest(), **held}, file)
+    except OSError as error:
+        print(f"Cannot write {path} ({error.strerror}): the next run collects them again")
+    return rms, segments
+
+
+def read_statistics(path: str, key: str) -> tuple[list[Tensor], int] | None:
+    """The root mean squares and the number of segments in a file, if it is one with that key."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        good = held["key"] == key and all(part.isfinite().all() for part in held["rms"])
+        return (held["rms"], held["segments"]) if good else None
+    except Exception:
+        # torch.load raises many kinds; whichever it is, the statistics are collected anew.
+        return None
+
+
+def tune(
+    network: TrainingLoss, optimizer: DynamicEvaluation, source: Tensor, args: argparse.Namespace
+) -> Setting:
+    """The best setting of the grid, and the one given, on `source` (rows, 1); prints each."""
+    group, scale = optimizer.param_groups[0], args.bptt / 5
+    given = Setting(group["lr"], group["lamb"])
+    grid = [Setting(lr * scale, lamb * scale) for lr in RATES for lamb in LAMBDAS]
+    tried = []
+    for setting in [given, *grid]:
+        group.update(lr=setting.lr, lamb=setting.lamb)
+        optimizer.restore()
+        loss, _ = run(network, optimizer, source, args, "valid.txt")
+        tried.append(setting._replace(loss=loss))
+        print(f"| lr {setting.lr:.3g} | lamb {setting.lamb:.3g} | val ppl {perplexity(loss):8.2f}")
+    best = min(tried, key=lambda setting: setting.loss)
+    print(f"| best: --lr {best.lr:.4g} --lamb {best.lamb:.4g}")
+    return best
+
+
+@program.out_of_memory("--batch_size")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score validation and test; raises ToolkitError for what the user can mend."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.sgd and args.oldhyper:
+        parser.error("--oldhyper rescales by the statistics, which --sgd goes without: give one")
+    loaded = checkpoint.load(args.save)
+    check_architecture(args, loaded.config, args.save)
+    device = select_device(args.cuda)
+    score_as_trained(loaded.args, device)
+    corpus = read_corpus(args, loaded.dictionary, loaded.args)
+    # In training mode, which cuDNN needs for gradients, and without dropout.
+    model, criterion = checkpoint.rebuild(loaded, device, **NO_DROPOUT)
+    network = TrainingLoss(model, criterion)
+    rms, segments = (None, 1) if args.sgd else statistics(network, args, loaded, corpus)
+    if args.cache:
+        network = ScoredLoss(model, criterion)
+    params = list(network.parameters())
+    lr, lamb, epsilon = args.lr, args.lamb, args.epsilon
+    if args.oldhyper:
+        lr, lamb, epsilon = lr / segments**0.5, lamb / len(params), epsilon / segments**0.5
+    optimizer = DynamicEvaluation(params, rms, lr, lamb, epsilon)
+    valid_data, test_data = (batchify(part, 1).to(device) for part in (corpus.valid, corpus.test))
+    check_length(valid_data, "valid.txt", "bring a longer text")
+    check_length(test_data, "test.txt", "bring a longer text")
+    if args.grid or args.gridfast:
+        some = valid_data[:FAST_TOKENS] if args.gridfast else valid_data
+        best = tune(network, optimizer, some, args)
+        optimizer.param_groups[0].update(lr=best.lr, lamb=best.lamb)
+    for part, source in (("val", valid_data), ("test", test_data)):
+        optimizer.restore()
+        loss, _ = run(
+            network, optimizer, source, args, "valid.txt" if part == "val" else "test.txt"
+        )
+        if not math.isfinite(loss):
+            raise ToolkitError(f"the {part} loss became {loss}: lower --lr or raise --lamb")
+        print(DOUBLE_RULE)
+        print(dynamic_line(part, loss))
+    print(DOUBLE_RULE)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,201 @@
+"""dynamiceval.py against a loop over parameters with plain autograd, and what it leaves alone."""
+
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import TINY
+from references import pointer_losses
+from test_training_step import Recorder
+
+import checkpoint
+import dynamiceval
+from data import Corpus
+from dynamic_evaluation import DynamicEvaluation
+from loss import TrainingLoss
+from training import engine
+from training.cuda_graphs import GraphedStep
+from training.step import TrainingStep
+from utils import batchify
+
+LINE = re.compile(r"\| End of dynamic evaluation \| (val|test) loss +(\S+) \| \1 ppl +(\S+)")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, corpus_dir):
+    """Files of an LSTM with split softmax, a GRU and a QRNN, each trained a little."""
+    import main
+
+    folder = tmp_path_factory.mktemp("dynamic")
+    with pytest.MonkeyPatch.context() as patch:
+        for cell in ("LSTM", "GRU", "QRNN"):
+            patch.setattr(main, "default_splits", lambda n, c=cell: [20] if c == "LSTM" else [])
+            argv = ["--data", str(corpus_dir), *TINY, "--model", cell, "--epochs", "1", "--lr", "3"]
+            main.main([*argv, "--save", str(folder / cell)])
+    return folder
+
+
+def copy_of(models, cell, tmp_path):
+    return shutil.copy(models / cell, tmp_path / f"{cell}.pt")
+
+
+def call(script, *argv):
+    """Loss on validation and test, recovered from the perplexity's digits."""
+    status, out, err = script("dynamiceval", *argv, "--no-cuda")
+    assert (status, err) == (0, "")
+    found = LINE.findall(out)
+    assert [part for part, _, _ in found] == ["val", "test"]
+    return [float(ppl) for _, _, ppl in found], out
+
+
+def losses_of(network, data, hidden):
+    """Each word's loss (n,), the new state, the last layer's outputs, and probabilities."""
+    model, criterion = network
+    output, hidden, raw, _ = model(data[:-1], hidden, return_h=True)
+    logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output)
+    words = data[1:].flatten()
+    detached = torch.utils._pytree.tree_map(torch.Tensor.detach, hidden)
+    return -logprob[range(len(words)), words], detached, raw[-1], logprob.detach().exp()
+
+
+def naive_rms(network, source, bptt):
+    params = list(dict.fromkeys(p for module in network for p in module.parameters()))
+    squares, segments, hidden = [torch.zeros_like(p) for p in params], 0, None
+    for row in range(0, len(source) - 1, bptt):
+        hidden = network[0].init_hidden(source.size(1)) if hidden is None else hidden
+        losses, hidden, *_ = losses_of(network, source[row : row + bptt + 1].long(), hidden)
+        for square, grad in zip(squares, torch.autograd.grad(losses.mean(), params), strict=True):
+            square += grad * grad
+        segments += 1
+    return params, [(square / segments).sqrt() for square in squares], segments
+
+
+def naive(network, source, bptt, params, rms, lr, lamb, epsilon, cache=None):
+    """The perplexity of `source` (rows, 1), and every parameter as it is at the end."""
+    start = [p.detach().clone() for p in params]
+    mean = sum(scale.mean() for scale in rms) / len(rms)
+    total, hidden, outputs, probs = 0.0, network[0].init_hidden(1), [], []
+    for row in range(0, len(source) - 1, bptt):
+        losses, hidden, raw, p = losses_of(network, source[row : row + bptt + 1].long(), hidden)
+        total += losses.sum().item()
+        outputs.append(raw.detach().squeeze(1))
+        probs.append(p)
+        grads = torch.autograd.grad(losses.mean(), params)
+        with torch.no_grad():
+            for p, p0, scale, grad in zip(params, start, rms, grads, strict=True):
+                pull = (scale / mean).clamp(max=1 / lamb if lamb else math.inf)
+                p += lamb * pull * (p0 - p) - lr * grad / (scale + epsilon)
+    if cache is not None:
+        words = source[1:].flatten().long()
+        total = sum(pointer_losses(torch.cat(outputs), words, torch.cat(probs), *cache))
+    with torch.no_grad():
+        for p, p0 in zip(params, start, strict=True):
+            p.copy_(p0)
+    return math.exp(total / (len(source) - 1))
+
+
+@pytest.mark.parametrize("way", ["rms", "oldhyper", "sgd", "cache"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "QRNN"])
+def test_it_is_the_loop_written_out(cell, way, models, script, corpus_dir, tmp_path):
+    path = copy_of(models, cell, tmp_path)
+    before = path.read_bytes()
+    # 7 divides neither text: the last segment is shorter.
+    flags = ["--data", corpus_dir, "--save", path, "--bptt", 7, "--batch_size", 9]
+    lr, lamb, epsilon = (0.3, 0.05, 0) if way == "sgd" else (2e-3, 0.05, 1e-3)
+    cache = (30, 0.5, 0.2) if way == "cache" else None
+    flags += ["--lr", lr, "--lamb", lamb, "--epsilon", epsilon or 1]
+    flags += {"sgd": ["--sgd"], "cache": ["--cache", "--window", 30, "--theta", 0.5]}.get(way, [])
+    flags += ["--lambdasm", 0.2] if cache else []
+    corpus = Corpus(corpus_dir, checkpoint.load(path).dictionary)
+    rates = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0.0)
+    network = checkpoint.rebuild(checkpoint.load(path), CPU, **rates)
+    params, rms, segments = naive_rms(network, batchify(corpus.train, 9), 7)
+    if way == "sgd":
+        rms = [torch.ones_like(p) for p in params]
+    if way == "oldhyper":
+        flags += ["--oldhyper", "--lr", lr * segments**0.5, "--lamb", lamb * len(params)]
+        flags += ["--epsilon", epsilon * segments**0.5]
+    expected = [
+        naive(network, batchify(part, 1), 7, params, rms, lr, lamb, epsilon, cache)
+        for part in (corpus.valid, corpus.test)
+    ]
+    ppl, _ = call(script, *flags)
+    assert ppl == pytest.approx(expected, rel=1e-4, abs=0.006)
+    static = engine.evaluate(*network, batchify(corpus.test, 1), 10)
+    assert abs(expected[1] - math.exp(static)) > 0.05  # it does something
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "QRNN"])
+def test_without_a_rate_and_a_pull_it_is_the_test_score(cell, models, script, corpus_dir, tmp_path):
+    path = copy_of(models, cell, tmp_path)
+    flags = ["--data", corpus_dir, "--save", path, "--lr", 0, "--lamb", 0, "--batch_size", 9]
+    corpus = Corpus(corpus_dir, checkpoint.load(path).dictionary)
+    network = checkpoint.rebuild(checkpoint.load(path), CPU)
+    expected = math.exp(engine.evaluate(*network, batchify(corpus.test, 1), 10))
+    assert call(script, *flags)[0][1] == pytest.approx(expected, abs=0.006)
+
+
+def test_statistics_are_collected_once(models, script, corpus_dir, tmp_path, monkeypatch):
+    path = copy_of(models, "GRU", tmp_path)
+    flags = ["--data", corpus_dir, "--save", path, "--batch_size", 9, "--max-batches", 20]
+    collected = []
+    init = dynamiceval.GradientStatistics.rms
+    monkeypatch.setattr(
+        dynamiceval.GradientStatistics, "rms", lambda *a: collected.append(1) or init(*a)
+    )
+    first, _ = call(script, *flags)
+    assert call(script, *flags, "--lr", 5e-5)[0] == first
+    assert len(collected) == 1
+    # Of other segments, other weights, or damaged, they are not these.
+    call(script, *flags, "--bptt", 6)
+    model = checkpoint.load(path)
+    model.model["decoder.bias"] += 1
+    checkpoint.save(path, model)
+    call(script, *flags)
+    (tmp_path / "GRU.pt.rms").write_bytes(b"nothing")
+    call(script, *flags)
+    assert len(collected) == 4
+
+
+def test_the_grid_is_no_worse_than_the_setting_given(models, script, corpus_dir, tmp_path):
+    path = copy_of(models, "QRNN", tmp_path)
+    flags = ["--data", corpus_dir, "--save", path, "--batch_size", 9, "--max-batches", 20]
+    given, _ = call(script, *flags)
+    tuned, out = call(script, *flags, "--grid")
+    tried = [float(ppl) for ppl in re.findall(r"\| lamb \S+ \| val ppl +(\S+)", out)]
+    assert len(tried) == 25
+    assert tried[0] == given[0]
+    assert tuned[0] == min(tried)
+    best = re.search(r"\| best: (--lr \S+ --lamb \S+)", out)[1].split()
+    assert call(script, *flags, *best)[0] == pytest.approx(tuned, abs=0.011)
+
+
+@pytest.mark.parametrize("sgd", [False, True])
+def test_recorded_and_replayed_it_is_the_same(sgd, models):
+    """With the recorder that stands in for CUDA graphs: the rate is read from the device."""
+    losses, weights = [], []
+    source = torch.arange(200).remainder(60).unsqueeze(1).int()
+    for recorded in (False, True):
+        model, criterion = checkpoint.rebuild(checkpoint.load(models / "GRU"), CPU, wdrop=0.0)
+        params = list(model.parameters())
+        rms = None if sgd else [torch.full_like(p, 1e-3) for p in params]
+        optimizer = DynamicEvaluation(params, rms, 0.1 if sgd else 1e-4, 0.01, 1e-4)
+        options = {"bptt": 5, "clip": 0.0}
+        network = TrainingLoss(model, criterion)
+        model.dropout = model.dropouth = model.dropouti = model.dropoute = 0.0
+        step = TrainingStep(network, optimizer, source, **options)
+        if recorded:
+            step = GraphedStep(network, optimizer, source, record=0, **options)
+            step._record = Recorder(step)
+        step.begin()
+        while step.row < len(source) - 1:
+            step.take(min(5, len(source) - 1 - step.row), 5)
+        losses.append(step.total.item() / step.row)
+        weights.append([p.detach().clone() for p in params])
+    assert step._record.replayed > 30
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
