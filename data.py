@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from files.encoded import EOS, SPLITS, UNK, CorpusError, read
+from utils import batchify
 
 
 class Dictionary:
@@ -83,20 +84,40 @@ class Corpus:
     ) -> None:
         folder = Path(path)
         encoded = read(folder, split, cache, tick)
+        self._ids = dict(zip(SPLITS, encoded.splits, strict=True))
+        # By id in `_ids`: the id in `dictionary`, where that is another.
+        self._new_ids: np.ndarray | None = None
         self.unknown = 0
         if dictionary is None:
             self.dictionary = Dictionary.from_words(encoded.words, encoded.counts.tolist())
-            splits = encoded.splits
         else:
             self.dictionary = dictionary
-            new_ids, lacking = _ids_in(dictionary, encoded.words, folder)
-            splits = [new_ids[ids] for ids in encoded.splits]
+            self._new_ids, lacking = _ids_in(dictionary, encoded.words, folder)
             self.unknown = int(encoded.counts[lacking].sum())
-        self.train, self.valid, self.test = (torch.from_numpy(ids) for ids in splits)
 
     def __len__(self) -> int:
         """The number of tokens in all three parts."""
-        return len(self.train) + len(self.valid) + len(self.test)
+        return sum(map(len, self._ids.values()))
+
+    def part(self, split: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """The ids of train, valid or test, or of the tokens from `first` to before `last`: (n,).
+
+        A corpus from its cache stays in the file: only what is asked for here takes memory.
+        """
+        ids = np.array(self._ids[split][first:last])
+        return torch.from_numpy(ids if self._new_ids is None else self._new_ids[ids])
+
+    train = property(lambda self: self.part("train"), doc="(tokens,), int32.")
+    valid = property(lambda self: self.part("valid"), doc="(tokens,), int32.")
+    test = property(lambda self: self.part("test"), doc="(tokens,), int32.")
+
+    def columns(
+        self, split: str, count: int, first: int = 0, last: int | None = None
+    ) -> torch.Tensor:
+        """`batchify` of a part in `count` columns, or those from `first` to before `last` of it."""
+        rows = len(self._ids[split]) // count
+        last = count if last is None else last
+        return batchify(self.part(split, first * rows, last * rows), last - first)
 
     def with_fewer_words(self, vocab_size: int | None = None, min_count: int = 0) -> Corpus:
         """Return the same corpus with rare words read as `<unk>`.
@@ -107,7 +128,7 @@ class Corpus:
         the corpus is returned as it is.
         """
         old = self.dictionary
-        counts = np.bincount(self.train.numpy(), minlength=len(old))
+        counts = np.bincount(self.train, minlength=len(old))
         special = [old.word2idx[word] for word in (EOS, UNK) if word in old.word2idx]
         keep = counts >= min_count
         keep[special] = True
@@ -144,9 +165,7 @@ class Corpus:
         """Return a copy under `new_ids`, one for each old id, which are those of `words`."""
         renumbered = copy.copy(self)
         renumbered.dictionary = Dictionary.from_words(words, counts.tolist())
-        for split in SPLITS:
-            ids = getattr(self, split).numpy()
-            setattr(renumbered, split, torch.from_numpy(new_ids[ids]))
+        renumbered._new_ids = new_ids if self._new_ids is None else new_ids[self._new_ids]
         return renumbered
 
 

@@ -158,7 +158,7 @@ def statistics(
     collected and written there. Raises ToolkitError if train.txt is too short.
     """
     path = f"{args.save}.rms"
-    digest = hashlib.blake2b(fingerprint(corpus.train).encode(), digest_size=16)
+    digest = hashlib.blake2b(fingerprint(corpus).encode(), digest_size=16)
     for tensor in (*loaded.model.values(), *loaded.criterion.values()):
         digest.update(tensor.numpy().tobytes())
     digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
@@ -167,8 +167,9 @@ def statistics(
     kept = read_statistics(path, digest.hexdigest())
     if kept and [part.shape for part in kept[0]] == [p.shape for p in params]:
         return [part.to(p.device) for part, p in zip(kept[0], params, strict=True)], kept[1]
-    source = batchify(corpus.train, args.batch_size).to(params[0].device)
-    check_length(source, "train.txt", "lower --batch_size or bring a longer text")
+    source = corpus.columns("train", args.batch_size).to(params[0].device)
+    cure = "lower --batch_size or bring a longer text"
+    check_length(source, "train.txt", cure, args.batch_size)
     _, segments = run(network, optimizer, source, args, "gradients over train.txt")
     rms = optimizer.rms(segments)
     try:

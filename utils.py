@@ -36,11 +36,15 @@ def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
     return window[:-1], window[1:].flatten()
 
 
-def check_length(source: Tensor, name: str, cure: str) -> None:
-    """Raise ToolkitError if `source` (rows, bsz) is too short to train on or to evaluate."""
+def check_length(source: Tensor, name: str, cure: str, columns: int | None = None) -> None:
+    """Raise ToolkitError if `source` (rows, bsz) is too short to train on or to evaluate.
+
+    `columns` are those of all processes together, if there are several.
+    """
     if source.size(0) < 3:
+        columns = columns or source.size(1)
         raise ToolkitError(
-            f"{name} is too short for {source.size(1)} columns of 3 or more tokens each: {cure}"
+            f"{name} is too short for {columns} columns of 3 or more tokens each: {cure}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import zipfile
 import zlib
 from collections import defaultdict
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -255,23 +257,30 @@ def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
     key = _cache_key(digests)
     for path in _cache_places(folder, key):
         if _write_cache(path, key, encoded):
-            break
+            # Mapped from now on, in place of the copy in memory.
+            return _read_cache(path, key) or encoded
     return encoded
 
 
 def _read_cache(path: Path, key: str) -> Encoded | None:
-    """Return what the cache holds, or None if it is not a whole cache of the files behind `key`."""
+    """What the cache holds, or None if it is not a whole cache of the files behind `key`.
+
+    The ids are mapped from the file: they take memory where they are used, and only for that long.
+    """
     try:
         with path.open("rb") as file:
             if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
                 return None
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    return None
+                splits = [_mapped(file, archive.getinfo(f"{split}.npy")) for split in SPLITS]
             file.seek(0)
             with np.load(file, allow_pickle=False) as stored:
-                if _array(stored, "key", np.uint8).tobytes() != key.encode():
+                if _array(stored["key"], np.uint8).tobytes() != key.encode():
                     return None
-                words = _array(stored, "words", np.uint8).tobytes().decode("utf-8").split("\n")
-                counts = _array(stored, "counts", np.int64)
-                splits = [_array(stored, split, np.int32) for split in SPLITS]
+                words = _array(stored["words"], np.uint8).tobytes().decode("utf-8").split("\n")
+                counts = _array(stored["counts"], np.int64)
     except (
         OSError,
         EOFError,
@@ -290,10 +299,23 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
     return Encoded(words, counts, splits)
 
 
-def _array(stored: np.lib.npyio.NpzFile, name: str, dtype: type[np.generic]) -> np.ndarray:
-    array = stored[name]
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
-        raise ValueError(f"{name} is not a row of {dtype.__name__}")
+def _mapped(file: BinaryIO, entry: zipfile.ZipInfo) -> np.ndarray:
+    """A row of int32 in an uncompressed entry of a zip, mapped; raises ValueError for another."""
+    file.seek(entry.header_offset + 26)
+    name, extra = struct.unpack("<HH", file.read(4))
+    begin = entry.header_offset + 30 + name + extra
+    file.seek(begin)
+    if np.lib.format.read_magic(file) != (1, 0) or entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("not an uncompressed array")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if len(shape) != 1 or file.tell() + shape[0] * 4 > begin + entry.file_size:
+        raise ValueError("not a row of its size")
+    return _array(np.memmap(file, dtype, "c", file.tell(), shape), np.int32)
+
+
+def _array(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+    if array.ndim != 1 or array.dtype != dtype:
+        raise ValueError(f"not a row of {dtype.__name__}")
     return array
 
 

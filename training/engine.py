@@ -11,7 +11,7 @@ from data import Corpus
 from model import RNNModel
 from training.parallel import ALONE, Ranks
 from training.step import TrainingStep
-from utils import batchify, check_length, get_batch
+from utils import check_length, get_batch
 
 EVAL_BATCH_SIZE = 10
 TEST_BATCH_SIZE = 1
@@ -24,14 +24,18 @@ def in_columns(
 
     Raises ToolkitError if one of them is too short for its columns.
     """
-    train = batchify(corpus.train, batch_size)
-    valid = batchify(corpus.valid, EVAL_BATCH_SIZE)
-    test = batchify(corpus.test, TEST_BATCH_SIZE)
-    check_length(train, "train.txt", "lower --batch_size or bring a longer text")
-    check_length(valid, "valid.txt", "bring a longer text")
-    check_length(test, "test.txt", "bring a longer text")
-    train, valid, test = (ranks.own(part).to(device) for part in (train, valid, test))
-    return train, valid, test
+    counts = {"train": batch_size, "valid": EVAL_BATCH_SIZE, "test": TEST_BATCH_SIZE}
+    parts = []
+    for split, count in counts.items():
+        own = corpus.columns(split, count, *ranks.span(count))
+        cure = (
+            "lower --batch_size or bring a longer text"
+            if split == "train"
+            else "bring a longer text"
+        )
+        check_length(own, f"{split}.txt", cure, count)
+        parts.append(own.to(device))
+    return tuple(parts)
 
 
 def draw_seq_len(rng: np.random.RandomState, bptt: int, max_seq_len: int | None = None) -> int:

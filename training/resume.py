@@ -32,6 +32,7 @@ from checkpoint import Checkpoint, CheckpointError, plain_name
 from checkpoint.check import DAMAGE, state_problem, tensor_problem, told, whole
 from cli import resuming
 from cli.parser import Parser
+from data import Corpus
 from utils import ToolkitError, map_state
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def restore(session: Session, loaded: Checkpoint, path: str) -> Mapping[str, Any
     for a state that the model or the optimiser does not accept.
     """
     state = loaded.training
-    if state["data"] != session.fingerprint:
+    ranks = session.ranks
+    if ranks.decided(state["data"] != session.fingerprint):
         raise CheckpointError(
             f"{path} goes on with another text than that in {session.args.data}: bring back the "
             "corpus it was trained on, or begin on this one with main.py --init, or finetune.py "
@@ -142,9 +144,12 @@ def restore(session: Session, loaded: Checkpoint, path: str) -> Mapping[str, Any
     return position
 
 
-def fingerprint(tokens: Tensor) -> str:
-    """A digest of the token ids, as hex digits: whether a text is the one trained on so far."""
-    return hashlib.blake2b(tokens.numpy().tobytes(), digest_size=16).hexdigest()
+def fingerprint(corpus: Corpus) -> str:
+    """A digest of the ids of train.txt, as hex digits: whether it is the text trained on so far."""
+    digest, size = hashlib.blake2b(digest_size=16), 2**24
+    for first in range(0, len(corpus), size):
+        digest.update(corpus.part("train", first, first + size).numpy())
+    return digest.hexdigest()
 
 
 def _cannot_resume(path: str, problem: str) -> CheckpointError:

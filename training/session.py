@@ -35,7 +35,7 @@ from splitcross import SplitCrossEntropyLoss
 from training import engine, parallel, resume
 from training.cuda_graphs import make_step
 from training.save_clock import SaveClock
-from utils import ToolkitError, batchify, perplexity, seed_everything
+from utils import ToolkitError, perplexity, seed_everything
 
 
 @contextlib.contextmanager
@@ -122,10 +122,10 @@ class Session:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.flags = plain(args)
         self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
-        self.fingerprint = resume.fingerprint(corpus.train)
+        self.fingerprint = resume.fingerprint(corpus) if ranks.first else ""
         self.trigger = NonMonotonicTrigger(args.nonmono)
         self.clock = SaveClock(args.save_every)
-        self._text = corpus.train
+        self._corpus = corpus
         text, self.valid_data, self.test_data = engine.in_columns(
             corpus, args.batch_size, self.device, ranks
         )
@@ -177,7 +177,7 @@ class Session:
         """
         step, args = self.step, self.args
         if reorder is not None:
-            text = batchify(self._text, args.batch_size)
+            text = self._corpus.columns("train", args.batch_size)
             reorder(text, np.random.RandomState([args.seed, epoch]))
             step.source.copy_(self.ranks.own(text))
         step.begin(self._position)
