@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,8 +30,8 @@ def test_killed_at_random_moments(cell, corpus_dir, tmp_path):
     assert "25 kills" in result.stdout
 
 
-def torchrun(ranks, script, *argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def torchrun(ranks, script, *argv, where=("--standalone",)):
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, where)]
     command += ["--nproc-per-node", str(ranks), str(ROOT / script), *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -108,6 +109,42 @@ def test_a_rank_that_dies_ends_the_run_which_can_be_resumed(corpus_dir, tmp_path
     assert status == 0, err
     assert script("main", *flags, "--epochs", epoch + 1, "--save", whole)[0] == 0
     assert_close(whole, path, atol=1e-3)
+
+
+def on_two_machines(*argv):
+    """An agent each of two machines, which meet on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ("--nnodes", 2, "--master-addr", "127.0.0.1", "--master-port", port, "--node-rank")
+    return [torchrun(1, "main.py", *argv, where=(*meeting, machine)) for machine in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_machines_are_one(corpus_dir, tmp_path, script):
+    flags = ["--data", corpus_dir, *ALIKE, "--model", "LSTM"]
+    one, two = tmp_path / "one", tmp_path / "shared" / "two"
+    two.parent.mkdir()
+    assert script("main", *flags, "--epochs", 2, "--save", one)[0] == 0
+    for agent in on_two_machines(*flags, "--epochs", 2, "--save", two):
+        status, _, err = finish(agent)
+        assert status == 0, err
+    assert_close(one, two)
+    assert [path.name for path in two.parent.iterdir()] == ["two"]
+    # Resumed, until one of the machines dies: the other ends, and the run goes on on its own.
+    more = ["--resume", two, "--max-batches", 20]
+    agents = on_two_machines(*more, "--epochs", 1000, "--save-every", 0)
+    until(lambda: checkpoint.load(two).training["epoch"] > 2)
+    for pid in (*children(agents[1].pid), agents[1].pid):
+        os.kill(pid, signal.SIGKILL)
+    finish(agents[1])
+    status, _, err = finish(agents[0], seconds=90)
+    assert status != 0
+    assert "lost touch with another rank" in err
+    epochs = checkpoint.load(two).training["epoch"] + 1
+    assert script("main", *more, "--epochs", epochs)[0] == 0
+    assert script("main", *flags, "--epochs", epochs, "--save", one)[0] == 0
+    assert_close(one, two, atol=1e-3)
 
 
 @pytest.mark.slow

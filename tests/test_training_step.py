@@ -1,5 +1,7 @@
 """training/cuda_graphs.py: steps recorded once and replayed are the steps run one by one."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -226,3 +228,33 @@ def test_without_a_gpu_there_are_no_graphs_and_nothing_is_said():
     )
     assert type(again) is TrainingStep
     assert not said
+
+
+def tensors_held():
+    """How many tensors there are, and their bytes, those that share memory counted once."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return len(tensors), sum(storages.values())
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("rnn_type", CELLS)
+def test_no_step_leaves_a_tensor_behind(rnn_type, graphs, monkeypatch):
+    # As many recordings as there are lengths, and then no more of them.
+    monkeypatch.setattr(engine, "draw_seq_len", lambda rng, bptt, cap: bptt)
+    step = make(rnn_type, graphs=graphs)
+    train(step, (1,))
+    before = tensors_held()
+    for _ in range(2):
+        train(step, (2,))
+    assert tensors_held() == before
+    step.optimizer.start_averaging()
+    train(step, (2,))
+    averaging = tensors_held()
+    if not graphs:
+        assert averaging[0] == before[0] + len(step.params)
+        assert averaging[1] == before[1] + sum(4 * p.numel() for p in step.params)
+    for _ in range(2):
+        train(step, (2,))
+    assert tensors_held() == averaging
