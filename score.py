@@ -11,11 +11,13 @@ Where every word of the vocabulary is one character, or one byte written as a nu
 one character.
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+
 import itertools
 import json
 import math
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from cli.parser import Parser
 from cli.progress import Bar
 from continuous_cache import ContinuousCache
 from data import EOS, UNK
+from files.reading import opened
 from files.writing import unwritable, writing
 from model import RNNModel
 from scoring.page import to_html
@@ -104,10 +107,11 @@ def read_text(file: str | None, text: str | None) -> str:
     else:
         name = file
         try:
-            raw = Path(file).read_bytes()
+            with opened(file) as text_file:
+                raw = text_file.read()
         except OSError as error:
             raise ToolkitError(
-                f"cannot read {file} ({os.strerror(error.errno)}): name a text file, or give the "
+                f"cannot read {file} ({error.strerror}): name a text file, or give the "
                 "text with --text or on standard input"
             ) from error
     try:
@@ -312,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"{source}, scored by {Path(args.checkpoint).name}"
         page = to_html(tokens, title, said, len(dictionary), characters)
         with writing(args.html, "--html") as file:
-            file.write(page.encode())
+            file.write(page.encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,37 @@ from checkpoint.parts import DROPOUTS, made_of, plain_name
 DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 
 
+def check_whole(content: Any, places: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError unless the tensors of a mapped file are its records of data, whole.
+
+    `places` are the first byte and the size of every record, by name. A tensor that is larger than
+    its record would go on in the next one.
+    """
+    storages = {t.data_ptr(): t for t in map(Tensor.untyped_storage, tensors_of(content)) if len(t)}
+    mapped = sorted((begin, len(storage)) for begin, storage in storages.items())
+    stored = sorted(place for name, place in places.items() if "/data/" in name and place[1])
+    offset = mapped[0][0] - stored[0][0]
+    if mapped != [(begin + offset, size) for begin, size in stored]:
+        raise ValueError("its tensors are not its records")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor within dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value
+    nested = isinstance(value, dict | list | tuple)
+    return [tensor for part in parts for tensor in tensors_of(part)] if nested else []
+
+
 def problem_of(content: Mapping[str, Any]) -> str | None:
     """What is wrong with a file's content, if anything; may also raise any kind of error."""
     config, vocabulary = content["config"], content["vocabulary"]
     words, counts = vocabulary["words"], vocabulary["counts"]
     if len(words) != config["ntoken"] or len(set(words)) != len(words) or len(counts) != len(words):
         return "its vocabulary does not fit its configuration"
-    if not all(type(word) is str for word in words) or not whole(counts):
+    # Lone surrogates, which no text holds, raise a ValueError.
+    if not all(type(word) is str and word.encode() for word in words) or not whole(counts):
         return "its vocabulary is not one of words and counts"
     sizes = [config[name] for name in ("ntoken", "ninp", "nhid", "nlayers")]
     if not whole([*sizes, *config["splits"]]) or min(sizes) < 1:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from checkpoint.check import DAMAGE, problem_of, told
+from checkpoint.check import DAMAGE, check_whole, problem_of, told
 from checkpoint.parts import copies, load_state, made_of
 from data import Dictionary
+from files.reading import opened, records
 from files.writing import replacing, unwritable
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
@@ -66,15 +67,16 @@ def in_memory(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, **weights, training=None)
 
 
-def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+def save(path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = False) -> None:
     """Write a model file; the old one is replaced at once and only when the new one is whole.
 
-    Raises CheckpointError, with the old file untouched, if the file cannot be written.
+    With `keep`, an old one stays, with .previous behind its name. Raises CheckpointError, with the
+    old file untouched, if the file cannot be written.
     """
     # Not dataclasses.asdict(): it would copy every tensor.
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     try:
-        with replacing(path) as file:
+        with replacing(path, keep) as file:
             torch.save({"format": FORMAT, "version": VERSION, **fields}, file)
     # A full disk reaches us as RuntimeError when it is torch's zip writer that meets it.
     except (OSError, RuntimeError) as error:
@@ -147,7 +149,10 @@ def _content(path: str | os.PathLike[str]) -> Any:
             # What torch says of odd bytes by the way is no help to the user.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                with opened(path) as file:
+                    places = records(file)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            check_whole(content, places)
         except Exception:
             if _stamp(path) == before:
                 raise

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from files.reading import opened
 from utils import ToolkitError, bits, perplexity
 
 NAME = "metrics.jsonl"
@@ -161,11 +162,12 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     try:
         # Not splitlines(): a word may hold what ends a line elsewhere.
-        text = Path(path).read_text(encoding="utf-8")
+        with opened(path) as file:
+            text = file.read().decode()
         lines = text.removesuffix("\n").split("\n") if text else []
     except OSError as error:
         raise ToolkitError(
-            f"cannot read {path} ({os.strerror(error.errno)}): name a run's --logdir"
+            f"cannot read {path} ({error.strerror}): name a run's --logdir"
         ) from error
     except UnicodeDecodeError:
         raise ToolkitError(f"{path} is not UTF-8: name a run's --logdir") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import zipfile
 import zlib
 from collections import defaultdict
@@ -17,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from files.reading import opened, records
 from files.writing import replacing
 from utils import ToolkitError
 
@@ -29,7 +29,6 @@ BLOCK_BYTES = 1 << 17
 
 CACHE_NAME = ".corpus-cache.npz"
 CACHE_FORMAT = b"awd-lstm-lm corpus cache 1"
-ZIP_MAGIC = b"PK\x03\x04"
 
 
 class CorpusError(ToolkitError):
@@ -134,7 +133,7 @@ def _text_blocks(
     last_char = "\n"
     at_end = False
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             while not at_end:
                 chunk = file.read(BLOCK_BYTES)
                 tick(len(chunk))
@@ -225,7 +224,7 @@ def _hash_files(folder: Path) -> str:
     for split, digest in zip(SPLITS, digests, strict=True):
         path = folder / f"{split}.txt"
         try:
-            with path.open("rb") as file:
+            with opened(path) as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
         except OSError as error:
@@ -268,13 +267,9 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
     The ids are mapped from the file: they take memory where they are used, and only for that long.
     """
     try:
-        with path.open("rb") as file:
-            if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-                return None
-            with zipfile.ZipFile(file) as archive:
-                if archive.testzip() is not None:
-                    return None
-                splits = [_mapped(file, archive.getinfo(f"{split}.npy")) for split in SPLITS]
+        with opened(path) as file:
+            places = records(file)
+            splits = [_mapped(file, *places[f"{split}.npy"]) for split in SPLITS]
             file.seek(0)
             with np.load(file, allow_pickle=False) as stored:
                 if _array(stored["key"], np.uint8).tobytes() != key.encode():
@@ -299,16 +294,13 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
     return Encoded(words, counts, splits)
 
 
-def _mapped(file: BinaryIO, entry: zipfile.ZipInfo) -> np.ndarray:
-    """A row of int32 in an uncompressed entry of a zip, mapped; raises ValueError for another."""
-    file.seek(entry.header_offset + 26)
-    name, extra = struct.unpack("<HH", file.read(4))
-    begin = entry.header_offset + 30 + name + extra
+def _mapped(file: BinaryIO, begin: int, size: int) -> np.ndarray:
+    """A row of int32 in a record of a zip file, mapped; raises ValueError for anything else."""
     file.seek(begin)
-    if np.lib.format.read_magic(file) != (1, 0) or entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("not an uncompressed array")
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not an array")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if len(shape) != 1 or file.tell() + shape[0] * 4 > begin + entry.file_size:
+    if len(shape) != 1 or file.tell() + shape[0] * 4 > begin + size:
         raise ValueError("not a row of its size")
     return _array(np.memmap(file, dtype, "c", file.tell(), shape), np.int32)
 
@@ -326,6 +318,8 @@ def _write_cache(path: Path, key: str, encoded: Encoded) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.stat().st_mode & 0o222:
             return False  # marked read-only: root could write there all the same, and must not
+        if path.exists() and not path.is_file():
+            return False
         with replacing(path) as file:
             np.savez(
                 file,

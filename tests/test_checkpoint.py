@@ -1,17 +1,19 @@
 """checkpoint.py: what a model file holds, what is refused, and that nothing is half written."""
 
+import operator
 import os
 import pickle
 import random
 import resource
 import signal
+import zipfile
 
 import pytest
 import torch
-from conftest import ORIGINAL_CELLS, put
+from conftest import ORIGINAL_CELLS, flat, put
 
 import checkpoint
-from checkpoint import Checkpoint, CheckpointError
+from checkpoint import Checkpoint, CheckpointError, model_file
 from data import Dictionary
 from files.writing import replacing
 from model import RNNModel
@@ -139,6 +141,8 @@ BREAKS = {
     ),
     "vocabulary does not fit": put("vocabulary", "words", to=lambda words: words[:-1]),
     "vocabulary does not fit its": put("vocabulary", "words", 3, to="w4"),
+    # Half of a character, which no text can be written with.
+    r"damaged \(UnicodeEncodeError": put("vocabulary", "words", 3, to="\ud800"),
     r"damaged \(Runtime": put("config", "nhid", to=10**12),
     "weights do not fit": put("config", "nlayers", to=10**12),
     r"damaged \(KeyError": lambda content: content["config"].pop("nlayers"),
@@ -214,11 +218,11 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch, write):
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def load(*args, **kwargs):
-        raise PermissionError(13, "Permission denied", "m.pt")
+    def refused(path):
+        raise PermissionError(13, "Permission denied", path)
 
     (tmp_path / "m.pt").touch()
-    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(model_file, "opened", refused)
     with pytest.raises(CheckpointError, match=r"cannot read .*m\.pt \(Permission denied\): let"):
         checkpoint.load(tmp_path / "m.pt")
 
@@ -342,28 +346,65 @@ def mutated(content, rng):
     return bytes(content)
 
 
+def everything(path):
+    """All that a file holds, by its place."""
+    return dict(flat(vars(checkpoint.load(path))))
+
+
+def refused_or_the_same(path, content, expected):
+    """Whether a file of these bytes is refused; otherwise it holds what is expected."""
+    path.write_bytes(content)
+    try:
+        found = everything(path)
+    except CheckpointError:
+        return True
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+        assert same(value, expected[name]), name
+    return False
+
+
 @pytest.mark.parametrize("rnn_type", ["LSTM", "QRNN"])
-def test_mutations_of_a_real_file(rnn_type, trained, tmp_path):
+def test_a_changed_file_is_refused_or_holds_the_same(rnn_type, trained, tmp_path):
     content = trained[rnn_type].read_bytes()
-    path = tmp_path / "m.pt"
+    expected, path = everything(trained[rnn_type]), tmp_path / "m.pt"
     rng = random.Random(5)
     # The pickle is a small part of the file and the more dangerous one.
     pickled = content.index(b"data.pkl"), content.index(b"PK\x03\x04", 4)
-    loaded = 0
+    head, middle, tail = content[: pickled[0]], content[slice(*pickled)], content[pickled[1] :]
+    refused = 0
     for number in range(400):
-        if number % 2:
-            head, tail = content[: pickled[0]], content[pickled[1] :]
-            path.write_bytes(head + mutated(content[pickled[0] : pickled[1]], rng) + tail)
-        else:
-            path.write_bytes(mutated(content, rng))
-        try:
-            result = checkpoint.load(path)
-        except CheckpointError:
-            continue
-        loaded += 1
-        # Other weights than were saved, perhaps, but a model.
-        assert outputs(*checkpoint.rebuild(result, CPU)).shape == (12, len(result.dictionary))
-    assert 0 < loaded < 400
+        whole = mutated(content, rng) if number % 2 else head + mutated(middle, rng) + tail
+        refused += refused_or_the_same(path, whole, expected)
+    assert 300 < refused < 400
+    for place in range(0, len(content), 997):
+        changed = content[place] ^ 1 << rng.randrange(8)
+        whole = content[:place] + bytes([changed]) + content[place + 1 :]
+        refused += refused_or_the_same(path, whole, expected)
+    assert refused > 300 + len(content) // 997 * 0.9
+
+
+@pytest.mark.parametrize("how", ["short", "compressed", "overlapping"])
+def test_records_that_are_not_whole(how, tmp_path):
+    path, before = tmp_path / "m.pt", tmp_path / "before.pt"
+    checkpoint.save(before, make())
+    deflated = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(before) as old, zipfile.ZipFile(path, "w", deflated) as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            # The weights of the criterion come last, and those of the encoder first.
+            short = how == "short" and entry.filename.endswith("/data/0")
+            new.writestr(entry.filename, content[: len(content) // 2] if short else content)
+        if how == "overlapping":
+            first, last = new.infolist()[2], new.infolist()[-1]
+            last.header_offset, last.filename = first.header_offset, first.filename
+    with pytest.raises(CheckpointError, match="no model file of this toolkit, or is damaged"):
+        checkpoint.load(path)
+    with zipfile.ZipFile(before) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    refused_or_the_same(path, path.read_bytes(), everything(before))
 
 
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import random
 import re
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -310,6 +311,14 @@ def test_file_that_changes_between_hashing_and_encoding(tmp_path, monkeypatch):
     monkeypatch.undo()
     (folder / "train.txt").write_text(TRAIN)
     assert_same(Corpus(folder), *by_double_loop(folder))
+
+
+def test_a_cache_that_is_no_plain_file_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    folder = write(tmp_path / "c")
+    os.mkfifo(folder / encoded_files.CACHE_NAME)
+    assert_same(Corpus(folder), *by_double_loop(folder))
+    assert stat.S_ISFIFO((folder / encoded_files.CACHE_NAME).stat().st_mode)
 
 
 def test_no_damaged_cache_is_used_or_fatal(tmp_path):

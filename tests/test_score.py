@@ -311,6 +311,14 @@ def test_html(script, with_unk, tmp_path):
         assert f"s{level_of(surprisal, full)}" in kinds.split()
 
 
+def test_a_page_of_a_text_whose_name_is_not_utf8(script, with_unk, tmp_path):
+    text, page = tmp_path / os.fsdecode(b"t\xff.txt"), tmp_path / "t.html"
+    text.write_text("w1 w2\n")
+    status, _, err = script("score", "--checkpoint", with_unk, text, "--html", page)
+    assert (status, err) == (0, "")
+    assert r"<title>t\udcff.txt, scored by" in page.read_text("utf-8")
+
+
 def test_colours_follow_surprisal():
     levels = [level_of(bits / 4, 10) for bits in range(60)]
     assert levels == sorted(levels)
