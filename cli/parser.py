@@ -64,6 +64,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        # Python 3.14 would colour the help with control characters.
+        self.color = False
         self.classic = CLASSIC.get(stage, [])
         self.presets = presets.of_stage(stage)
         self.flags: dict[str, Flag] = {}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cli.device import keep_memory
-from cli.signals import Output, Stopped
+from cli.signals import Output, Stopped, printable
 from utils import ToolkitError
 
 
@@ -62,7 +62,8 @@ def _leave(status: int, sentence: str = "") -> NoReturn:
     # The terminal may be gone; the status still tells.
     with contextlib.suppress(OSError):
         if sentence:
-            sys.stderr.write(f"{Path(sys.argv[0]).name}: {sentence}\n")
+            line = f"{Path(sys.argv[0]).name}: {sentence}\n"
+            sys.stderr.write(printable(line, sys.stderr))
         if dist.is_available() and dist.is_initialized():
             sys.stdout.flush()
             sys.stderr.flush()

@@ -11,6 +11,16 @@ from typing import Any, TextIO
 from utils import ToolkitError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Those of a terminal's commands, but for what ends a line or a column.
+_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """`text` as `stream` is to have it: on a terminal control characters are shown as escapes.
+
+    A vocabulary may hold any; in a file or a pipe they stay as they are.
+    """
+    return text.translate(_CONTROLS) if stream.isatty() else text
 
 
 class Stopped(Exception):
@@ -38,7 +48,7 @@ class Output:
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            return self._stream.write(printable(text, self._stream))
         except OSError as error:
             # What is still in the buffer would fail once more as the interpreter ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
