@@ -60,6 +60,8 @@ TASKS = {
     "alignment": Task("python bench/alignment.py"),
     "corpus": Task("python bench/corpus.py"),
     "pointer": Task("python bench/pointer.py"),
+    "dynamic": Task("python bench/dynamic.py"),
+    "big_corpus": Task("python bench/big_corpus.py"),
 }
 
 
