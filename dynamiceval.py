@@ -5,6 +5,10 @@ again before each text, and the file is not written. Statistics of the gradients
 collected once and kept beside the model, as SAVE.rms.
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+
 import argparse
 import hashlib
 import math

@@ -1,5 +1,9 @@
 """Finetune a trained model: averaged SGD from the first step on, until it stops helping."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +73,7 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> Non
     optimizer = NTASGD(params, args.lr, args.wdecay)
     optimizer.start_averaging()
     session.prepare(corpus, model, criterion, optimizer)
-    session.best = checkpoint.in_memory(source)
+    session.best, session.last_good = checkpoint.in_memory(source), args.save
     if not args.resume:
         # Scored here and not taken from the file: that may have been another corpus or a trial.
         session.best_loss = session.evaluate("valid.txt")

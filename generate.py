@@ -1,7 +1,10 @@
 """Sample text from a trained model, word by word."""
 
-import math
 import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+
+import math
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -1,6 +1,11 @@
 """Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+
 import argparse
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +14,7 @@ import checkpoint
 from checkpoint import Checkpoint
 from cli import flags, program, resuming
 from cli.corpus import read_corpus
+from cli.device import check_fits
 from cli.parser import Parser
 from data import partial_shuffle
 from model import RNNModel, find_cell
@@ -100,8 +106,11 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
         splits = default_splits(len(corpus.dictionary))
         if splits:
             corpus = corpus.sorted_by_frequency()
-        sizes = (len(corpus.dictionary), args.emsize, args.nhid, args.nlayers)
-        model = RNNModel(args.model, *sizes, **flags.dropouts(args), tie_weights=True)
+        sizes = (len(corpus.dictionary), args.emsize, args.nhid)
+        options = {**flags.dropouts(args), "tie_weights": True}
+        made = functools.partial(RNNModel, args.model, *sizes, **options)
+        check_fits(made, args.nlayers, session.device)
+        model = made(args.nlayers)
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
         model, criterion = model.to(session.device), criterion.to(session.device)
     params = [*model.parameters(), *criterion.parameters()]

@@ -4,6 +4,10 @@ A RUN is the log of main.py or finetune.py (what they print, in a file), a metri
 folder that holds one. The switch to averaged SGD is marked.
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+
 import math
 import re
 from collections.abc import Sequence

@@ -4,6 +4,10 @@ With --search the cache's window, theta and lambda are first tuned on valid.txt,
 scored with the best.
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+
 import argparse
 import math
 from collections.abc import Sequence

@@ -2,10 +2,11 @@
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from utils import ToolkitError
 
@@ -67,6 +68,34 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+
+
+def check_fits(made: Callable[[int], nn.Module], layers: int, device: torch.device) -> None:
+    """Raise ToolkitError if the weights of a model, `made(layers)`, exceed the memory of `device`.
+
+    Nothing is allocated, and no more than three layers are made.
+    """
+
+    def size(layers: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() * p.element_size() for p in made(layers).parameters())
+
+    try:
+        needed = size(min(layers, 3))
+        if layers > 3:
+            needed += (layers - 3) * (needed - size(2))
+    # Sizes that PyTorch cannot multiply, or not even hold.
+    except (RuntimeError, TypeError):
+        needed = 2**63
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    if needed > there:
+        raise ToolkitError(
+            f"the weights of this model need {needed / 1e9:,.1f} GB{' or more' * (needed >= 2**63)}"
+            f", and the memory of the {device.type.upper()} is {there / 1e9:,.1f} GB: lower "
+            "--emsize, --nhid or --nlayers"
+        )
 
 
 def keep_memory() -> None:

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import re
 import socket
@@ -12,12 +13,12 @@ from utils import ToolkitError
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def replacing(path: str | os.PathLike[str], keep: bool = False) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` at once, when it is whole and on the disk.
 
     If anything fails, the old file stays as it was and no other is left behind; what a killed run
-    left behind goes with the next call. What is not a plain file, a terminal or a pipe, is written
-    directly. Raises OSError.
+    left behind goes with the next call. With `keep`, an old file stays as `previous(path)`. What is
+    not a plain file, a terminal or a pipe, is written directly. Raises OSError.
     """
     # Through a link to the file it names, which is what a plain write would do.
     target = Path(os.path.realpath(path))
@@ -32,11 +33,53 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep and target.exists():
+            os.replace(target, previous(path))
         os.replace(temporary, target)
         _sync_folder(target.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def previous(path: str | os.PathLike[str]) -> Path:
+    """Where `replacing` keeps the old file, beside the one that a link names."""
+    return Path(f"{os.path.realpath(path)}.previous")
+
+
+@contextlib.contextmanager
+def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within this context no other process can be in it for the same `path`.
+
+    A file beside `path` is locked, which ends with the process, whatever ends that. Raises
+    ToolkitError if another process is in the context, and OSError.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        yield
+        return
+    lock = target.with_name(f".{target.name}.lock")
+    with contextlib.ExitStack() as stack:
+        same = False
+        while not same:
+            file = stack.enter_context(open(lock, "a+", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                same = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            except FileNotFoundError:
+                continue  # a run that ended just now has removed it
+            except BlockingIOError:
+                file.seek(0)
+                raise ToolkitError(
+                    f"another run writes {path} now ({file.read()}): wait for its end, or pass "
+                    "another --save"
+                ) from None
+            except OSError:
+                same = True  # a file system without locks
+        stack.callback(lock.unlink)
+        file.truncate(0)
+        print(f"process {os.getpid()} of {socket.gethostname()}", end="", file=file, flush=True)
+        yield
 
 
 @contextlib.contextmanager

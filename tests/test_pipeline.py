@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import pty
 import re
 import resource
 import shlex
@@ -22,6 +23,7 @@ from cli import metrics
 from cli.signals import Stopped
 from loss import TrainingLoss
 from training import engine
+from training.step import TrainingStep
 
 BATCH = re.compile(
     r"\| epoch +\d+ \| +\d+/ *\d+ batches \| lr \d+\.\d{5} \| ms/batch +\d+\.\d\d \| "
@@ -638,6 +640,9 @@ generate --outf none/t.txt | cannot write none/t.txt
 generate --outf corpus | cannot write corpus
 generate --prompt "w1 zebra" | 'zebra'
 main --cuda | --cuda was given
+main --data pipe | cannot read pipe/train\.txt \(it is no plain file\)
+main --nhid 9223372036854775807 | need 9,223,372,036\.9 GB or more, and the memory of the CPU is
+main --nhid 1150 --emsize 400 --nlayers 1000000 | need 42,3\d\d\.\d GB, and the memory of the CPU is
 """.strip().splitlines()
 
 
@@ -708,6 +713,55 @@ def test_finetune_resumes_exactly(stopped_in, script, corpus_dir, trained, tmp_p
         assert torch.equal(first["model"][name], second["model"][name])
 
 
+@pytest.mark.parametrize("begun", ["new", "resumed"])
+def test_weights_that_no_rate_recovers_from_are_not_saved(
+    begun, script, corpus_dir, tmp_path, monkeypatch
+):
+    path = tmp_path / "m.pt"
+    if begun == "resumed":
+        train(script, corpus_dir, path, "--epochs", 1)
+    old = path.read_bytes() if path.exists() else None
+    take = TrainingStep.take
+
+    def too_far(self, *args):
+        take(self, *args)
+        with torch.no_grad():
+            for p in self.params:
+                p.copy_(p.sign() * 3e38)
+
+    monkeypatch.setattr(TrainingStep, "take", too_far)
+    argv = ["--resume", path, "--epochs", 2] if old else ["--data", corpus_dir, *TINY, "--lr", 5]
+    status, _, err = script("main", *argv, "--save", path, "--save-every", 0)
+    assert status == 1
+    assert "the training loss becomes" in err
+    if old is None:
+        assert "no model has been saved yet" in err
+        assert not path.exists()
+    else:
+        assert f"{path} holds the last good model" in err
+        assert path.read_bytes() == old
+
+
+def test_a_new_run_keeps_the_file_of_another(script, corpus_dir, tmp_path):
+    path, kept = tmp_path / "m.pt", tmp_path / "m.pt.previous"
+    train(script, corpus_dir, path, "--epochs", 2)
+    assert not kept.exists()
+    first = path.read_bytes()
+    out = train(script, corpus_dir, path, "--epochs", 2, "--seed", 8)
+    assert out.count(f"Keeping the model file that is at {path} as {kept}") == 1
+    assert kept.read_bytes() == first
+    second = path.read_bytes()
+    assert second != first
+    # What goes on from the file does not need it a second time.
+    for name in ("main", "finetune"):
+        argv = ["--data", corpus_dir, "--epochs", 3, "--lr", 1, "--save", path]
+        status, out, err = script(name, *argv, *(["--resume", path] if name == "main" else []))
+        assert (status, err) == (0, "")
+        assert "Keeping" not in out
+    assert kept.read_bytes() == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt", "m.pt.previous"]
+
+
 def test_numbers_that_go_wrong_leave_the_last_good_model(script, corpus_dir, tmp_path, monkeypatch):
     path = tmp_path / "m.pt"
     train(script, corpus_dir, path, "--epochs", 1)
@@ -728,7 +782,7 @@ def test_numbers_that_go_wrong_leave_the_last_good_model(script, corpus_dir, tmp
             calls.extend([1] * 3)
         status, _, err = script("main", "--resume", path, "--epochs", 3, *flags)
         assert status == 1
-        assert re.search(r"became nan by batch \d+ at the rate 5 .*gradient norm", err)
+        assert re.search(r"became nan by batch \d+ \(last gradient norm nan\) at the rate 5:", err)
         assert path.read_bytes() == old
 
 
@@ -830,6 +884,16 @@ def test_training_whose_output_nothing_takes(at, corpus_dir, tmp_path):
         assert checkpoint.load(model).training["position"]["batches"] > 0
 
 
+# Of two processes, which nobody started but this.
+RANK = {
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
 @pytest.mark.parametrize(
     ("command", "environment"),
     [
@@ -843,6 +907,11 @@ def test_training_whose_output_nothing_takes(at, corpus_dir, tmp_path):
         (["score.py", "--checkpoint", "x" * 300, "--text", "w1"], {}),
         (["main.py", "--data", "CORPUS", "--no-cuda"], {"WORLD_SIZE": "2"}),
         (["main.py", "--data", "CORPUS", "--no-cuda"], {"WORLD_SIZE": "two", "RANK": "0"}),
+        (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "RANK": "zero"}),
+        (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "RANK": "2"}),
+        (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "MASTER_PORT": "0x1"}),
+        (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "MASTER_PORT": "70000"}),
+        (["score.py", "--checkpoint", "MODEL", "/dev/zero"], {}),
         (["sh", "-c", 'exec "$PYTHON" "$ROOT"/score.py --checkpoint MODEL <&-'], {}),
     ],
 )
@@ -858,6 +927,64 @@ def test_what_the_system_refuses_is_one_sentence(
     assert result.returncode == 1
     assert re.fullmatch(r"\w+\.py: error: .+: .+\n", result.stderr), result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["-I", "-P"])
+def test_python_that_leaves_out_the_scripts_folder(flag, tmp_path):
+    for name in ("main", "finetune", "pointer", "generate", "score", "plot", "dynamiceval"):
+        command = [sys.executable, flag, ROOT / f"{name}.py", "--version"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+def on_a_terminal(*command):
+    """What a command writes to a terminal, as bytes."""
+    ours, its = pty.openpty()
+    with subprocess.Popen(command, stdout=its, stderr=subprocess.PIPE) as process:
+        os.close(its)
+        written = b""
+        # Linux ends a terminal that nobody writes to with an error.
+        with contextlib.suppress(OSError):
+            while block := os.read(ours, 4096):
+                written += block
+        assert (process.wait(), process.stderr.read()) == (0, b"")
+    os.close(ours)
+    return written
+
+
+@pytest.mark.parametrize("name", ["generate", "pointer", "score"])
+def test_a_terminal_is_shown_control_characters_as_text(name, trained, corpus_dir, tmp_path):
+    def hostile(word):
+        return word if word.startswith("<") else f"{word}\x1b]0;owned\x07\x9b"
+
+    model = checkpoint.load(trained["LSTM"])
+    model.vocabulary["words"] = [hostile(word) for word in model.vocabulary["words"]]
+    checkpoint.save(tmp_path / "m.pt", model)
+    for split in ("train", "valid", "test"):
+        lines = (corpus_dir / f"{split}.txt").read_text().splitlines()
+        words = "\n".join(" ".join(map(hostile, line.split())) for line in lines)
+        (tmp_path / f"{split}.txt").write_text(words)
+    argv = {
+        "generate": ["--checkpoint", tmp_path / "m.pt", "--outf", "-", "--words", 3],
+        "pointer": [
+            "--save",
+            tmp_path / "m.pt",
+            "--data",
+            tmp_path,
+            "--by-word",
+            3,
+            "--window",
+            99,
+        ],
+        "score": ["--checkpoint", tmp_path / "m.pt", "--tokens", "--text", hostile("w1")],
+    }[name]
+    command = [sys.executable, ROOT / f"{name}.py", *map(str, argv), "--no-cuda"]
+    shown = on_a_terminal(*command)
+    assert b"\x1b" not in shown
+    assert b"\x07" not in shown
+    assert b"\\x1b]0;owned\\x07\\x9b" in shown
+    piped = subprocess.run(command, capture_output=True, check=True).stdout
+    assert b"\x1b]0;owned\x07\xc2\x9b" in piped
 
 
 def test_words_that_the_terminal_cannot_show(trained, tmp_path):
@@ -894,6 +1021,9 @@ def bad_folder(tmp_path, monkeypatch, corpus_dir, trained, middle_of_an_epoch):
             if text is not None:
                 data = text if isinstance(text, bytes) else text.encode()
                 (tmp_path / kind / f"{name}.txt").write_bytes(data)
+    shutil.copytree("corpus", "pipe")
+    os.unlink("pipe/train.txt")
+    os.mkfifo("pipe/train.txt")
     shutil.copy(trained["LSTM"], "model.pt")
     (tmp_path / "truncated.pt").write_bytes(trained["LSTM"].read_bytes()[:-500])
     torch.save({"state_dict": {}}, "other.pt")

@@ -170,6 +170,56 @@ def test_two_ranks_stop_together_and_go_on_exactly(corpus_dir, tmp_path):
         assert torch.equal(tensor, checkpoint.load(path).training["model"][name]), name
 
 
+@pytest.mark.parametrize("second", ["main", "resume", "finetune"])
+def test_the_second_of_two_runs_with_one_file_stops(second, corpus_dir, tmp_path, script):
+    path = tmp_path / "m.pt"
+    flags = ["--data", corpus_dir, *ALIKE, "--save", path]
+    assert script("main", *flags, "--epochs", 1)[0] == 0
+    command = [sys.executable, ROOT / "main.py", "--resume", path, "--epochs", "9999"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert "Args" in first.stdout.readline()
+    stage = "finetune" if second == "finetune" else "main"
+    more = ["--resume", path] if second == "resume" else flags
+    status, out, err = script(stage, *more)
+    assert (status, out.count("Args")) == (1, 0)
+    assert re.search(
+        rf"another run writes .*m\.pt now \(process {first.pid} of .*another --save", err
+    )
+    # Whatever ends the first frees the file.
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert script(stage, *more, "--epochs", 2)[0] == 0
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_rank_without_others_says_what_it_waits_for(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    meeting = {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = (
+        "import main, training.parallel\n"
+        "training.parallel._MINUTES = 0.02\n"
+        "main.program.run(main.main)\n"
+    )
+    command = [sys.executable, "-c", code, "--no-cuda", "--save", tmp_path / "m.pt"]
+    environment = {**os.environ, **meeting}
+    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert first.returncode == 1
+    assert f"Rank 0 waits at 127.0.0.1:{port} for the others of 2" in first.stdout
+    assert re.fullmatch(
+        r".*error: rank 0 of 2 does not meet the others .*: start .*\n", first.stderr
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert second.returncode == 1
+    assert "address already in use" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+
+
 def test_two_runs_may_build_the_cache_at_once(corpus_dir, tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()

@@ -6,6 +6,7 @@ agreement on when to save and stop, and a plain end when another process dies.
 """
 
 import contextlib
+import datetime
 import os
 import re
 from collections.abc import Iterator
@@ -124,34 +125,51 @@ class Ranks:
 
 ALONE = Ranks()
 
+# Set by torchrun, or by whoever starts the processes without it.
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+# How long the processes of a run wait for one another as it starts.
+_MINUTES = 5
+
 
 def join(device: torch.device) -> Ranks:
     """Meet the other processes that torchrun started, if it started any, each with its own GPU.
 
-    Raises ToolkitError if this machine has fewer GPUs than processes, or if only a part is set of
-    what torchrun sets.
+    Raises ToolkitError if this machine has fewer GPUs than processes, if what torchrun sets is
+    missing or no number, or if the others do not come.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return Ranks()
-    others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not world.isdecimal() or any(name not in os.environ for name in others):
+    numbers = {name: os.environ.get(name, "") for name in _NUMBERS}
+    wrong = not all(map(str.isdecimal, numbers.values()))
+    if wrong or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        said = " ".join(f"{name}={number}" for name, number in numbers.items())
         raise ToolkitError(
-            f"WORLD_SIZE is {world!r} in the environment, without what torchrun sets beside it: "
-            "start with torchrun, or unset WORLD_SIZE"
+            f"the environment has {said}, where all must be numbers, RANK below WORLD_SIZE: start "
+            "with torchrun, or unset WORLD_SIZE"
         )
+    world, rank, local, port = map(int, numbers.values())
+    backend = "gloo"
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
+        backend = "cpu:gloo,cuda:nccl"
         if local >= torch.cuda.device_count():
             raise ToolkitError(
                 f"there are more processes than the {torch.cuda.device_count()} GPUs of this "
                 "machine: lower --nproc-per-node"
             )
         torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
-    return Ranks(dist.get_rank(), int(world))
+    where = f"{os.environ.get('MASTER_ADDR')}:{port}"
+    # torchrun's agents have met already.
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(f"Rank {rank} waits at {where} for the others of {world}, {_MINUTES} minutes at most")
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=_MINUTES)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError) as error:
+        raise ToolkitError(
+            f"rank {rank} of {world} does not meet the others at {where} "
+            f"({str(error).splitlines()[0]}): start every rank with the same free MASTER_PORT"
+        ) from error
+    return Ranks(rank, world)
 
 
 def check_columns(ranks: Ranks, batch_size: int) -> None:

@@ -29,11 +29,11 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import Checkpoint, CheckpointError, plain_name
-from checkpoint.check import DAMAGE, state_problem, tensor_problem, told, whole
+from checkpoint.check import DAMAGE, state_problem, tensor_problem, tensors_of, told, whole
 from cli import resuming
 from cli.parser import Parser
 from data import Corpus
-from utils import ToolkitError, map_state
+from utils import map_state
 
 if TYPE_CHECKING:
     from training.session import Session
@@ -45,19 +45,20 @@ def training_state(session: Session) -> dict[str, Any]:
     The optimiser's tensors are the live ones: write them before the next step. To be called by
     every rank at once; only the first one's result is whole.
 
-    Raises ToolkitError, rather than let it be written over a good state, if a weight or the loss is
-    not finite.
+    Raises ToolkitError, rather than let it be written over a good state, if a weight, the loss, or
+    that of the next batch is not finite.
     """
     position = session.step.position() if session.underway else None
     if session.underway:
         session.check_loss()
     optimizer = session.optimizer.state_dict()
-    for tensor in [*session.step.params, *_tensors(optimizer["state"])]:
+    for tensor in [*session.step.params, *tensors_of(optimizer["state"])]:
         if not tensor.isfinite().all():
-            raise ToolkitError(
-                f"weights are no longer finite after epoch {session.finished}, at the rate "
-                f"{session.rate:g}: lower --lr or set --clip; the saved model is the last good one"
-            )
+            raise session.diverged(f"weights are no longer finite after epoch {session.finished}")
+    # Weights can be finite and so large that no rate recovers from them.
+    loss = session.ranks.total(session.step.next_loss())
+    if not math.isfinite(loss):
+        raise session.diverged(f"the training loss becomes {loss} after epoch {session.finished}")
     return {
         "stage": session.stage,
         "args": session.flags,
@@ -159,15 +160,6 @@ def _cannot_resume(path: str, problem: str) -> CheckpointError:
     )
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor within dictionaries, lists and tuples."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value
-    nested = isinstance(value, dict | list | tuple)
-    return [tensor for part in parts for tensor in _tensors(part)] if nested else []
-
-
 def _problem(loaded: Checkpoint) -> str | None:
     """What can be told to be wrong with a training state without the run that goes on from it."""
     training = loaded.training
@@ -185,7 +177,7 @@ def _problem(loaded: Checkpoint) -> str | None:
         if problem:
             return problem
     for name in ("optimizer", "position"):
-        for tensor in _tensors(training[name]):
+        for tensor in tensors_of(training[name]):
             problem = tensor_problem(f"a tensor of its {name}", tensor)
             if problem:
                 return problem
@@ -239,7 +231,7 @@ def _restore_optimizer(session: Session, state: Mapping[str, Any]) -> None:
             raise ValueError("its optimiser has a setting that is no number")
     optimizer.load_state_dict({"state": held, "param_groups": groups})
     for p, parts in optimizer.state.items():
-        if not all(part.dim() == 0 or _fits(part, p) for part in _tensors(parts)):
+        if not all(part.dim() == 0 or _fits(part, p) for part in tensors_of(parts)):
             raise ValueError("its optimiser's state does not fit the weights")
     _try_out(optimizer)
 

@@ -28,6 +28,7 @@ from cli.parser import plain
 from cli.progress import Bar
 from cli.signals import Stopped, StopRequests
 from data import Corpus
+from files.writing import previous, sole_writer
 from loss import TrainingLoss
 from model import RNNModel
 from nt_asgd import NonMonotonicTrigger
@@ -53,6 +54,7 @@ def open_session(stage: str, args: argparse.Namespace) -> Iterator[Session]:
     parallel.check_columns(ranks, args.batch_size)
     with (
         ranks.together(),
+        sole_writer(args.save) if ranks.first else contextlib.nullcontext(),
         StopRequests(ranks.largest) as stop,
         MetricsWriter(
             args.logdir if ranks.first else "",
@@ -71,7 +73,8 @@ class Session:
 
     `finished` is the last epoch that has ended, `underway` whether one has begun since; `best` is
     the model file's content at the lowest validation loss `best_loss` (nats a token), None before
-    there is one; `done` says that finetuning is over. `model`, `criterion`, `optimizer`, `trigger`
+    there is one; `last_good` is the file that the run has written or started from, none for a new
+    one; `done` says that finetuning is over. `model`, `criterion`, `optimizer`, `trigger`
     and `step` are there after `prepare`.
     """
 
@@ -97,6 +100,7 @@ class Session:
         self.rng = seed_everything(args.seed)
         self.best: Checkpoint | None = None
         self.best_loss = math.inf
+        self.last_good = ""
         self.finished = 0
         self.underway = self.done = False
         self._position: Mapping[str, Any] | None = None
@@ -142,6 +146,7 @@ class Session:
     def resume(self, source: Checkpoint) -> None:
         """Go on where the run stood that wrote the file of --resume."""
         self._position = resume.restore(self, source, self.args.resume)
+        self.last_good = self.args.resume
         self.underway = self._position is not None
         if source.epoch and self.best is None:
             self.best = checkpoint.in_memory(dataclasses.replace(source, args=self.flags))
@@ -230,11 +235,18 @@ class Session:
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise ToolkitError(
-                f"the training loss became {loss} by batch {self.step.batches} at the rate "
-                f"{self.rate:g} (last gradient norm {float(self.step.norm):g}): lower --lr or set "
-                "--clip; the saved model is the last good one"
+            raise self.diverged(
+                f"the training loss became {loss} by batch {self.step.batches} (last gradient norm "
+                f"{float(self.step.norm):g})"
             )
+
+    def diverged(self, what: str) -> ToolkitError:
+        """The error for numbers that are none, which says what is left of the run."""
+        left = f"{self.last_good} holds the last good model"
+        return ToolkitError(
+            f"{what} at the rate {self.rate:g}: lower --lr or set --clip; "
+            f"{left if self.last_good else 'no model has been saved yet'}"
+        )
 
     # What happens after an epoch
 
@@ -262,10 +274,7 @@ class Session:
         """The validation loss after an epoch, printed; raises ToolkitError if it is no number."""
         loss = self.evaluate("valid.txt")
         if not math.isfinite(loss):
-            raise ToolkitError(
-                f"the validation loss became {loss} in epoch {epoch} at the rate {self.rate:g}: "
-                "lower --lr or set --clip; the saved model is the last good one"
-            )
+            raise self.diverged(f"the validation loss became {loss} in epoch {epoch}")
         seconds = time.time() - self._began
         print(RULE)
         print(epoch_line(epoch, seconds, loss))
@@ -317,7 +326,11 @@ class Session:
             state = resume.training_state(self)
             if self.ranks.first:
                 best = self.snapshot(0, math.inf) if self.best is None else self.best
-                checkpoint.save(self.args.save, dataclasses.replace(best, training=state))
+                path, keep = self.args.save, not self.last_good
+                if keep and os.path.isfile(path):
+                    print(f"Keeping the model file that is at {path} as {previous(path)}")
+                checkpoint.save(path, dataclasses.replace(best, training=state), keep)
+            self.last_good = self.args.save
 
     def save_copy(self, path: str, epoch: int, loss: float) -> None:
         """Write the weights in use to a file of their own."""

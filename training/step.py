@@ -109,6 +109,14 @@ class TrainingStep:
             **map_state(lambda *columns: torch.cat(columns, dim=1), *parts),
         }
 
+    @torch.no_grad()
+    def next_loss(self) -> float:
+        """The loss of the next batch, this rank's; nothing is learned or drawn for it."""
+        device, row = self.source.device, self.row if self.row < len(self.source) - 1 else 0
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            loss, _, _ = self.loss(*get_batch(self.source, row, self.bptt), self.hidden)
+        return float(loss)
+
     def _next_text(self) -> Tensor:
         return _on_cpu(self.source[self.row : self.row + _ROWS_TO_COMPARE])
 
