@@ -416,18 +416,7 @@ def _launch_columns(
     values = [cuda.value(argument) for argument in arguments]
     values += (seq_len, batch, hidden, int(reverse))
     grid = ((batch * hidden + BLOCK - 1) // BLOCK,)
-    _launch(name, like.dtype, like.device, grid, (BLOCK,), values)
-
-
-def _launch(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    grid: tuple[int],
-    block: tuple[int],
-    arguments: list[int | float],
-) -> None:
-    SOURCE.launch(name, compile_options(dtype), device, grid, block, arguments)
+    SOURCE.launch(name, compile_options(like.dtype), like.device, grid, (BLOCK,), values)
 
 
 def _dtype_names() -> str:

@@ -1,121 +1,48 @@
 """The QRNN kernels without a GPU: compiled by NVRTC and nvcc, and run as C++ on the CPU.
 
-`qrnn.kernels` runs unchanged on CPU tensors but for its last step: the launch goes to
+`qrnn.kernels` runs unchanged on CPU tensors except for its last step: the launch goes to
 forget_mult.cu compiled with tests/shim, one thread after another, so that argument order, widths,
 strides and the kernel's arithmetic are all under test.
 """
 
 import contextlib
-import ctypes
 import itertools
 import random
-import re
 import shutil
 import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from references import assert_near, eager_and_compiled, naive_forget_mult, naive_qrnn
+from shims import (
+    Canaries,
+    ShimLauncher,
+    check_nvrtc,
+    check_registers,
+    compile_shim,
+    needs_compiler,
+)
 
 from kernels import cuda
 from qrnn import QRNNLayer, kernels, operators
 from qrnn import forget_mult as eager
 
-SHIM = Path(__file__).with_name("shim")
 DTYPES = list(kernels.SCALARS)
 # Largest error, relative to 1 + |reference|. The 16-bit types round each result once, by at most
 # 2^-11 (float16) and 2^-8 (bfloat16) of it.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 GRAD_TOLERANCE = TOLERANCE | {torch.float64: 1e-12, torch.float32: 4e-6}
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-
-
-def compile_shim(program: str, output: Path, dtype: torch.dtype, *options: str) -> None:
-    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [*kernels.compile_options(dtype), f'-DSOURCE="{kernels.SOURCE.path}"']
-    command += [*options, "-o", str(output)]
-    result = subprocess.run([*command, str(SHIM / program)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-class ShimLauncher:
-    """Takes the place of `kernels._launch`, on CPU tensors."""
-
-    def __init__(self, folder: Path) -> None:
-        paths = {dtype: folder / f"{scalar}.so" for dtype, scalar in kernels.SCALARS.items()}
-
-        def build(dtype: torch.dtype) -> None:
-            compile_shim("launch.cpp", paths[dtype], dtype, "-shared", "-fPIC")
-
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(build, paths))
-        self.libraries = {dtype: ctypes.CDLL(str(path)) for dtype, path in paths.items()}
-        self.kinds = {}
-        for library in self.libraries.values():
-            library.kernel_parameters.restype = ctypes.c_char_p
-            for backward in (0, 1):
-                self.kinds[backward] = library.kernel_parameters(backward).decode()
-        assert not set("".join(self.kinds.values())) - set("pid"), "a parameter is not 64 bits wide"
-        self.launched: list[str] = []
-
-    def __call__(self, name, dtype, device, grid, block, arguments) -> None:
-        assert device.type == "cpu"
-        assert len(grid) == len(block) == 1
-        assert 1 <= block[0] <= 64
-        backward = int(name.endswith("_backward"))
-        kinds = self.kinds[backward]
-        assert [type(argument) for argument in arguments] == [
-            float if kind == "d" else int for kind in kinds
-        ], (name, kinds, arguments)
-        values = [
-            (ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument)
-            for kind, argument in zip(kinds, arguments, strict=True)
-        ]
-        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        library = self.libraries[dtype]
-        kernel = ctypes.cast(getattr(library, name), ctypes.c_void_p)
-        library.launch_kernel(backward, kernel, grid[0], block[0], addresses)
-        self.launched.append(name)
-
-
-MARGIN = 70  # canary elements on each side: more than a block of threads
-
-
-class Canaries:
-    """Tensors with NaN on both sides, and a check that it is still there."""
-
-    def __init__(self) -> None:
-        self.buffers: list[torch.Tensor] = []
-
-    def empty(self, shape, like, dtype=None) -> torch.Tensor:
-        """NaN all over, so that an element that nobody writes shows in the result."""
-        size, dtype = torch.Size(shape).numel(), dtype or like.dtype
-        buffer = torch.full((size + 2 * MARGIN,), torch.nan, dtype=dtype, device=like.device)
-        self.buffers.append(buffer)
-        return buffer[MARGIN : MARGIN + size].view(shape)
-
-    def copy(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """A guarded copy of an input: what is read beyond it spoils the result."""
-        if tensor is None:
-            return None
-        return self.empty(tensor.shape, tensor).copy_(tensor).requires_grad_(tensor.requires_grad)
-
-    def check(self) -> None:
-        for buffer in self.buffers:
-            assert buffer[:MARGIN].isnan().all()
-            assert buffer[-MARGIN:].isnan().all()
-        self.buffers.clear()
 
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory):
-    return ShimLauncher(tmp_path_factory.mktemp("shim"))
+    options = map(kernels.compile_options, DTYPES)
+    return ShimLauncher(kernels.SOURCE, tmp_path_factory.mktemp("shim"), options)
 
 
 @pytest.fixture
@@ -123,7 +50,7 @@ def shim(launcher, monkeypatch):
     """`qrnn.kernels` on CPU tensors; its results are guarded by canaries."""
     canaries = Canaries()
     launcher.launched.clear()
-    monkeypatch.setattr(kernels, "_launch", launcher)
+    monkeypatch.setattr(kernels.SOURCE, "launch", launcher)
     monkeypatch.setattr(kernels, "_empty", canaries.empty)
     yield SimpleNamespace(launched=launcher.launched, copy=canaries.copy, check=canaries.check)
     canaries.check()
@@ -757,7 +684,7 @@ class TestLaunch:
             def get_function(self, name):
                 def kernel(grid, block, arguments):
                     log.append(("launch", name))
-                    launcher(name, torch.float32, torch.device("cpu"), grid, block, arguments)
+                    launcher(name, options, torch.device("cpu"), grid, block, arguments)
 
                 return kernel
 
@@ -773,21 +700,21 @@ class TestLaunch:
             Stream=new if version == 14 else SimpleNamespace(),
             ExternalStream=lambda handle: logged("stream", 0, handle),
         )
+        options = ("-DSCALAR=float", "-DCHUNK=8")
         handles = iter((111, 222))
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         monkeypatch.setattr(torch.cuda, "device", lambda device: logged("device", str(device)))
         monkeypatch.setattr(
             torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=next(handles))
         )
-        launch, device = kernels._launch, torch.device("cuda", 1)
+        launch, device = kernels.SOURCE.launch, torch.device("cuda", 1)
 
-        def on_cuda(name, dtype, _, grid, block, arguments):
-            launch(name, dtype, device, grid, block, arguments)
+        def on_cuda(name, options, _, *rest):
+            launch(name, options, device, *rest)
 
-        monkeypatch.setattr(kernels, "_launch", on_cuda)
+        monkeypatch.setattr(kernels.SOURCE, "launch", on_cuda)
         assert kernels.available()
         kernels.warm_up(device, torch.float32)
-        options = ("-DSCALAR=float", "-DCHUNK=8")
         warm = [("compile", *options), ("device", "1"), ("cupy device", 1)]
         assert log == warm
         f, x = torch.rand(3, 2, 5), torch.randn(3, 2, 5)
@@ -809,7 +736,9 @@ def test_nothing_outside_a_buffer_is_touched(tmp_path):
     program = tmp_path / "bounds"
     options = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     try:
-        compile_shim("bounds.cpp", program, torch.float32, *options)
+        compile_shim(
+            kernels.SOURCE, "bounds.cpp", program, kernels.compile_options(torch.float32), *options
+        )
     except AssertionError as error:
         if "cannot find" in str(error):
             pytest.skip("this g++ has no sanitizer libraries")
@@ -818,67 +747,18 @@ def test_nothing_outside_a_buffer_is_touched(tmp_path):
     assert result.stdout.strip() == "within bounds", result.stderr
 
 
-def nvrtc_library() -> Path | None:
-    """libnvrtc from the wheel nvidia-cuda-nvrtc."""
-    nvidia = find_spec("nvidia")
-    for folder in nvidia.submodule_search_locations if nvidia else ():
-        for library in sorted(Path(folder).glob("**/libnvrtc.so*")):
-            return library
-    return None
-
-
-def supported_architectures(library: Path) -> set[int]:
-    nvrtc = ctypes.CDLL(str(library))
-    count = ctypes.c_int()
-    assert nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)) == 0
-    architectures = (ctypes.c_int * count.value)()
-    assert nvrtc.nvrtcGetSupportedArchs(architectures) == 0
-    return set(architectures)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", [70, 80, 90, 100, 120])
 def test_nvrtc_compiles(architecture, dtype):
-    compiler = pytest.importorskip("pynvrtc.compiler")
-    library = nvrtc_library()
-    if library is None:
-        pytest.skip("the wheel nvidia-cuda-nvrtc is not installed")
-    if architecture not in supported_architectures(library):
-        pytest.skip(f"this NVRTC no longer, or does not yet, know compute_{architecture}")
-    source = kernels.SOURCE.path.read_text(encoding="utf-8")
-    program = compiler.Program(source, "forget_mult.cu", lib_name=str(library))
-    # CuPy's own options, with CuPy 13's default standard, the oldest in use.
-    options = ["--std=c++14", "-ftz=true", "--device-as-default-execution-space"]
-    options.append(f"--gpu-architecture=compute_{architecture}")
-    ptx = program.compile([*options, *kernels.compile_options(dtype)])
-    assert set(re.findall(r"\.entry (\w+)\(", ptx)) == set(kernels.KERNEL_NAMES)
-    assert ".local" not in ptx
+    check_nvrtc(kernels.SOURCE, architecture, kernels.compile_options(dtype))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_no_local_memory_or_spills(architecture, tmp_path):
-    def report(dtype: torch.dtype) -> str:
-        command = ["nvcc", "-std=c++14", f"-arch=sm_{architecture}"]
-        command += [*kernels.compile_options(dtype), "-cubin", "-Xptxas", "-v"]
-        command += ["-o", str(tmp_path / f"{kernels.SCALARS[dtype]}.cubin")]
-        result = subprocess.run(
-            [*command, str(kernels.SOURCE.path)], capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stderr
+    def check(dtype: torch.dtype) -> None:
+        check_registers(kernels.SOURCE, architecture, kernels.compile_options(dtype), 168, tmp_path)
 
     with ThreadPoolExecutor(2) as pool:
-        reports = dict(zip(DTYPES, pool.map(report, DTYPES), strict=True))
-    pattern = re.compile(
-        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
-        re.DOTALL,
-    )
-    for dtype, text in reports.items():
-        found = {name: tuple(map(int, numbers)) for name, *numbers in pattern.findall(text)}
-        assert set(found) == set(kernels.KERNEL_NAMES)
-        for name, (*memory, registers) in found.items():
-            assert memory == [0, 0, 0], f"{name} for {dtype} uses local memory: {memory}"
-            assert registers <= 168, f"{name} for {dtype} uses {registers} registers"
+        list(pool.map(check, DTYPES))

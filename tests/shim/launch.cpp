@@ -1,19 +1,27 @@
-// forget_mult.cu as a shared library: -DSOURCE names it, -DSCALAR its element type. A kernel is found by
-// its symbol; the two functions here need to know only which of the two parameter lists it has.
+// A CUDA source as a shared library: -DSOURCE names it, -DENTRIES its kernels.
 #include "cuda_shim.h"
 #include SOURCE
 
-using Forward = decltype(&forget_mult_forward);
-using Backward = decltype(&forget_mult_backward);
+struct Entry {
+    const char *name, *kinds;
+    void (*run)(unsigned grid, unsigned block, void **arguments);
+};
 
-extern "C" const char *kernel_parameters(int backward) {
-    return backward ? parameter_kinds(Backward()) : parameter_kinds(Forward());
+#define KERNEL_ENTRY(NAME)                                                                         \
+    {#NAME, parameter_kinds(&NAME), [](unsigned grid, unsigned block, void **arguments) {          \
+         launch(&NAME, grid, block, arguments);                                                    \
+     }},
+
+static const Entry entries[] = {ENTRIES};
+
+static const Entry &entry(const char *name) {
+    const Entry *found = entries;
+    while (std::strcmp(found->name, name)) ++found;
+    return *found;
 }
 
-extern "C" void launch_kernel(int backward, void *kernel, unsigned grid, unsigned block,
-                              void **arguments) {
-    if (backward)
-        launch(reinterpret_cast<Backward>(kernel), grid, block, arguments);
-    else
-        launch(reinterpret_cast<Forward>(kernel), grid, block, arguments);
+extern "C" const char *kernel_parameters(const char *name) { return entry(name).kinds; }
+
+extern "C" void launch_kernel(const char *name, unsigned grid, unsigned block, void **arguments) {
+    entry(name).run(grid, block, arguments);
 }

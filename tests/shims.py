@@ -1,0 +1,157 @@
+"""CUDA sources without a GPU: run as C++ on the CPU, one thread after another, and compiled."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import cuda
+
+SHIM = Path(__file__).with_name("shim")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+def compile_shim(
+    source: cuda.Source, program: str, output: Path, options: tuple[str, ...], *more: str
+) -> None:
+    """A program of tests/shim over a CUDA source, with the options that CuPy would have."""
+    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [*options, f'-DSOURCE="{source.path}"']
+    command += ["-DENTRIES=" + " ".join(f"KERNEL_ENTRY({name})" for name in source.names)]
+    command += [*more, "-o", str(output)]
+    result = subprocess.run([*command, str(SHIM / program)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+class ShimLauncher:
+    """Takes the place of a source's `launch`, on CPU tensors; `options` are all it is called with.
+
+    `launched` has the names of the kernels, in turn.
+    """
+
+    def __init__(
+        self, source: cuda.Source, folder: Path, options: Iterable[tuple[str, ...]]
+    ) -> None:
+        paths = {each: folder / f"{number}.so" for number, each in enumerate(options)}
+
+        def build(each: tuple[str, ...]) -> None:
+            compile_shim(source, "launch.cpp", paths[each], each, "-shared", "-fPIC")
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(build, paths))
+        self.libraries = {each: ctypes.CDLL(str(path)) for each, path in paths.items()}
+        for library in self.libraries.values():
+            library.kernel_parameters.restype = ctypes.c_char_p
+            for name in source.names:
+                kinds = library.kernel_parameters(name.encode()).decode()
+                assert not set(kinds) - set("pid"), f"a parameter of {name} is not 64 bits wide"
+        self.launched: list[str] = []
+
+    def __call__(self, name, options, device, grid, block, arguments) -> None:
+        assert device.type == "cpu"
+        assert len(grid) == len(block) == 1
+        library = self.libraries[options]
+        kinds = library.kernel_parameters(name.encode()).decode()
+        assert [type(argument) for argument in arguments] == [
+            float if kind == "d" else int for kind in kinds
+        ], (name, kinds, arguments)
+        values = [
+            (ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument)
+            for kind, argument in zip(kinds, arguments, strict=True)
+        ]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        library.launch_kernel(name.encode(), grid[0], block[0], addresses)
+        self.launched.append(name)
+
+
+MARGIN = 70  # canary elements on each side: more than a block of threads
+
+
+class Canaries:
+    """Tensors with NaN on both sides, and a check that it is still there."""
+
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+
+    def empty(self, shape, like, dtype=None) -> torch.Tensor:
+        """NaN all over, so that an element that nobody writes shows in the result."""
+        size, dtype = torch.Size(shape).numel(), dtype or like.dtype
+        buffer = torch.full((size + 2 * MARGIN,), torch.nan, dtype=dtype, device=like.device)
+        self.buffers.append(buffer)
+        return buffer[MARGIN : MARGIN + size].view(shape)
+
+    def copy(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """A guarded copy of an input: what is read beyond it spoils the result."""
+        if tensor is None:
+            return None
+        return self.empty(tensor.shape, tensor).copy_(tensor).requires_grad_(tensor.requires_grad)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert buffer[:MARGIN].isnan().all()
+            assert buffer[-MARGIN:].isnan().all()
+        self.buffers.clear()
+
+
+def nvrtc_library() -> Path | None:
+    """libnvrtc from the wheel nvidia-cuda-nvrtc."""
+    nvidia = find_spec("nvidia")
+    for folder in nvidia.submodule_search_locations if nvidia else ():
+        for library in sorted(Path(folder).glob("**/libnvrtc.so*")):
+            return library
+    return None
+
+
+def supported_architectures(library: Path) -> set[int]:
+    nvrtc = ctypes.CDLL(str(library))
+    count = ctypes.c_int()
+    assert nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)) == 0
+    architectures = (ctypes.c_int * count.value)()
+    assert nvrtc.nvrtcGetSupportedArchs(architectures) == 0
+    return set(architectures)
+
+
+def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]) -> None:
+    """Compile a source as CuPy would: all of its kernels are there, and none uses local memory."""
+    compiler = pytest.importorskip("pynvrtc.compiler")
+    library = nvrtc_library()
+    if library is None:
+        pytest.skip("the wheel nvidia-cuda-nvrtc is not installed")
+    if architecture not in supported_architectures(library):
+        pytest.skip(f"this NVRTC no longer, or does not yet, know compute_{architecture}")
+    code = source.path.read_text(encoding="utf-8")
+    program = compiler.Program(code, source.path.name, lib_name=str(library))
+    # CuPy's own options, with CuPy 13's default standard, the oldest in use.
+    own = ["--std=c++14", "-ftz=true", "--device-as-default-execution-space"]
+    ptx = program.compile([*own, f"--gpu-architecture=compute_{architecture}", *options])
+    assert set(re.findall(r"\.entry (\w+)\(", ptx)) == set(source.names)
+    assert ".local" not in ptx
+
+
+def check_registers(
+    source: cuda.Source, architecture: int, options: tuple[str, ...], most: int, folder: Path
+) -> None:
+    """Compile a source with nvcc: no stack, no spills, at most so many registers a thread."""
+    output = folder / ("".join(filter(str.isalnum, "".join(options))) + ".cubin")
+    command = ["nvcc", "-std=c++14", f"-arch=sm_{architecture}", *options, "-cubin", "-Xptxas"]
+    result = subprocess.run(
+        [*command, "-v", "-o", str(output), str(source.path)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    pattern = re.compile(
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    found = {name: tuple(map(int, numbers)) for name, *numbers in pattern.findall(result.stderr)}
+    assert set(found) == set(source.names)
+    for name, (*memory, registers) in found.items():
+        assert memory == [0, 0, 0], f"{name} with {options} uses local memory: {memory}"
+        assert registers <= most, f"{name} with {options} uses {registers} registers"
