@@ -111,10 +111,12 @@ class TrainingStep:
 
     @torch.no_grad()
     def next_loss(self) -> float:
-        """The loss of the next batch, this rank's; nothing is learned or drawn for it."""
+        """The loss of this rank's next batch; weights, buffers and generators stay as they are."""
         device, row = self.source.device, self.row if self.row < len(self.source) - 1 else 0
+        batch = get_batch(self.source, row, self.bptt)
+        buffers = {name: buffer.clone() for name, buffer in self.loss.named_buffers()}
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            loss, _, _ = self.loss(*get_batch(self.source, row, self.bptt), self.hidden)
+            loss, _, _ = torch.func.functional_call(self.loss, buffers, (*batch, self.hidden))
         return float(loss)
 
     def _next_text(self) -> Tensor:
