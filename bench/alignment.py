@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench.common import in_turns, on_gpu, print_heading
-from cli.device import keep_memory, select_device, set_precision
+from cli.device import has_bf16, keep_memory, select_device, set_precision
 
 # Rows, inputs and outputs for a unit of hidden width, by layer: a middle one of each cell.
 LAYERS = {"LSTM 1150": (1150, 4), "QRNN 1550": (1550, 3)}
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     print_heading(f"{ROWS} rows; median of {args.runs} runs in turn", device)
     print("| layer | precision | width | ms | x the published width |")
     print("|---|---|---|---|---|")
-    for precision in ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]:
+    for precision in ["fp32"] + ["tf32"] * (device.type == "cuda") + ["bf16"] * has_bf16(device):
         set_precision(precision, device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         for name, (width, parts) in LAYERS.items():

@@ -34,7 +34,7 @@ def set_precision(precision: str | None, device: torch.device) -> str:
     """Set what float32 matrix products are made in, and return the precision in use.
 
     `precision` is fp32, tf32, bf16 or None: tf32 on CUDA, fp32 elsewhere. With bf16 those that
-    autocast leaves alone are as with tf32 on CUDA. Raises ToolkitError for tf32 without CUDA.
+    autocast leaves alone are as with tf32 on CUDA. Raises ToolkitError for what `device` cannot.
     """
     cuda = device.type == "cuda"
     if precision is None:
@@ -43,11 +43,23 @@ def set_precision(precision: str | None, device: torch.device) -> str:
         raise ToolkitError(
             "--precision tf32 is a format of GPUs: on the CPU, give --precision fp32 or bf16"
         )
+    if precision == "bf16" and not has_bf16(device):
+        raise ToolkitError(
+            "--precision bf16 would be slower than float32 on this CPU, and an LSTM cannot run: a "
+            "GPU or a CPU with AVX-512 has bfloat16; leave the flag out"
+        )
     if cuda:
         # PyTorch's own default is tf32 for cuDNN's recurrent layers only.
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return precision
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether PyTorch has fast matrix products in bfloat16 on `device`, and an LSTM."""
+    if device.type == "cuda" or not torch.backends.mkldnn.is_available():
+        return True
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def score_as_trained(recorded: Mapping[str, Any], device: torch.device) -> None:

@@ -359,3 +359,17 @@ def test_a_model_is_scored_in_the_precision_of_its_evaluations(recorded, own_pre
     # There is no tf32 on the CPU, where such a model may be scored nevertheless.
     device.score_as_trained({"precision": "tf32"}, torch.device("cpu"))
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
+
+
+def test_precisions_that_a_cpu_cannot(monkeypatch):
+    cpu = torch.device("cpu")
+    assert device.set_precision(None, cpu) == "fp32"
+    with pytest.raises(
+        utils.ToolkitError, match=r"tf32 is a format of GPUs: .* give --precision fp32"
+    ):
+        device.set_precision("tf32", cpu)
+    for has, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        assert device.set_precision(name, cpu) == name
+    with pytest.raises(utils.ToolkitError, match=r"bf16 would be slower .* leave the flag out"):
+        device.set_precision("bf16", cpu)
