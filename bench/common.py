@@ -128,7 +128,10 @@ def copy_bandwidth(device: torch.device, runs: int = 10) -> float:
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:
-    """How many sets of inputs of `nbytes` it takes to leave nothing in the GPU's L2 cache."""
+    """How many sets of inputs of `nbytes` it takes to leave nothing in the GPU's L2 cache.
+
+    Count only what each set has of its own: results lie in the same memory for all sets.
+    """
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,10 +1,9 @@
-"""Run the benchmarks one after the other and keep their tables in one file, as they come.
+"""Run the benchmarks, each into a file of its own, and end with a table of decisions.
 
-`python bench/run_all.py --out FILE` from the repository's root. On a GPU the tests marked `gpu`
-come first, and small ones of the kernels under compute-sanitizer: the time of a kernel that is
-wrong is worth nothing. FILE is whole after every benchmark, so a run that is cut keeps what it has;
-`--minutes M` ends it after M minutes. The exit status is 1 if anything failed, was cut or is not
-there.
+`python bench/run_all.py` from the repository's root. What is finished in the folder, at this commit
+and on this device, is not run again: where it was cut, the same command goes on. On a GPU the tests
+marked `gpu` come first, and small ones of the kernels under compute-sanitizer: the time of a kernel
+that is wrong is worth nothing. The exit status is 1 if anything failed, was cut or is not there.
 """
 
 import argparse
@@ -24,11 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from bench.decisions import decisions
 from cli import metrics
 from files.writing import writing
 from qrnn import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
+# A machine with a GPU is often lent for ten minutes at a time.
+GPU_MINUTES = 9.0
 
 
 @dataclass
@@ -44,8 +46,11 @@ class Task:
 CHECKED = "(forget_mult or test_layer) and (shape1 or shape2) or bidirectional or expanded"
 # Each tensor an allocation of its own: within PyTorch's blocks, what lies past a tensor is allowed.
 SEPARATE = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1"
+PYTEST = "python -m pytest -m gpu -q -rs"
+STEP = "python bench/train_step.py --only"
 TASKS = {
-    "tests": Task("python -m pytest -m gpu -q -rs", gpu=True),
+    "tests-kernels": Task(f"{PYTEST} tests/test_kernel_gpu.py", gpu=True),
+    "tests-steps": Task(f"{PYTEST} --ignore tests/test_kernel_gpu.py", gpu=True),
     "sanitizer": Task(
         # Libraries ask the driver for what it may not have; that is no error of ours.
         f"{SEPARATE} compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 "
@@ -53,14 +58,18 @@ TASKS = {
         gpu=True,
         needs="compute-sanitizer",
     ),
+    "alignment": Task("python bench/alignment.py"),
     "forget_mult": Task("python bench/forget_mult.py"),
     "qrnn_layer": Task("python bench/qrnn_layer.py"),
-    "train_step": Task("python bench/train_step.py"),
+    "train_step-ptb-qrnn": Task(f"{STEP} 'PTB QRNN'"),
+    "train_step-ptb-lstm": Task(f"{STEP} 'PTB LSTM'"),
     "profile_step": Task("python bench/profile_step.py"),
-    "alignment": Task("python bench/alignment.py"),
-    "corpus": Task("python bench/corpus.py"),
+    "train_step-wt2-qrnn": Task(f"{STEP} 'WT2 QRNN'"),
+    "train_step-wt2-lstm": Task(f"{STEP} 'WT2 LSTM'"),
+    "train_step-wt103-qrnn": Task(f"{STEP} 'WT103 QRNN'"),
     "pointer": Task("python bench/pointer.py"),
     "dynamic": Task("python bench/dynamic.py"),
+    "corpus": Task("python bench/corpus.py"),
     "big_corpus": Task("python bench/big_corpus.py"),
 }
 
@@ -93,15 +102,21 @@ def run(task: Task, seconds: float | None) -> tuple[str, str]:
         return output.read().decode("utf-8", "replace"), end
 
 
-def report(sections: list[str], failures: list[str]) -> str:
-    """The file: where it ran, what went wrong, then every section."""
+def head(task: Task) -> str:
+    """How a task's file begins: the same for the same command, device and commit."""
+    device = "a CPU"
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    else:
-        device = "a CPU"
-    head = [f"# Benchmarks on {device}", "", f"Commit {metrics.commit() or 'not known'}."]
-    head += ["", *(f"- {failure}" for failure in failures)] if failures else []
-    return "\n".join([*head, "", *sections])
+    return f"# `{task.command}`\n\nOn {device}, commit {metrics.commit() or 'not known'}: "
+
+
+def attempt(task: Task, left: float | None) -> tuple[str, str]:
+    """Run a task unless something stands in its way: its output, and what went wrong, if any."""
+    if task.needs and shutil.which(task.needs) is None:
+        return "", f"not run: {task.needs} is not installed"
+    if left is not None and left <= 0:
+        return "", "not run: the time is up"
+    return run(task, left)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,34 +124,40 @@ def main(argv: list[str] | None = None) -> int:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         # So that what it has started ends with it.
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the tables in this file")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: results/gpu or cpu")
     parser.add_argument("--only", nargs="+", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
-    parser.add_argument("--minutes", type=float, metavar="M", help="end after M minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=GPU_MINUTES if cuda else None, metavar="M",
+        help="end after M minutes; the default is 9 on a GPU",
+    )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.only is None:
-        args.only = [n for n, task in TASKS.items() if not task.gpu or torch.cuda.is_available()]
+    out = args.out or ROOT / "results" / ("gpu" if cuda else "cpu")
+    out.mkdir(parents=True, exist_ok=True)
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    sections, failures = [], []
-    if torch.cuda.is_available() and not kernels.available():
+    failures = []
+    if cuda and not kernels.available():
         failures.append(f"the tests of the QRNN's kernels are skipped: {kernels.requirement()}")
     for name, task in TASKS.items():
-        if name not in args.only:
+        if name not in (args.only or TASKS) or (task.gpu and not cuda):
             continue
-        left = None if deadline is None else deadline - time.monotonic()
-        if task.needs and shutil.which(task.needs) is None:
-            output, end = "", f"not run: {task.needs} is not installed"
-        elif left is not None and left <= 0:
-            output, end = "", "not run: the time is up"
-        else:
-            output, end = run(task, left)
+        file = out / f"{name}.md"
+        whole = f"{head(task)}whole\n"
+        if not args.only and file.exists() and file.read_text("utf-8").startswith(whole):
+            continue
+        output, end = attempt(task, None if deadline is None else deadline - time.monotonic())
         if end:
-            failures.append(f"`{task.command}` {end}")
-        sections.append(f"## `{task.command}`\n\n{output}{f'**{end}**' if end else ''}\n")
-        print(sections[-1], flush=True)
-        if args.out is not None:
-            with writing(args.out, "--out") as file:
-                file.write(report(sections, failures).encode())
+            failures.append(f"{name}: {end}")
+        print(f"# `{task.command}`\n\n{output}\n{end}", flush=True)
+        # What is not run at all replaces nothing.
+        if output or not file.exists():
+            with writing(file, "--out") as stream:
+                stream.write(f"{head(task)}{end or 'whole'}\n\n{output}".encode())
+    table = decisions({file.stem: file.read_text("utf-8") for file in sorted(out.glob("*.md"))})
+    with writing(out / "decisions.md", "--out") as stream:
+        stream.write("\n".join([table, *(f"- {failure}" for failure in failures), ""]).encode())
+    print("\n".join([table, *failures]))
     return int(bool(failures))
 
 

@@ -13,6 +13,7 @@ import itertools
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from bench.common import in_turns, need_kernels, print_heading
-from cli.device import keep_memory, select_device, set_precision
+from cli.device import has_bf16, keep_memory, select_device, set_precision
 from locked_dropout import LockedDropout
 from loss import TrainingLoss
 from model import RNNModel
@@ -95,7 +96,10 @@ class PlainLSTM(nn.Module):
                 layer.bias_ih_l0,
                 layer.bias_hh_l0,
             ]
-            raw, h, c = torch.lstm(output, hidden[i], flat, True, 1, 0.0, True, False, False)
+            with warnings.catch_warnings():
+                # On a GPU PyTorch says that it copies these weights at every call.
+                warnings.simplefilter("ignore")
+                raw, h, c = torch.lstm(output, hidden[i], flat, True, 1, 0.0, True, False, False)
             states.append((h.detach(), c.detach()))
             output = self.lockdrop(raw, last if i == len(self.layers) - 1 else between)
         logits = functional.linear(output.flatten(0, 1), self.encoder.weight, self.bias)
@@ -125,7 +129,7 @@ def plain_step(setting: Setting, source: Tensor) -> Callable[[], None]:
 def our_step(
     setting: Setting, source: Tensor, graphs: bool, precision: str
 ) -> tuple[Callable[[], None], TrainingStep]:
-    """A step as main.py makes it, and what makes it."""
+    """A step as main.py makes it: the call, and the TrainingStep that it calls."""
     torch.manual_seed(0)
     model = RNNModel(
         setting.cell,
@@ -161,14 +165,21 @@ def our_step(
     return take, step
 
 
+def recorded(call: Callable[[], None], step: TrainingStep) -> str:
+    """How a step that is to be recorded runs: "graphs", unless recording it failed."""
+    for _ in range(3):  # eager, recorded, replayed
+        call()
+    return "graphs" if step.recording and step._replays else "eager (recording failed)"
+
+
 def products(
-    setting: Setting, counts: list[tuple[int, int, int]], device: torch.device, precision: str
+    sizes: list[tuple[int, int, int]], device: torch.device, precision: str
 ) -> Callable[[], None]:
     """The step's matrix products: forward, for the input's gradient and for the weight's."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     operands = [
         [torch.randn(size, device=device).to(dtype) for size in ((n, k), (m, k), (n, m))]
-        for n, k, m in counts
+        for n, k, m in sizes
     ]
 
     def run() -> None:
@@ -251,14 +262,21 @@ def ways_of(
     """What is timed: its name, its precision and the call."""
     source = ids(setting, device)
     cuda = device.type == "cuda"
-    precisions = ["fp32", "tf32", "bf16"] if cuda else ["fp32", "bf16"]
+    precisions = ["fp32"] + ["tf32"] * cuda + ["bf16"] * has_bf16(device)
     for precision in precisions:
         call, step = our_step(setting, source, False, precision)
         yield f"eager {precision}", precision, call
         if cuda and len(step.network.criterion.splits) == 1:
-            yield f"graphs {precision}", precision, our_step(setting, source, True, precision)[0]
-        floor = products(setting, counts(setting, step), device, precision)
+            set_precision(precision, device)
+            call, graphed = our_step(setting, source, True, precision)
+            yield f"{recorded(call, graphed)} {precision}", precision, call
+        sizes = counts(setting, step)
+        floor = products(sizes, device, precision)
         yield f"products {precision}", precision, floor
+        if cuda:
+            # Rows of 1550 floats leave out the fastest kernels.
+            wider = [(rows, -(-k // 16) * 16, -(-m // 16) * 16) for rows, k, m in sizes]
+            yield f"products aligned {precision}", precision, products(wider, device, precision)
     if setting.cell == "LSTM":
         plain = "tf32" if cuda else "fp32"
         yield f"plain nn.LSTM {plain}", plain, plain_step(setting, source)

@@ -26,7 +26,8 @@
 // far too few to hide memory latency by switching between them, so each thread fetches a whole chunk
 // of steps, with no use of them in between, while it computes the chunk before. About
 // 3 TB/s * 700 ns = 2.1 MB must be in flight: 31,000 threads with 8 steps of three float
-// streams are 3 MB, and between one and two chunks are always under way.
+// streams are 3 MB. That is the most there can be: the compiler has all loads of a chunk share one
+// scoreboard, and a thread waits for the whole chunk before it fetches the next.
 //
 // Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16 -DCHUNK=steps, without
 // any header, so that NVRTC needs no CUDA toolkit. All arithmetic is in State: double for double, else

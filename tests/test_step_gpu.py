@@ -1,10 +1,13 @@
 """Training steps on a GPU: CUDA graphs against eager steps, precisions, cuDNN without a warning."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
-from conftest import ORIGINAL_CELLS
+from conftest import ORIGINAL_CELLS, ROOT
 
 from cli.device import set_precision
 from loss import TrainingLoss
@@ -62,9 +65,15 @@ def test_200_graphed_steps_are_the_eager_ones(rnn_type, optimizer):
     expected, losses = run(eager), run(graphed)
     assert graphed.recording
     assert len(graphed._replays) == 4
-    torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3)
+    # cuDNN's backward pass adds in another order every time, and 200 steps let that grow. Adam
+    # moves a weight by its rate of 1e-3 however small the gradient: where rounding turns its sign,
+    # two runs part by twice that a step. The losses stay closer than the weights.
+    loose = rnn_type != "QRNN" or optimizer == "adam"
+    tolerance = 1e-2 if loose else 1e-3
+    torch.testing.assert_close(losses, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(losses[:20], expected[:20], atol=1e-3, rtol=1e-3)
     for p, q in zip(graphed.params, eager.params, strict=True):
-        torch.testing.assert_close(p, q, atol=1e-3, rtol=1e-2)
+        assert (p - q).norm() < (5e-2 if loose else 1e-2) * q.norm()
 
 
 def test_replays_draw_fresh_masks():
@@ -101,18 +110,31 @@ def test_cudnn_gets_its_weights_without_a_warning_and_parameters_stay(rnn_type, 
     assert [p.data_ptr() for p in step.params] == addresses
 
 
-def test_cudnn_takes_the_published_sizes_without_a_warning():
+def make_at_published_width(graphs):
     torch.manual_seed(0)
     model = RNNModel("LSTM", 1000, 400, 1150, 3, **RATES, tie_weights=True).cuda()
-    source = torch.randint(1000, (200, 20), device="cuda", dtype=torch.int32)
+    source = torch.randint(1000, (400, 20), device="cuda", dtype=torch.int32)
     network = TrainingLoss(model, SplitCrossEntropyLoss(400, []).cuda(), alpha=2.0, beta=1.0)
-    options = {"bptt": 20, "clip": 0.25, "graphs": False}
-    step = make_step(network, NTASGD(network.parameters(), 1.0), source, **options)
+    options = {"bptt": 20, "clip": 0.25, "graphs": graphs}
+    return make_step(network, NTASGD(network.parameters(), 1.0), source, **options)
+
+
+def test_cudnn_takes_the_published_sizes_without_a_warning():
+    step = make_at_published_width(graphs=False)
     addresses = [p.data_ptr() for p in step.params]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run(step, 4).isfinite().all()
     assert [p.data_ptr() for p in step.params] == addresses
+
+
+def test_cudnn_can_be_recorded_at_the_published_width():
+    """Narrow layers take another of cuDNN's algorithms than those of 1150."""
+    eager, graphed = make_at_published_width(False), make_at_published_width(True)
+    expected, losses = run(eager, 16), run(graphed, 16)
+    assert graphed.recording
+    assert graphed._replays
+    torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
@@ -124,21 +146,39 @@ def test_bf16_makes_no_float16_of_recurrent_layers(rnn_type):
     assert all(output.dtype == torch.float32 for output in outputs)
 
 
-@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
-def test_after_a_recording_that_failed_steps_run_eagerly(rnn_type, capsys, monkeypatch):
+def check_a_failed_recording(rnn_type):
+    """Eager steps go on, memory can be given back, and another step can be recorded."""
     eager, graphed = make(rnn_type), make(rnn_type, graphs=True)
     forward = graphed.network.forward
+    said = []
+    graphed.say = said.append
 
     def with_a_number_from_the_device(*args):
         result = forward(*args)
         result[1].item()
         return result
 
-    monkeypatch.setattr(graphed.network, "forward", with_a_number_from_the_device)
+    graphed.network.forward = with_a_number_from_the_device
     losses = run(graphed, 20)
     assert not graphed.recording
-    assert "CUDA graphs are off, this step cannot be recorded: " in capsys.readouterr().out
+    assert "CUDA graphs are off, this step cannot be recorded: " in said[0]
     torch.testing.assert_close(losses, run(eager, 20), atol=1e-3, rtol=1e-3)
+    torch.cuda.empty_cache()
+    again = make(rnn_type, graphs=True)
+    run(again, 20)
+    assert again.recording
+    assert again._replays
+
+
+@pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
+def test_after_a_recording_that_failed_steps_run_eagerly(rnn_type):
+    # In a process of its own: a failed recording may leave CUDA in a state that spoils later tests.
+    code = f"import test_step_gpu as tests; tests.check_a_failed_recording({rnn_type!r})"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_split_softmax_runs_eagerly_and_says_so(capsys):
@@ -151,6 +191,8 @@ def test_the_split_softmax_runs_eagerly_and_says_so(capsys):
 def test_no_step_waits_for_the_device():
     step = make("QRNN", graphs=True)
     run(step, 20)
+    assert step.recording
+    assert 20 in step._replays
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):

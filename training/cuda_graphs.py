@@ -153,6 +153,13 @@ def _plain(values: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(kept)
 
 
+def _stop_allocating(device: int, pool: tuple[int, int]) -> None:
+    """Have the allocator serve `device` from the common memory again, and not from `pool`."""
+    before_2_8 = "_cuda_endAllocateCurrentStreamToPool"
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, before_2_8)
+    end(device, pool)
+
+
 class _CUDARecorder:
     """Records work as CUDA graphs in one memory pool, on a stream of its own.
 
@@ -174,9 +181,14 @@ class _CUDARecorder:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 work()
         except RuntimeError:
+            device = self.stream.device.index
             # Before PyTorch 2.11 or so the generator still takes itself for one that is recorded.
-            generator = torch.cuda.default_generators[self.stream.device.index]
+            generator = torch.cuda.default_generators[device]
             generator.graphsafe_set_state(generator.clone_state())
+            # Before PyTorch 2.12 the allocator still serves this stream from the graphs' pool, and
+            # later recordings and empty_cache() can fail. From 2.12 on it says that it does not.
+            with contextlib.suppress(RuntimeError):
+                _stop_allocating(device, self.pool)
             raise
         self._graphs.add(graph)
         return graph.replay
