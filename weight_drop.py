@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels import cudnn
+from kernels import aligned, cudnn
 
 
 class WeightDrop(nn.Module):
@@ -62,6 +62,8 @@ class WeightDrop(nn.Module):
             return raw.view_as(raw)
         if self.variational:
             return raw * functional.dropout(raw.new_ones(raw.size(0), 1), self.dropout)
+        if isinstance(self.module, aligned.Linear) and aligned.suits(raw):
+            return aligned.dropout(raw, self.dropout)
         if raw.device.type == "cpu":
             return raw * _mask(raw, self.dropout)
         return functional.dropout(raw, self.dropout)

@@ -1,8 +1,9 @@
-"""Matrix products on the CPU whose results have aligned rows: the same numbers, sooner.
+"""Matrix products whose rows are aligned: the same numbers, sooner.
 
 Where rows of a result do not begin on cache lines, as with 1150 or 1550 columns of float32, the
-product takes up to a third longer (bench/alignment.py). The sizes stay what they are; only the
-distance from row to row is rounded up.
+product on a CPU takes up to a third longer (bench/alignment.py). On a GPU the fastest products take
+operands and results only in rows that begin at multiples of 16 bytes. The sizes stay what they are:
+only the distance from row to row is rounded up.
 """
 
 from typing import Any
@@ -12,20 +13,58 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_LINE = 64  # bytes
+
+def suits(tensor: Tensor) -> bool:
+    """Whether `tensor` is on a GPU, and its products are to be aligned for that."""
+    return tensor.is_cuda
+
+
+def row(columns: int, like: Tensor, dtype: torch.dtype | None = None) -> int:
+    """How far apart aligned rows of so many elements are, in elements.
+
+    Rows are aligned at 64 bytes on the CPU, a cache line, and at 16 on a GPU.
+    """
+    line = 16 if suits(like) else 64 if like.device.type == "cpu" else 1
+    elements = max(1, line // (dtype or like.dtype).itemsize)
+    return -(-columns // elements) * elements
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of that shape with aligned rows, on the device of `like` and by default as wide."""
+    columns = shape[-1]
+    padded = (*shape[:-1], row(columns, like, dtype))
+    return like.new_empty(padded, dtype=dtype)[..., :columns]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of two matrices on the CPU, its rows a whole number of cache lines apart."""
-    columns = b.size(1)
-    per_line = _LINE // a.element_size()
-    row = -(-columns // per_line) * per_line
-    return torch.mm(a, b, out=a.new_empty(a.size(0), row)[:, :columns])
+    """`a @ b` of two matrices, its rows aligned; on a GPU unaligned operands are copied first."""
+    if suits(a):
+        a, b = _operand(a), _operand(b)
+    return torch.mm(a, b, out=empty((a.size(0), b.size(1)), a))
+
+
+def dropout(weight: Tensor, p: float) -> Tensor:
+    """`functional.dropout` of a matrix, in training; the result's rows are aligned."""
+    return _AlignedDropout.apply(weight, p)
+
+
+def _operand(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`matrix` for a product on a GPU: itself if its rows, or columns, are aligned, else a copy."""
+    if matrix.stride(0) == 1 < matrix.stride(1):
+        return _operand(matrix.t(), dtype).t()
+    dtype = dtype or matrix.dtype
+    even = matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    if even and matrix.data_ptr() % 16 == 0 and matrix.dtype == dtype:
+        return matrix
+    return empty(matrix.shape, matrix, dtype).copy_(matrix)
 
 
 class _AlignedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if suits(x):
+            low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+            x, weight = _operand(x, low or None), _operand(weight, low or None)
         ctx.save_for_backward(x, weight)
         y = matmul(x, weight.t())
         return y if bias is None else y.add_(bias)
@@ -42,15 +81,35 @@ class _AlignedLinear(torch.autograd.Function):
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`functional.linear` of `x` (..., n_in): (..., n_out), with aligned rows on the CPU.
+class _AlignedDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, p: float) -> Tensor:
+        mask = torch.empty_like(weight, dtype=torch.bool).bernoulli_(1 - p)
+        ctx.save_for_backward(mask)
+        ctx.scale = 1 / (1 - p)
+        out = empty(weight.shape, weight)
+        return torch.addcmul(weight.new_zeros(()), weight, mask, value=ctx.scale, out=out)
 
-    `weight` is (n_out, n_in), `bias` (n_out,). On a GPU, under autocast or torch.compile, and in
-    narrower types than float32 it is `functional.linear` itself.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`functional.linear` of `x` (..., n_in): (..., n_out), with aligned rows.
+
+    `weight` is (n_out, n_in), `bias` (n_out,). Under torch.compile, on a GPU with a bias, and on
+    the CPU in narrower types than float32, it is `functional.linear` itself.
     """
-    narrow = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
+    # With a bias, PyTorch's own product on a GPU adds it on the way, and an aligned one would not.
+    plain = bias is not None
+    if not suits(x):
+        narrow = x.dtype not in (torch.float32, torch.float64)
+        plain = x.device.type != "cpu" or narrow or torch.is_autocast_enabled("cpu")
     # A compiler lays out its results itself.
-    if x.device.type != "cpu" or narrow or torch.compiler.is_compiling():
+    if plain or torch.compiler.is_compiling():
         return functional.linear(x, weight, bias)
     y = _AlignedLinear.apply(x.reshape(-1, x.size(-1)), weight, bias)
     return y.view(*x.shape[:-1], y.size(1))
@@ -59,6 +118,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """`nn.Linear` with the same parameters, through `linear`."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """From (..., in_features) to (..., out_features)."""
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
+        """From (..., in_features) to (..., out_features), on demand without the bias."""
+        return linear(input, self.weight, self.bias if with_bias else None)

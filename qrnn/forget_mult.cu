@@ -187,11 +187,12 @@ struct Chunk {
 };
 
 // What both directions take first: Z, F, O as streams of one row size (ForgetMult: its x and f),
-// the zoneout mask or scale, and the lengths of the batch columns (or null).
+// the zoneout mask or scale, the lengths of the batch columns (or null), and the bias that is added to
+// Z | F | O first, one after the other (or null; ForgetMult has none).
 #define INPUTS                                                                                     \
     const Scalar *__restrict__ z, const Scalar *__restrict__ f, const Scalar *__restrict__ o,      \
         long long in_row, const Scalar *__restrict__ mask, double scale,                           \
-        const long long *__restrict__ lengths
+        const long long *__restrict__ lengths, const State *__restrict__ bias
 
 #define SIZES long long seq_len, long long batch, long long hidden, long long reverse
 
@@ -201,13 +202,25 @@ struct Chunk {
     INPUTS, const Scalar *__restrict__ c_init, Scalar *__restrict__ h, long long h_row,            \
         State *__restrict__ states, Scalar *__restrict__ c_last, SIZES
 
-// Takes the forward kernel's states. Both incoming gradients and grad_init may be null. Writes every
-// row of grad_z, grad_f and, with a gate, grad_o: zeros beyond a column's length.
+// Takes the forward kernel's states. Both incoming gradients, grad_init and grad_bias may be null.
+// Writes every row of grad_z, grad_f and, with a gate, grad_o: zeros beyond a column's length; and
+// to grad_bias the sums of those over time, (batch, 3 * hidden) or without a gate (batch, 2 * hidden).
 #define BACKWARD_PARAMETERS                                                                        \
     INPUTS, const State *__restrict__ states, const Scalar *__restrict__ grad_h,                   \
         long long grad_h_row, const Scalar *__restrict__ grad_last, Scalar *__restrict__ grad_z,   \
         Scalar *__restrict__ grad_f, Scalar *__restrict__ grad_o, long long grad_row,              \
-        Scalar *__restrict__ grad_init, SIZES
+        Scalar *__restrict__ grad_init, State *__restrict__ grad_bias, SIZES
+
+// A number for each of Z, F and O: the bias of this thread's column, or the sums of its gradients.
+struct Gates {
+    State z, f, o;
+};
+
+__device__ __forceinline__ Gates bias_of(const State *__restrict__ bias, long long j,
+                                         long long hidden, bool gate) {
+    if (!bias) return {State(0), State(0), State(0)};
+    return {bias[j], bias[hidden + j], gate ? bias[2 * hidden + j] : State(0)};
+}
 
 // What is fetched at once of every stream; what a kernel does not read stays untouched.
 template <int STEPS>
@@ -219,7 +232,8 @@ struct Streams {
 // steps overlap.
 template <bool WHOLE, bool FUSED, bool GATE, bool MASK, int STEPS>
 __device__ __forceinline__ void compute_forward(const Streams<STEPS> &now, int first, int steps,
-                                                const Window &window, State scale, State &state,
+                                                const Window &window, State scale,
+                                                const Gates &bias, State &state,
                                                 Scalar *__restrict__ h, Cursor &h_cursor,
                                                 State *__restrict__ states, long long columns) {
 #pragma unroll
@@ -228,13 +242,13 @@ __device__ __forceinline__ void compute_forward(const Streams<STEPS> &now, int f
             states[(first + i) / CHUNK * columns] = state;
         State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
         if (FUSED) {
-            x = tanh_of(x);
-            take = sigmoid(take) * (MASK ? widen(now.mask.values[i]) : scale);
+            x = tanh_of(x + bias.z);
+            take = sigmoid(take + bias.f) * (MASK ? widen(now.mask.values[i]) : scale);
         }
         const bool inside = window.contains(first + i);
         const State moved = take * x + (State(1) - take) * state;
         state = inside ? moved : state;
-        const State out = GATE ? sigmoid(widen(now.o.values[i])) * state : state;
+        const State out = GATE ? sigmoid(widen(now.o.values[i]) + bias.o) * state : state;
         if (WHOLE || first + i < steps) narrow(inside ? out : State(0), h[h_cursor.at]);
         h_cursor.at += h_cursor.step;
     }
@@ -265,6 +279,7 @@ __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
     };
 
     const State factor = State(scale);
+    const Gates added = bias_of(bias, j, hidden, GATE);
     State state = c_init ? widen(c_init[column]) : State(0);
     fetch(0);
     for (int first = 0; first < steps; first += STEPS) {
@@ -274,11 +289,11 @@ __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
         if (MASK) now.mask = next.mask;
         fetch(first + STEPS);
         if (first + STEPS <= steps)
-            compute_forward<true, FUSED, GATE, MASK>(now, first, steps, window, factor, state, h,
-                                                     h_cursor, states, columns);
+            compute_forward<true, FUSED, GATE, MASK>(now, first, steps, window, factor, added,
+                                                     state, h, h_cursor, states, columns);
         else
-            compute_forward<false, FUSED, GATE, MASK>(now, first, steps, window, factor, state, h,
-                                                      h_cursor, states, columns);
+            compute_forward<false, FUSED, GATE, MASK>(now, first, steps, window, factor, added,
+                                                      state, h, h_cursor, states, columns);
     }
     if (c_last) narrow(state, c_last[column]);
 }
@@ -288,7 +303,8 @@ __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
 template <bool WHOLE, bool FUSED, bool GATE, bool MASK>
 __device__ __forceinline__ void compute_backward(const Streams<CHUNK> &now, State state, int first,
                                                  int steps, const Window &window, State scale,
-                                                 State &carry, Scalar *__restrict__ grad_z,
+                                                 const Gates &bias, Gates &sums, State &carry,
+                                                 Scalar *__restrict__ grad_z,
                                                  Scalar *__restrict__ grad_f,
                                                  Scalar *__restrict__ grad_o, Cursor &cursor) {
     State incoming[CHUNK], keep[CHUNK], slope_z[CHUNK], slope_f[CHUNK];
@@ -300,9 +316,9 @@ __device__ __forceinline__ void compute_backward(const Streams<CHUNK> &now, Stat
         State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
         slope_z[i] = slope_f[i] = State(1);
         if (FUSED) {
-            const State open = sigmoid(take);
+            const State open = sigmoid(take + bias.f);
             const State factor = MASK ? widen(now.mask.values[i]) : scale;
-            x = tanh_of(x);
+            x = tanh_of(x + bias.z);
             take = open * factor;
             slope_z[i] = State(1) - x * x;
             slope_f[i] = take * (State(1) - open);
@@ -313,9 +329,10 @@ __device__ __forceinline__ void compute_backward(const Streams<CHUNK> &now, Stat
         state = inside ? take * x + keep[i] * before : before;
         incoming[i] = widen(now.grad.values[i]);
         if (GATE) {
-            const State gate = sigmoid(widen(now.o.values[i]));
-            const State grad = incoming[i] * state * gate * (State(1) - gate);
-            if (WHOLE || first + i < steps) narrow(inside ? grad : State(0), grad_o[at]);
+            const State gate = sigmoid(widen(now.o.values[i]) + bias.o);
+            const State grad = inside ? incoming[i] * state * gate * (State(1) - gate) : State(0);
+            if (WHOLE || first + i < steps) narrow(grad, grad_o[at]);
+            sums.o += grad;
             incoming[i] *= gate;
         }
         at -= cursor.step;
@@ -324,9 +341,15 @@ __device__ __forceinline__ void compute_backward(const Streams<CHUNK> &now, Stat
     for (int i = CHUNK - 1; i >= 0; --i) {
         const bool inside = window.contains(first + i);
         const State grad = incoming[i] + carry;
+        const State to_z = inside ? grad * slope_z[i] : State(0);
+        const State to_f = inside ? grad * slope_f[i] : State(0);
         if (WHOLE || first + i < steps) {
-            narrow(inside ? grad * slope_z[i] : State(0), grad_z[cursor.at]);
-            narrow(inside ? grad * slope_f[i] : State(0), grad_f[cursor.at]);
+            narrow(to_z, grad_z[cursor.at]);
+            narrow(to_f, grad_f[cursor.at]);
+        }
+        if (FUSED) {
+            sums.z += to_z;
+            sums.f += to_f;
         }
         carry = inside ? grad * keep[i] : carry;
         cursor.at += cursor.step;
@@ -364,6 +387,8 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
     };
 
     const State factor = State(scale);
+    const Gates added = bias_of(bias, j, hidden, GATE);
+    Gates sums = {State(0), State(0), State(0)};
     State carry = grad_last ? widen(grad_last[column]) : State(0);
     fetch(last);
     for (int first = last; first >= 0; first -= CHUNK) {
@@ -376,12 +401,20 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
         fetch(first - CHUNK);
         if (first + CHUNK <= steps)
             compute_backward<true, FUSED, GATE, MASK>(now, state, first, steps, window, factor,
-                                                      carry, grad_z, grad_f, grad_o, out_cursor);
+                                                      added, sums, carry, grad_z, grad_f, grad_o,
+                                                      out_cursor);
         else
             compute_backward<false, FUSED, GATE, MASK>(now, state, first, steps, window, factor,
-                                                       carry, grad_z, grad_f, grad_o, out_cursor);
+                                                       added, sums, carry, grad_z, grad_f, grad_o,
+                                                       out_cursor);
     }
     if (grad_init) narrow(carry, grad_init[column]);
+    if (FUSED && grad_bias) {
+        State *mine = grad_bias + b * (2 + GATE) * hidden + j;
+        mine[0] = sums.z;
+        mine[hidden] = sums.f;
+        if (GATE) mine[2 * hidden] = sums.o;
+    }
 }
 
 // Blocks of at most 64 threads: 31,000 columns are 485 of them, work for every multiprocessor.
@@ -392,13 +425,13 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
 
 #define KERNELS(NAME, ...)                                                                         \
     KERNEL NAME##_forward(FORWARD_PARAMETERS) {                                                    \
-        walk_forward<__VA_ARGS__>(z, f, o, in_row, mask, scale, lengths, c_init, h, h_row, states, \
-                                  c_last, seq_len, batch, hidden, reverse);                        \
+        walk_forward<__VA_ARGS__>(z, f, o, in_row, mask, scale, lengths, bias, c_init, h, h_row,   \
+                                  states, c_last, seq_len, batch, hidden, reverse);                \
     }                                                                                              \
     KERNEL NAME##_backward(BACKWARD_PARAMETERS) {                                                  \
-        walk_backward<__VA_ARGS__>(z, f, o, in_row, mask, scale, lengths, states, grad_h,          \
+        walk_backward<__VA_ARGS__>(z, f, o, in_row, mask, scale, lengths, bias, states, grad_h,    \
                                    grad_h_row, grad_last, grad_z, grad_f, grad_o, grad_row,        \
-                                   grad_init, seq_len, batch, hidden, reverse);                    \
+                                   grad_init, grad_bias, seq_len, batch, hidden, reverse);         \
     }
 
 KERNELS(forget_mult, false, false, false)

@@ -77,12 +77,14 @@ def qrnn_pool(
     reverse: bool = False,
     lengths: Tensor | None = None,
     use_cuda: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From a QRNN layer's linear map to its output, in one autograd node.
 
-    `y` (seq_len, batch, 3 * hidden) holds Z | F | O, or Z | F without `output_gate`. With
-    `f = sigmoid(F) * zoneout` (zeros and ones (seq_len, batch, hidden), a number, or None for 1)
-    and `c = forget_mult(f, tanh(Z), c_init, reverse)` the result is `sigmoid(O) * c`
+    `y` (seq_len, batch, 3 * hidden) holds Z | F | O, or Z | F without `output_gate`; `bias`
+    (3 * hidden,) or (2 * hidden,) is added to it first. With `f = sigmoid(F) * zoneout` (zeros and
+    ones (seq_len, batch, hidden), a number, or None for 1) and
+    `c = forget_mult(f, tanh(Z), c_init, reverse)` the result is `sigmoid(O) * c`
     (seq_len, batch, hidden) and the last `c` (1, batch, hidden). `c_init` is (batch, hidden),
     (1, batch, hidden) or None for zeros. `lengths` (batch,), int64, ends columns early: beyond
     its length a column's output is 0, and its last state is that of its last valid step.
@@ -91,15 +93,21 @@ def qrnn_pool(
     initial = initial_state(c_init, y[..., :hidden])
     mask, scale = (zoneout, None) if isinstance(zoneout, Tensor) else (None, zoneout)
     options = (mask, scale, output_gate, reverse, lengths)
+    if adds_bias(y, use_cuda):
+        h, last = _kernels_for(y).QRNNFunction.apply(y, initial, *options, bias)
+        return h, last.unsqueeze(0)
+    if bias is not None:
+        y = y + bias
     if use_cuda and torch.compiler.is_compiling():
         h, last, _ = _registered().pool(y, initial, *options)
         return h, last.unsqueeze(0)
-    kernels = _kernels_for(y) if use_cuda else None
-    if kernels:
-        h, last = kernels.QRNNFunction.apply(y, initial, *options)
-        return h, last.unsqueeze(0)
     valid = None if lengths is None else valid_steps(lengths, y)
     return _QRNNPool.apply(y, initial, zoneout, output_gate, reverse, valid)
+
+
+def adds_bias(x: Tensor, use_cuda: bool = True) -> bool:
+    """Whether `qrnn_pool` of such a tensor adds a bias on its way, at no cost: a kernel does."""
+    return use_cuda and not torch.compiler.is_compiling() and _kernels_for(x) is not None
 
 
 def qrnn_pool_both_ways(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import cuda
+from kernels import aligned, cuda
 from kernels.cuda import KernelUnavailable, available, requirement  # noqa: F401
 
 SCALARS = {
@@ -71,8 +71,7 @@ def kept_states(dtype: torch.dtype, sizes: torch.Size) -> tuple[torch.Size, torc
     batch, hidden), in float32, or in float64 if `dtype` is.
     """
     chunks = -(-sizes[0] // _CHUNK[dtype])
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.Size((chunks, *sizes[1:])), wide
+    return torch.Size((chunks, *sizes[1:])), _wide(dtype)
 
 
 def forget_mult_forward(
@@ -113,7 +112,7 @@ def forget_mult_backward(
     grad_f, grad_x = _empty(sizes, x), _empty(sizes, x)
     grad_h0 = _empty(sizes[1:], x) if need_h0 else None
     incoming = (states.contiguous(), *_rows(grad_h), None)
-    outputs = (grad_x, grad_f, None, sizes[2], grad_h0)
+    outputs = (grad_x, grad_f, None, sizes[2], grad_h0, None)
     _launch_columns("forget_mult_backward", x, sizes, reverse, (*inputs, *incoming, *outputs))
     return grad_f, grad_x, grad_h0
 
@@ -128,13 +127,14 @@ def qrnn_forward(
     lengths: Tensor | None = None,
     out: Tensor | None = None,
     keep: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A QRNN layer from its linear map's output on, in one pass over memory.
 
     `y` is (seq_len, batch, 3 * hidden), Z | F | O, or without `gate` (seq_len, batch, 2 * hidden),
-    Z | F; `c0` is (batch, hidden), or None for zeros. With `f = sigmoid(F) * mask` (zoneout in
-    training: zeros and ones, (seq_len, batch, hidden)) or `f = sigmoid(F) * scale` (in evaluation;
-    None is 1)
+    Z | F; `bias` (3 * hidden,) or (2 * hidden,), in any dtype, is added to it first. `c0` is
+    (batch, hidden), or None for zeros. With `f = sigmoid(F) * mask` (zoneout in training: zeros and
+    ones, (seq_len, batch, hidden)) or `f = sigmoid(F) * scale` (in evaluation; None is 1)
 
         c_t = f_t * tanh(Z_t) + (1 - f_t) * c_{t-1},    h_t = sigmoid(O_t) * c_t,
 
@@ -146,7 +146,7 @@ def qrnn_forward(
     Returns `h` (seq_len, batch, hidden), the last state (batch, hidden) and, with `keep`, the
     states for the backward pass.
     """
-    y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths)
+    y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths, bias)
     _check(y, ("c0", c0, sizes[1:]), ("out", out, sizes))
     h, h_row = _rows(_empty(sizes, y) if out is None else out)
     if out is not None and h is not out:
@@ -169,22 +169,25 @@ def qrnn_backward(
     reverse: bool = False,
     lengths: Tensor | None = None,
     need_c0: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `y` and, if `need_c0`, the initial state, for `qrnn_forward`.
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `y` and, if `need_c0`, the initial state, for `qrnn_forward`, and of the bias.
 
     `grad_h` (seq_len, batch, hidden) and `grad_c_last` (batch, hidden) may be None, which stands
-    for zeros; `states` is the third result of `qrnn_forward`. The gradient of `y` is contiguous.
+    for zeros; `states` is the third result of `qrnn_forward`. The gradient of `y` has aligned rows
+    (`kernels.aligned.empty`), that of the bias is None without one.
     """
-    y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths)
+    y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths, bias)
     _check(y, ("grad_h", grad_h, sizes), ("grad_c_last", grad_c_last, sizes[1:]))
     _check_states(states, y, sizes)
-    grad_y = _empty(y.shape, y)
+    grad_y = _empty_rows(y.shape, y)
     grad_c0 = _empty(sizes[1:], y) if need_c0 else None
+    sums = None if bias is None else _empty(y.shape[1:], y, states.dtype)
     incoming = (states.contiguous(), *_rows(grad_h), _contiguous(grad_c_last))
-    outputs = (*_parts(grad_y, sizes[2], gate), y.size(2), grad_c0)
+    outputs = (*_parts(grad_y, sizes[2], gate), grad_y.stride(1), grad_c0, sums)
     arguments = (*inputs, *incoming, *outputs)
     _launch_columns(_BACKWARD[gate, mask is not None], y, sizes, reverse, arguments)
-    return grad_y, grad_c0
+    return grad_y, grad_c0, None if sums is None else sums.sum(dim=0)
 
 
 class ForgetMultFunction(torch.autograd.Function):
@@ -208,9 +211,9 @@ class ForgetMultFunction(torch.autograd.Function):
 
 
 class QRNNFunction(torch.autograd.Function):
-    """`QRNNFunction.apply(y, c0, mask, scale, gate, reverse, lengths)`: a differentiable layer.
+    """`QRNNFunction.apply(y, c0, mask, scale, gate, reverse, lengths, bias)`: a layer.
 
-    The arguments are those of `qrnn_forward`; gradients reach `y` and `c0`. Returns `h`
+    The arguments are those of `qrnn_forward`; gradients reach `y`, `c0` and `bias`. Returns `h`
     (seq_len, batch, hidden) and the last state (batch, hidden).
     """
 
@@ -224,10 +227,11 @@ class QRNNFunction(torch.autograd.Function):
         gate: bool = True,
         reverse: bool = False,
         lengths: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        keep = any(ctx.needs_input_grad)
-        h, c_last, states = qrnn_forward(y, c0, mask, scale, gate, reverse, lengths, keep=keep)
-        ctx.save_for_backward(y, states, mask, lengths)
+        options = {"keep": any(ctx.needs_input_grad), "bias": bias}
+        h, c_last, states = qrnn_forward(y, c0, mask, scale, gate, reverse, lengths, **options)
+        ctx.save_for_backward(y, states, mask, lengths, bias)
         ctx.options = scale, gate, reverse
         ctx.set_materialize_grads(False)
         return h, c_last
@@ -238,10 +242,11 @@ class QRNNFunction(torch.autograd.Function):
         ctx: Any, grad_h: Tensor | None, grad_c_last: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_h is None and grad_c_last is None:
-            return (None,) * 7
-        y, states, mask, lengths = ctx.saved_tensors
-        options = (mask, *ctx.options, lengths, ctx.needs_input_grad[1])
-        return *qrnn_backward(grad_h, grad_c_last, y, states, *options), *(None,) * 5
+            return (None,) * 8
+        y, states, mask, lengths, bias = ctx.saved_tensors
+        options = (mask, *ctx.options, lengths, ctx.needs_input_grad[1], bias)
+        grads = qrnn_backward(grad_h, grad_c_last, y, states, *options)
+        return *grads[:2], *(None,) * 5, grads[2]
 
 
 class BidirectionalQRNNFunction(torch.autograd.Function):
@@ -305,11 +310,16 @@ class BidirectionalQRNNFunction(torch.autograd.Function):
 
 def _forget_mult_inputs(f: Tensor, x: Tensor, sizes: torch.Size) -> tuple:
     _check(x, ("f", f, sizes))
-    return x.contiguous(), f.contiguous(), None, sizes[2], None, 1.0, None
+    return x.contiguous(), f.contiguous(), None, sizes[2], None, 1.0, None, None
 
 
 def _layer_inputs(
-    y: Tensor, mask: Tensor | None, scale: float | None, gate: bool, lengths: Tensor | None
+    y: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    gate: bool,
+    lengths: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, torch.Size, tuple]:
     """The checked `y`, (seq_len, batch, hidden), and the first arguments of both kernels."""
     sizes = _sizes(y, 3 if gate else 2)
@@ -325,8 +335,15 @@ def _layer_inputs(
                 f"not {tuple(lengths.shape)} on {lengths.device}"
             )
         lengths = lengths.to(torch.int64).contiguous()
+    if bias is not None:
+        if bias.shape != y.shape[2:] or bias.device != y.device:
+            raise ValueError(
+                f"bias must have the shape {tuple(y.shape[2:])} on {y.device}, "
+                f"not {tuple(bias.shape)} on {bias.device}"
+            )
+        bias = bias.to(_wide(y.dtype)).contiguous()
     y, y_row = _rows(y)
-    factors = (_contiguous(mask), 1.0 if scale is None else float(scale), lengths)
+    factors = (_contiguous(mask), 1.0 if scale is None else float(scale), lengths, bias)
     return y, sizes, (*_parts(y, sizes[2], gate), y_row, *factors)
 
 
@@ -394,8 +411,19 @@ def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     return tensor.contiguous(), hidden
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the kernels' arithmetic for tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _empty(shape: torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
+
+
+def _empty_rows(shape: torch.Size, like: Tensor) -> Tensor:
+    """As `_empty`, with aligned rows."""
+    padded = torch.Size((*shape[:-1], aligned.row(shape[-1], like)))
+    return _empty(padded, like)[..., : shape[-1]]
 
 
 def _empty_states(like: Tensor, sizes: torch.Size) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from kernels.aligned import Linear
-from qrnn.forget_mult import qrnn_pool, qrnn_pool_both_ways, valid_steps
+from qrnn.forget_mult import adds_bias, qrnn_pool, qrnn_pool_both_ways, valid_steps
 
 
 class QRNNLayer(nn.Module):
@@ -71,9 +71,15 @@ class QRNNLayer(nn.Module):
         Raises ValueError if the kept inputs are of another batch size, or with `save_prev_x` and
         `lengths` together.
         """
-        y = self.project(X, lengths)
+        # The linear map itself, within a WeightDrop or not.
+        linear = getattr(self.linear, "module", self.linear)
+        bias = None
+        if isinstance(linear, Linear) and adds_bias(X, self.use_cuda):
+            y, bias = self.linear(self._windowed(X, lengths), with_bias=False), linear.bias
+        else:
+            y = self.project(X, lengths)
         options = (self.zoneout_factor(y), self.output_gate, self.reverse, lengths, self.use_cuda)
-        return qrnn_pool(y, hidden, *options)
+        return qrnn_pool(y, hidden, *options, bias)
 
     def project(self, X: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The linear map of the windowed input: Z | F | O, (seq_len, batch, 3 * hidden_size)."""

@@ -117,7 +117,7 @@ def pool_backward(
     kernels = eager._kernels_for(y)
     if kernels:
         options = (mask, scale, gate, reverse, lengths, c0 is not None)
-        grad_y, grad_c0 = kernels.qrnn_backward(grad_h, grad_last, y, states, *options)
+        grad_y, grad_c0, _ = kernels.qrnn_backward(grad_h, grad_last, y, states, *options)
     else:
         inputs = [t.detach().requires_grad_() for t in (y, c0) if t is not None]
         initial = inputs[1] if c0 is not None else None
@@ -132,7 +132,8 @@ def pool_backward(
 
 @pool_backward.register_fake
 def _(grad_h, grad_last, y, states, c0, *options):
-    like = torch.empty_like(y, memory_format=torch.contiguous_format)
+    kernels = eager._kernels_for(y)
+    like = kernels._empty_rows(y.shape, y) if kernels else y.new_empty(y.shape)
     return like, y.new_empty(0 if c0 is None else c0.shape)
 
 

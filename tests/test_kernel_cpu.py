@@ -27,10 +27,13 @@ from shims import (
     compile_shim,
     needs_compiler,
 )
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import cuda
+from kernels import aligned, cuda
 from qrnn import QRNNLayer, kernels, operators
 from qrnn import forget_mult as eager
+from weight_drop import WeightDrop
 
 DTYPES = list(kernels.SCALARS)
 # Largest error, relative to 1 + |reference|. The 16-bit types round each result once, by at most
@@ -77,6 +80,7 @@ def random_case(seed):
         zoneout=rng.choice([None, "mask", 0.7, 0.0]),
         reverse=rng.random() < 0.5,
         lengths=rng.random() < 0.5,
+        bias=rng.random() < 0.5,
     )
 
 
@@ -102,14 +106,19 @@ def check_qrnn(shim, case):
             y[padding] = torch.nan
     options = (mask, scale, case.gate, case.reverse, lengths)
     weight_h, weight_last = draw(*size), draw(*size[1:])
+    # A weight's bias is wider than what autocast makes of the product.
+    bias = torch.randn(parts * case.hidden, dtype=kernels._wide(dtype)).requires_grad_()
+    bias = bias if case.bias else None
 
-    inputs = (shim.copy(y), shim.copy(c0))
-    h, last = kernels.QRNNFunction.apply(*inputs, shim.copy(mask), *options[1:])
+    inputs = (shim.copy(y), shim.copy(c0), shim.copy(bias))
+    h, last = kernels.QRNNFunction.apply(*inputs[:2], shim.copy(mask), *options[1:], inputs[2])
     wanted = [tensor for tensor in inputs if tensor is not None]
     grads = torch.autograd.grad([h, last], wanted, [shim.copy(weight_h), shim.copy(weight_last)])
 
-    reference = (wide(y), wide(c0))
-    true_h, true_last = naive_qrnn(*reference, wide(mask), *options[1:])
+    clean = y if lengths is None else y.detach().masked_fill(padding[..., None], 0)
+    reference = (wide(clean.requires_grad_()), wide(c0), wide(bias))
+    added = reference[0] if bias is None else reference[0] + reference[2]
+    true_h, true_last = naive_qrnn(added, reference[1], wide(mask), *options[1:])
     true_wanted = [tensor for tensor in reference if tensor is not None]
     true_grads = torch.autograd.grad(
         [true_h, true_last], true_wanted, [wide(weight_h), wide(weight_last)], allow_unused=True
@@ -118,12 +127,17 @@ def check_qrnn(shim, case):
     assert h.dtype == last.dtype == dtype
     assert_near(h, true_h, TOLERANCE[dtype], f"h, {case}")
     assert_near(last, true_last, TOLERANCE[dtype], f"last state, {case}")
-    for name, grad, true_grad in zip(("y", "c0"), grads, true_grads, strict=False):
+    names = [n for n, t in zip(("y", "c0", "bias"), inputs, strict=True) if t is not None]
+    for name, grad, true_grad in zip(names, grads, true_grads, strict=True):
         true_grad = torch.zeros_like(grad).double() if true_grad is None else true_grad
         if name == "y" and lengths is not None:
             assert (grad[padding] == 0).all(), f"gradient in the padding, {case}"
             true_grad = true_grad.masked_fill(padding[..., None], 0)
-        assert_near(grad, true_grad, GRAD_TOLERANCE[dtype], f"gradient of {name}, {case}")
+        # The bias' is a sum over all steps and columns.
+        tolerance = (
+            GRAD_TOLERANCE[kernels._wide(dtype)] if name == "bias" else GRAD_TOLERANCE[dtype]
+        )
+        assert_near(grad, true_grad, tolerance, f"gradient of {name}, {case}")
     shim.check()
 
 
@@ -250,6 +264,10 @@ class TestGradients:
 
             assert torch.autograd.gradcheck(layer, (y, c0))
             assert torch.autograd.gradcheck(lambda y, layer=layer: layer(y, None), (y,))
+        bias = torch.randn(y.size(2), dtype=torch.float64).requires_grad_()
+        options = (mask, scale, gate, reverse, None)
+        with_bias = kernels.QRNNFunction.apply
+        assert torch.autograd.gradcheck(lambda y, b: with_bias(y, None, *options, b), (y, bias))
 
     @pytest.mark.parametrize("gate", [False, True])
     def test_either_result_alone(self, shim, gate):
@@ -352,8 +370,8 @@ class TestStridesAndDirections:
             assert torch.equal(last, expected[1])
             weight = torch.randn(9, 3, 7)
             options = (states, None, None, gate, side == 1)
-            grad, _ = kernels.qrnn_backward(weight, None, part, *options)
-            true_grad, _ = kernels.qrnn_backward(weight, None, part.contiguous(), *options)
+            grad, _, _ = kernels.qrnn_backward(weight, None, part, *options)
+            true_grad, _, _ = kernels.qrnn_backward(weight, None, part.contiguous(), *options)
             assert torch.equal(grad, true_grad)
         assert (out[..., :3] == 7).all()
         assert (out[..., 17:] == 7).all()
@@ -374,14 +392,16 @@ class TestStridesAndDirections:
         if function == "layer":
             y, mask = torch.randn(9, 3, 15), torch.rand(9, 3, 5).lt(0.5).float()
             lengths, grad_last = torch.tensor([9, 4, 7]), torch.randn(3, 5)
+            bias = torch.randn(15)
 
             def results(change):
                 h, last, states = kernels.qrnn_forward(
-                    change(y), change(c0), change(mask), None, True, lengths=change(lengths)
-                )
+                    change(y), change(c0), change(mask), None, True, lengths=change(lengths),
+                    bias=change(bias),
+                )  # fmt: skip
                 grads = kernels.qrnn_backward(
                     change(weight), change(grad_last), change(y), change(states), change(mask),
-                    None, True, lengths=change(lengths),
+                    None, True, lengths=change(lengths), bias=change(bias),
                 )  # fmt: skip
                 return h, last, states, *grads
 
@@ -543,6 +563,71 @@ class TestOperators:
         assert len(shim.launched) == 4
 
 
+class Calls(TorchDispatchMode):
+    """Names of the operations, and the shapes of what is summed over its first dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.summed = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func.overloadpacket))
+        if func is torch.ops.aten.sum.dim_IntList and args[1] == [0]:
+            self.summed.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_compiler
+class TestLayers:
+    """Layers as on a GPU: kernels that add the bias, and products with rows aligned for them."""
+
+    @pytest.fixture(autouse=True)
+    def as_on_a_gpu(self, shim, monkeypatch):
+        monkeypatch.setattr(eager, "_kernels_for", lambda x: kernels)
+        monkeypatch.setattr(aligned, "suits", lambda tensor: True)
+
+    @pytest.mark.parametrize("gate", [False, True])
+    @pytest.mark.parametrize("bare", [False, True])
+    def test_a_layer_is_its_definition(self, shim, gate, bare):
+        torch.manual_seed(0)
+        layer = QRNNLayer(5, 7, window=2, output_gate=gate).double()
+        linear = layer.linear
+        if not bare:
+            layer.linear = WeightDrop(linear, ["weight"])
+        x = torch.randn(9, 3, 5, dtype=torch.float64, requires_grad=True)
+        windowed = torch.cat([x, torch.cat([torch.zeros_like(x[:1]), x[:-1]])], dim=2)
+        parameters = [x, *layer.parameters()]
+        weights = linear.weight if bare else linear.weight_raw
+        y = (windowed.unsqueeze(2) * weights).sum(dim=3) + linear.bias
+        expected, _ = naive_qrnn(y, None, None, None, gate, False, None)
+        h, _ = layer(x)
+        torch.testing.assert_close(h, expected)
+        weight = torch.randn_like(h)
+        grads = torch.autograd.grad(h, parameters, weight)
+        torch.testing.assert_close(grads, torch.autograd.grad(expected, parameters, weight))
+        assert len(shim.launched) == 2
+
+    def test_no_further_pass_adds_a_bias_or_sums_its_gradient(self, shim):
+        layer = QRNNLayer(5, 7)
+        x = torch.randn(9, 3, 5)
+        with Calls() as calls:
+            h, _ = layer(x)
+            h.sum().backward()
+        assert layer.linear.bias.grad is not None
+        assert not {"aten.add_", "aten.add", "aten.addmm"} & set(calls.names)
+        # The columns' sums of the bias' gradient, not those of all rows.
+        assert calls.summed == [(3, 21)]
+
+    def test_a_linear_map_of_ones_own_keeps_its_bias(self, shim):
+        torch.manual_seed(0)
+        layer, other = QRNNLayer(5, 7), QRNNLayer(5, 7)
+        other.load_state_dict(layer.state_dict())
+        other.linear = nn.Linear(5, 21)
+        other.linear.load_state_dict(layer.linear.state_dict())
+        x = torch.randn(9, 3, 5)
+        torch.testing.assert_close(layer(x)[0], other(x)[0])
+
+
 class TestErrors:
     """A wrong call is one clear sentence, whether or not anything could run."""
 
@@ -600,6 +685,8 @@ class TestErrors:
                 kernels.qrnn_backward(h, None, y, wrong, None, None, True)
             with pytest.raises(ValueError, match=message):
                 kernels.forget_mult_backward(h, h, h, wrong)
+        with pytest.raises(ValueError, match=r"bias must have the shape \(6,\) on cpu, not \(2,\)"):
+            kernels.qrnn_forward(y, None, None, None, True, bias=torch.zeros(2))
         with pytest.raises(ValueError, match="f must have the shape"):
             kernels.forget_mult_forward(bad, h)
         with pytest.raises(ValueError, match=r"c0 must have the shape \(2, 2, 2\)"):

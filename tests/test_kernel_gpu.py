@@ -1,5 +1,6 @@
 """The QRNN kernels on a GPU, through CuPy, against loops on the CPU."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from references import assert_near, eager_and_compiled, naive_forget_mult, naive_qrnn
 
 from qrnn import QRNNLayer, kernels, operators
+from weight_drop import WeightDrop
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,8 +70,10 @@ def test_layer(shape, gate, dtype):
         lengths = torch.randint(0, shape[0] + 1, shape[1:2]) if ragged else None
         on_gpu = lengths.cuda() if ragged else None
         weights = [torch.randn(shape).to(dtype), torch.randn(shape[1:]).to(dtype)]
-        results = kernels.QRNNFunction.apply(y, c0, mask, scale, gate, reverse, on_gpu)
-        true = naive_qrnn(y_true, c0_true, mask_true, scale, gate, reverse, lengths)
+        bias, bias_true = pair(torch.randn(y.size(2)) if zoneout is None else None)
+        results = kernels.QRNNFunction.apply(y, c0, mask, scale, gate, reverse, on_gpu, bias)
+        added = y_true if bias is None else y_true + bias_true
+        true = naive_qrnn(added, c0_true, mask_true, scale, gate, reverse, lengths)
         what = f"{shape}, {initial}, {zoneout}, reverse {reverse}, lengths {ragged}"
         for result, reference in zip(results, true, strict=True):
             assert_near(result, reference, TOLERANCE[dtype], what)
@@ -78,6 +82,10 @@ def test_layer(shape, gate, dtype):
         for ours, reference in ((y, y_true), (c0, c0_true)):
             if ours is not None:
                 assert_near(ours.grad, reference.grad, GRAD_TOLERANCE[dtype], f"gradient, {what}")
+        if bias is not None:
+            # A sum over all steps and columns.
+            error = (bias.grad.double().cpu() - bias_true.grad).norm()
+            assert error <= (1e-2 if dtype.itemsize == 2 else 1e-5) * bias_true.grad.norm()
 
 
 def test_more_columns_than_a_32_bit_offset_reaches():
@@ -231,6 +239,29 @@ def test_operators_for_torch_compile(gate):
     layer = QRNNLayer(5, 6, window=2, output_gate=gate).cuda()
     x = torch.randn(19, 3, 5, device="cuda", requires_grad=True)
     torch.testing.assert_close(*eager_and_compiled(layer, x))
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_a_layer_with_aligned_rows_is_the_one_on_the_cpu(low):
+    """Widths whose rows are no multiple of 16 bytes, with weight drop in evaluation."""
+    torch.manual_seed(0)
+    on_cpu = QRNNLayer(75, 155, window=2)
+    on_cpu.linear = WeightDrop(on_cpu.linear, ["weight"], 0.5)
+    on_gpu = copy.deepcopy(on_cpu.eval()).cuda()
+    x = torch.randn(19, 3, 75)
+    ours = x.cuda().requires_grad_()
+    x.requires_grad_()
+    with torch.autocast("cuda", low or torch.bfloat16, enabled=low is not None):
+        h, _ = on_gpu(ours)
+    expected, _ = on_cpu(x)
+    tolerance = {"atol": 5e-2, "rtol": 5e-2} if low else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(h.float().cpu(), expected, **tolerance)
+    weight = torch.randn_like(expected)
+    grads = torch.autograd.grad(h, [ours, *on_gpu.parameters()], weight.cuda().to(h.dtype))
+    true = torch.autograd.grad(expected, [x, *on_cpu.parameters()], weight)
+    for grad, reference in zip(grads, true, strict=True):
+        error = (grad.float().cpu() - reference).norm() / reference.norm()
+        assert error < (3e-2 if low else 1e-5)
 
 
 def test_errors():

@@ -31,6 +31,7 @@ static void run(decltype(&forget_mult_forward) forward, decltype(&forget_mult_ba
     const Buffer last(columns), grad_h(rows, grad_h_row, hidden), grad_last(columns);
     const Buffer grad_z(rows, in_row, hidden), grad_f(rows, in_row, hidden);
     const Buffer grad_o(rows, in_row, hidden), grad_initial(columns);
+    const Buffer bias((2 + gate) * hidden), grad_bias((2 + gate) * columns);
     Scalar *const none = nullptr;
     const unsigned blocks = (unsigned)((columns + 63) / 64);
     long long sizes[] = {seq_len, batch, hidden, reverse};
@@ -43,19 +44,23 @@ static void run(decltype(&forget_mult_forward) forward, decltype(&forget_mult_ba
     Scalar *grad_h_at = bare ? none : grad_h, *grad_last_at = bare ? none : grad_last;
     Scalar *grad_z_at = grad_z, *grad_f_at = grad_f, *grad_o_at = gate ? (Scalar *)grad_o : none;
     Scalar *grad_initial_at = bare ? none : grad_initial;
+    // ForgetMult is given neither.
+    const bool fused = forward != forget_mult_forward;
+    Scalar *bias_at = bare || !fused ? none : bias;
+    Scalar *grad_bias_at = bare || !fused ? none : grad_bias;
     long long in = in_row, h_step = h_row, grad_h_step = grad_h_row;
     double scale = 0.75;
 
-    void *forward_arguments[] = {&z_at,      &f_at,     &o_at,     &in,        &keep_at,
-                                 &scale,     &lengths,  &initial_at, &h_at,    &h_step,
-                                 &kept_at,   &last_at,  &sizes[0], &sizes[1],  &sizes[2],
-                                 &sizes[3]};
+    void *forward_arguments[] = {&z_at,    &f_at,     &o_at,       &in,       &keep_at,   &scale,
+                                 &lengths, &bias_at,  &initial_at, &h_at,     &h_step,    &kept_at,
+                                 &last_at, &sizes[0], &sizes[1],   &sizes[2], &sizes[3]};
     launch(forward, blocks, 64, forward_arguments);
-    void *backward_arguments[] = {&z_at,         &f_at,      &o_at,      &in,
-                                  &keep_at,      &scale,     &lengths,   &states_at,
-                                  &grad_h_at,    &grad_h_step, &grad_last_at, &grad_z_at,
-                                  &grad_f_at,    &grad_o_at, &in,        &grad_initial_at,
-                                  &sizes[0],     &sizes[1],  &sizes[2],  &sizes[3]};
+    void *backward_arguments[] = {&z_at,        &f_at,        &o_at,          &in,
+                                  &keep_at,     &scale,       &lengths,       &bias_at,
+                                  &states_at,   &grad_h_at,   &grad_h_step,   &grad_last_at,
+                                  &grad_z_at,   &grad_f_at,   &grad_o_at,     &in,
+                                  &grad_initial_at, &grad_bias_at, &sizes[0], &sizes[1],
+                                  &sizes[2],    &sizes[3]};
     launch(backward, blocks, 64, backward_arguments);
 }
 
