@@ -8,15 +8,17 @@ and precision: an LSTM's recurrent products, which must go step by step, count a
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import in_turns, need_kernels, print_heading
 from cli.device import has_bf16, keep_memory, select_device, set_precision
+from kernels import aligned
 from locked_dropout import LockedDropout
 from loss import TrainingLoss
 from model import RNNModel
@@ -65,6 +68,8 @@ SETTINGS = {
         "QRNN", 267_735, 400, 2500, 4, 60, 140, (0.1, 0.1, 0.1, 0.0, 0.0), adam=True
     ),
 }
+# What can be left out, by its module in kernels/.
+SWITCHES = {"aligned": aligned}
 # PTB, on which the ratios are claimed, is at its full size on the CPU too.
 CPU_COLUMNS = {"WT2 LSTM": 8, "WT2 QRNN": 8, "WT103 QRNN": 2}
 
@@ -256,8 +261,17 @@ def peak_memory(call: Callable[[], None], device: torch.device) -> float:
     return highest / 1e6
 
 
+@contextlib.contextmanager
+def without(names: Iterable[str]) -> Iterator[None]:
+    """Within this context PyTorch's own operations stand in for these of ours on a GPU."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(SWITCHES[name], "suits", return_value=False))
+        yield
+
+
 def ways_of(
-    name: str, setting: Setting, device: torch.device
+    name: str, setting: Setting, device: torch.device, left_out: Sequence[str]
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """What is timed: its name, its precision and the call."""
     source = ids(setting, device)
@@ -270,6 +284,13 @@ def ways_of(
             set_precision(precision, device)
             call, graphed = our_step(setting, source, True, precision)
             yield f"{recorded(call, graphed)} {precision}", precision, call
+            # What is recorded stays as it was recorded.
+            for names in [[name] for name in left_out] + [left_out] * (len(left_out) > 1):
+                if precision == "tf32":
+                    with without(names):
+                        call, graphed = our_step(setting, source, True, precision)
+                        way = f"{recorded(call, graphed)} {precision}"
+                    yield f"{way} without {' and '.join(names)}", precision, call
         sizes = counts(setting, step)
         floor = products(sizes, device, precision)
         yield f"products {precision}", precision, floor
@@ -288,6 +309,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--no-cuda", action="store_true", help="stay on the CPU")
     parser.add_argument("--only", choices=SETTINGS, help="one setting")
+    parser.add_argument(
+        "--without", nargs="*", choices=SWITCHES, default=list(SWITCHES), metavar="NAME",
+        help="on a GPU, a recorded step in tf32 without each of these, and without all: "
+        f"{', '.join(SWITCHES)}; by default all of them",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     keep_memory()
     device = select_device(False if args.no_cuda else None)
@@ -305,7 +331,8 @@ def main(argv: list[str] | None = None) -> None:
             continue
         if device.type == "cpu":
             setting.batch = CPU_COLUMNS.get(name, setting.batch)
-        ways = {way: (precision, call) for way, precision, call in ways_of(name, setting, device)}
+        rows = ways_of(name, setting, device, args.without)
+        ways = {way: (precision, call) for way, precision, call in rows}
 
         def timed(precision: str, call: Callable[[], None]) -> Callable[[], None]:
             def run() -> None:
