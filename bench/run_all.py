@@ -41,7 +41,9 @@ class Task:
 
 
 # Tests of every kernel, without the large shapes: under the sanitizer an access takes far longer.
-CHECKED = "(forget_mult or test_layer) and (shape1 or shape2) or bidirectional or expanded"
+CHECKED = (
+    "(forget_mult or test_layer) and (shape1 or shape2) or bidirectional or expanded or update"
+)
 # Each tensor an allocation of its own: within PyTorch's blocks, what lies past a tensor is allowed.
 SEPARATE = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1"
 TASKS = {
@@ -61,6 +63,7 @@ TASKS = {
     "corpus": Task("python bench/corpus.py"),
     "pointer": Task("python bench/pointer.py"),
     "dynamic": Task("python bench/dynamic.py"),
+    "update": Task("python bench/update.py", gpu=True),
     "big_corpus": Task("python bench/big_corpus.py"),
 }
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from references import naive_update
 from shims import (
     Canaries,
     ShimLauncher,
@@ -54,16 +55,6 @@ def shim(launcher, monkeypatch):
 def single(number):
     """The nearest float32, as a Python number: a float32 on the device holds no other."""
     return float(np.float32(number))
-
-
-def naive(p, grad, average, lr, decay, scale, share):
-    """The formula, in float64; what has no gradient or no average stays as it is."""
-    p, average = p.double(), None if average is None else average.double()
-    if grad is not None:
-        p = p - lr * (scale * grad.double() + decay * p)
-    if average is not None:
-        average = average + share * (p - average)
-    return p, average
 
 
 def assert_rounded(actual, expected, terms):
@@ -127,7 +118,7 @@ class Case:
         kernel.update(self.params, self.averages, **given)
         self.canaries.check()
         for p, average, (p0, grad, average0) in zip(self.params, averages, before, strict=True):
-            p1, average1 = naive(p0, grad, average0, **self.numbers)
+            p1, average1 = naive_update(p0, grad, average0, **self.numbers)
             terms = [p0]
             if grad is None:
                 assert torch.equal(p, p0)
