@@ -133,8 +133,11 @@ def supported_architectures(library: Path) -> set[int]:
     return set(architectures)
 
 
-def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]) -> None:
-    """Compile a source as CuPy would: all of its kernels are there, and none uses local memory."""
+def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]) -> str:
+    """Compile a source as CuPy would: all of its kernels are there, and none uses local memory.
+
+    Returns the PTX.
+    """
     compiler = pytest.importorskip("pynvrtc.compiler")
     library = nvrtc_library()
     if library is None:
@@ -148,6 +151,7 @@ def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]
     ptx = program.compile([*own, f"--gpu-architecture=compute_{architecture}", *options])
     assert set(re.findall(r"\.entry (\w+)\(", ptx)) == set(source.names)
     assert ".local" not in ptx
+    return ptx
 
 
 def check_registers(
