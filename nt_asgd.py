@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kernels import update as update_kernel
+
 
 class NonMonotonicTrigger:
     """Fires when a validation loss is worse than the best of all but the last `nonmono` before it.
@@ -70,27 +72,37 @@ class NTASGD(torch.optim.Optimizer):
     ) -> None:
         """A step without counting it, on gradients times `gradient_scale`.
 
-        Clipping by that scale costs no pass over the gradients. With `average_share`, which holds
-        one over the steps counted, and a rate that is a tensor, all numbers stay on the device.
+        Clipping by that scale costs no pass of its own over the gradients. With `average_share`,
+        which holds one over the steps counted, and a rate that is a tensor, all numbers stay on the
+        device.
         """
         for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            if trained:
-                self._descend(trained, group["lr"], group["weight_decay"], gradient_scale)
-            count = group["averaged_steps"]
+            params, count = group["params"], group["averaged_steps"]
+            numbers = (group["lr"], group["weight_decay"], gradient_scale)
+            averages, share = None, 0.0
             if count is not None:
-                averages = [self.state[p]["average"] for p in group["params"]]
-                if average_share is None:
-                    torch._foreach_lerp_(averages, group["params"], 1 / count)
-                else:
-                    for average, p in zip(averages, group["params"], strict=True):
-                        average.lerp_(p, average_share)
+                averages = [self.state[p]["average"] for p in params]
+                share = 1 / count if average_share is None else average_share
+            if update_kernel.suits(params):
+                update_kernel.update(params, averages, *numbers, share)
+                continue
+            trained = [p for p in params if p.grad is not None]
+            if trained:
+                self._descend(trained, *numbers)
+            if isinstance(share, Tensor):
+                for average, p in zip(averages, params, strict=True):
+                    average.lerp_(p, share)
+            elif averages is not None:
+                torch._foreach_lerp_(averages, params, share)
 
     @staticmethod
     def _descend(
         params: list[Tensor], lr: float | Tensor, decay: float, scale: float | Tensor
     ) -> None:
-        """`p -= lr * (scale * gradient + decay * p)` in one pass."""
+        """`p -= lr * (scale * gradient + decay * p)` in one pass.
+
+        With a rate on the device, and on a GPU, the gradients come out scaled.
+        """
         grads = [p.grad for p in params]
         if params[0].device.type == "cpu" and not isinstance(lr, Tensor):
             scale, divisor = float(scale), None
@@ -98,7 +110,7 @@ class NTASGD(torch.optim.Optimizer):
                 # The gradient's norm is infinite. That must show, as nan, and not be passed over.
                 torch._foreach_add_(params, grads, alpha=0.0)
                 return
-            # A scale of its own would be written to the gradients: it goes into the other factors.
+            # `grad_scale` would write the scaled gradients: here it goes into the other factors.
             lr, decay = lr * scale, decay / scale
         else:
             divisor = (1 / scale).float() if isinstance(scale, Tensor) else None

@@ -43,7 +43,9 @@ class Task:
 
 
 # Tests of every kernel, without the large shapes: under the sanitizer an access takes far longer.
-CHECKED = "(forget_mult or test_layer) and (shape1 or shape2) or bidirectional or expanded"
+CHECKED = (
+    "(forget_mult or test_layer) and (shape1 or shape2) or bidirectional or expanded or update"
+)
 # Each tensor an allocation of its own: within PyTorch's blocks, what lies past a tensor is allowed.
 SEPARATE = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1"
 PYTEST = "python -m pytest -m gpu -q -rs"
@@ -61,6 +63,7 @@ TASKS = {
     "alignment": Task("python bench/alignment.py"),
     "forget_mult": Task("python bench/forget_mult.py"),
     "qrnn_layer": Task("python bench/qrnn_layer.py"),
+    "update": Task("python bench/update.py", gpu=True),
     "train_step-ptb-qrnn": Task(f"{STEP} 'PTB QRNN'"),
     "train_step-ptb-lstm": Task(f"{STEP} 'PTB LSTM'"),
     "profile_step": Task("python bench/profile_step.py"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,12 +60,12 @@ class Source:
         device: torch.device,
         grid: tuple[int, ...],
         block: tuple[int, ...],
-        arguments: Sequence[int | float],
+        arguments: Sequence[int | float | np.ndarray],
     ) -> None:
         """Launch on PyTorch's current stream: looked up at every call, as it may have changed.
 
         Every argument is 64 bits wide: addresses and whole numbers as long long, others as double.
-        Raises ValueError if `device` is no GPU.
+        Only an array of one element is a struct by value. Raises ValueError if `device` is no GPU.
         """
         if device.type != "cuda":
             raise ValueError(f"{self.what} take CUDA tensors, not tensors on {device}")

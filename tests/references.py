@@ -138,3 +138,21 @@ def eager_and_compiled(layer, x):
         grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
         results.append([output, last, *grads])
     return results
+
+
+def naive_update(
+    p: Tensor,
+    grad: Tensor | None,
+    average: Tensor | None,
+    lr: float,
+    decay: float,
+    scale: float,
+    share: float,
+) -> tuple[Tensor, Tensor | None]:
+    """NT-ASGD's step in float64; what has no gradient, or no average, stays as it is."""
+    p = p.detach().double()
+    if grad is not None:
+        p = p - lr * (scale * grad.double() + decay * p)
+    if average is not None:
+        average = average.double() + share * (p - average.double())
+    return p, average

@@ -1,6 +1,7 @@
 """CUDA sources without a GPU: run as C++ on the CPU, one thread after another, and compiled."""
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,9 +51,12 @@ class ShimLauncher:
         self.libraries = {each: ctypes.CDLL(str(path)) for each, path in paths.items()}
         for library in self.libraries.values():
             library.kernel_parameters.restype = ctypes.c_char_p
+            library.kernel_sizes.restype = ctypes.POINTER(ctypes.c_size_t)
             for name in source.names:
                 kinds = library.kernel_parameters(name.encode()).decode()
-                assert not set(kinds) - set("pid"), f"a parameter of {name} is not 64 bits wide"
+                assert not set(kinds) - set("pids"), f"a parameter of {name} is not 64 bits wide"
+                sizes = library.kernel_sizes(name.encode())[: len(kinds)]
+                assert sum(sizes) <= 4096, f"{name} has {sum(sizes)} bytes of parameters"
         self.launched: list[str] = []
 
     def __call__(self, name, options, device, grid, block, arguments) -> None:
@@ -60,30 +65,40 @@ class ShimLauncher:
         library = self.libraries[options]
         kinds = library.kernel_parameters(name.encode()).decode()
         assert [type(argument) for argument in arguments] == [
-            float if kind == "d" else int for kind in kinds
+            {"d": float, "s": np.ndarray}.get(kind, int) for kind in kinds
         ], (name, kinds, arguments)
-        values = [
-            (ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument)
-            for kind, argument in zip(kinds, arguments, strict=True)
-        ]
+        values = []
+        sizes = library.kernel_sizes(name.encode())[: len(kinds)]
+        for kind, size, argument in zip(kinds, sizes, arguments, strict=True):
+            if kind == "s":
+                # CuPy takes no other arrays, and the driver reads as much as the struct has.
+                assert (argument.size, argument.nbytes) == (1, size), (name, argument.dtype)
+                values.append((ctypes.c_char * size).from_buffer(argument))
+            else:
+                values.append((ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument))
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         library.launch_kernel(name.encode(), grid[0], block[0], addresses)
         self.launched.append(name)
 
 
-MARGIN = 70  # canary elements on each side: more than a block of threads
+MARGIN = 72  # canary elements on each side: more than a block of threads, and whole vectors
 
 
 class Canaries:
-    """Tensors with NaN on both sides, and a check that it is still there."""
+    """Tensors with a number on both sides, by default NaN, and a check that it is still there."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: float = torch.nan) -> None:
+        self.number = number
         self.buffers: list[torch.Tensor] = []
 
-    def empty(self, shape, like, dtype=None) -> torch.Tensor:
-        """NaN all over, so that an element that nobody writes shows in the result."""
+    def empty(self, shape, like, dtype=None, shift=0) -> torch.Tensor:
+        """The number all over, so that an element that nobody writes shows in the result.
+
+        It begins `shift` elements beyond a multiple of 16 bytes.
+        """
         size, dtype = torch.Size(shape).numel(), dtype or like.dtype
-        buffer = torch.full((size + 2 * MARGIN,), torch.nan, dtype=dtype, device=like.device)
+        length = size + 2 * MARGIN + shift
+        buffer = torch.full((length,), self.number, dtype=dtype, device=like.device)[shift:]
         self.buffers.append(buffer)
         return buffer[MARGIN : MARGIN + size].view(shape)
 
@@ -95,8 +110,8 @@ class Canaries:
 
     def check(self) -> None:
         for buffer in self.buffers:
-            assert buffer[:MARGIN].isnan().all()
-            assert buffer[-MARGIN:].isnan().all()
+            edges = torch.cat([buffer[:MARGIN], buffer[-MARGIN:]])
+            assert (edges.isnan() if math.isnan(self.number) else edges == self.number).all()
         self.buffers.clear()
 
 
@@ -118,8 +133,11 @@ def supported_architectures(library: Path) -> set[int]:
     return set(architectures)
 
 
-def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]) -> None:
-    """Compile a source as CuPy would: all of its kernels are there, and none uses local memory."""
+def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]) -> str:
+    """Compile a source as CuPy would: all of its kernels are there, and none uses local memory.
+
+    Returns the PTX.
+    """
     compiler = pytest.importorskip("pynvrtc.compiler")
     library = nvrtc_library()
     if library is None:
@@ -133,6 +151,7 @@ def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]
     ptx = program.compile([*own, f"--gpu-architecture=compute_{architecture}", *options])
     assert set(re.findall(r"\.entry (\w+)\(", ptx)) == set(source.names)
     assert ".local" not in ptx
+    return ptx
 
 
 def check_registers(

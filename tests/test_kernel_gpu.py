@@ -1,12 +1,20 @@
-"""The QRNN kernels on a GPU, through CuPy, against loops on the CPU."""
+"""The CUDA kernels on a GPU, through CuPy, against loops and formulas on the CPU."""
 
 import copy
 import itertools
 
 import pytest
 import torch
-from references import assert_near, eager_and_compiled, naive_forget_mult, naive_qrnn
+from references import (
+    assert_near,
+    eager_and_compiled,
+    naive_forget_mult,
+    naive_qrnn,
+    naive_update,
+)
 
+from kernels import update as update_kernel
+from nt_asgd import NTASGD
 from qrnn import QRNNLayer, kernels, operators
 from weight_drop import WeightDrop
 
@@ -276,3 +284,95 @@ def test_errors():
         kernels.qrnn_forward(y, None, None, None, True, lengths=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="take CUDA tensors, not tensors on cpu"):
         kernels.qrnn_forward(y.cpu(), None, None, None, True)
+
+
+def update_inputs(dtype, averaging):
+    """Parameters with gradients on the GPU, one of them without, and their averages."""
+    torch.manual_seed(0)
+    # More than a launch takes; chunks and vectors that are not whole; one that spans many blocks.
+    shapes = [(3_000_001,), (), (4650, 81), (2048,), (2049,), (1023,), *[(5,)] * 70]
+    params = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+    params.append(torch.randn(1027, device="cuda", dtype=dtype)[3:])
+    for p in params:
+        p.requires_grad_().grad = torch.randn_like(p)
+    params[3].grad = None
+    return params, [torch.randn_like(p) for p in params] if averaging else None
+
+
+def check_update(params, averages, before, numbers, tolerance):
+    means = averages or [None] * len(params)
+    for p, average, (p0, average0) in zip(params, means, before, strict=True):
+        grad = None if p.grad is None else p.grad.cpu()
+        true, true_average = naive_update(p0, grad, average0, **numbers)
+        assert_near(p, true, tolerance, f"parameter {tuple(p.shape)}")
+        if average is not None:
+            assert_near(average, true_average, tolerance, f"average {tuple(p.shape)}")
+
+
+def copied(params, averages):
+    return [
+        (p.detach().cpu(), None if averages is None else average.cpu())
+        for p, average in zip(params, averages or params, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("averaging", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_update(dtype, averaging, on_device):
+    params, averages = update_inputs(dtype, averaging)
+    assert update_kernel.suits(params)
+    for share in (1.0, 0.25):
+        before = copied(params, averages)
+        numbers = {"lr": 0.5, "decay": 0.125, "scale": 0.75, "share": share}
+        given = {
+            name: torch.tensor(number, device="cuda") if on_device and name != "decay" else number
+            for name, number in numbers.items()
+        }
+        update_kernel.update(params, averages, **given)
+        tolerance = 1e-6 if dtype == torch.float32 else 2e-15
+        check_update(params, averages, before, numbers, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_update_in_a_graph_takes_new_numbers(dtype):
+    params, averages = update_inputs(dtype, averaging=True)
+    places = {name: torch.zeros((), device="cuda") for name in ("lr", "scale", "share")}
+    assert update_kernel.suits(params)  # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update_kernel.update(params, averages, decay=0.125, **places)
+    for lr, scale, share in ((0.5, 1.0, 1.0), (0.25, 0.75, 0.5), (2.0, 0.125, 0.25)):
+        before = copied(params, averages)
+        for place, number in zip(places.values(), (lr, scale, share), strict=True):
+            place.fill_(number)
+        graph.replay()
+        numbers = {"lr": lr, "decay": 0.125, "scale": scale, "share": share}
+        tolerance = 2e-6 if dtype == torch.float32 else 4e-15
+        check_update(params, averages, before, numbers, tolerance)
+
+
+def test_updates_are_those_of_pytorch_operations(monkeypatch):
+    suits, results = update_kernel.suits, []
+    for choose in (suits, lambda params: False):
+        monkeypatch.setattr(update_kernel, "suits", choose)
+        params, _ = update_inputs(torch.float32, averaging=False)
+        params = [p.detach().clone().requires_grad_() for p in params]
+        optimizer = NTASGD(params, 0.5, 1.2e-6)
+        for step in range(20):
+            if step == 10:
+                optimizer.start_averaging()
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.count()
+            optimizer.update(torch.tensor(0.25 + 0.01 * step, device="cuda"))
+        results.append((params, [optimizer.state[p]["average"] for p in params]))
+    torch.testing.assert_close(*results, atol=5e-6, rtol=5e-6)
+
+
+def test_an_infinite_gradient_shows_after_the_update():
+    p = torch.ones(5003, device="cuda", requires_grad=True)
+    p.grad = torch.ones_like(p)
+    p.grad[7] = torch.inf
+    NTASGD([p], 1.0).update(torch.zeros((), device="cuda"))
+    assert p.isnan().nonzero().tolist() == [[7]]

@@ -177,7 +177,7 @@ class TrainingStep:
             self.norm.copy_(norm)
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
         if isinstance(self.optimizer, NTASGD):
-            # Scaled within the update: on the CPU that saves a pass over the gradients.
+            # Scaled within the update: that saves a pass over the gradients.
             self.optimizer.update(scale, averaging_weight)
         else:
             if self.clip:

@@ -1,4 +1,4 @@
-// Enough of CUDA C++ to compile forget_mult.cu as C++ and run it, one thread after another.
+// Enough of CUDA C++ to compile the kernels as C++ and run them, one thread after another.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ struct Dim3 {
     unsigned x, y, z;
 };
 
-static Dim3 threadIdx, blockIdx, blockDim;
+static Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 // The special functions err, up or down from one argument to the next, by as much as the hardware's
 // may, so that a tolerance that holds here holds there. Like them they flush subnormal results.
@@ -68,12 +68,14 @@ inline unsigned short float_to_half(float v) {
     return (unsigned short)(sign | (((exponent + 14) << 10) + fraction));
 }
 
-// 'p' for a pointer, 'i' for long long, 'd' for double, as the host hands them over; else '?'.
+// 'p' for a pointer, 'i' for long long, 'd' for double, 's' for a struct by value, as the host hands
+// them over; else '?'.
 template <typename T>
 constexpr char kind_of() {
     return std::is_pointer<T>::value                ? 'p'
            : std::is_same<T, long long>::value      ? 'i'
            : std::is_same<T, double>::value         ? 'd'
+           : std::is_class<T>::value                ? 's'
                                                     : '?';
 }
 
@@ -83,10 +85,18 @@ const char *parameter_kinds(void (*)(Parameters...)) {
     return kinds;
 }
 
+// Bytes that the driver reads of each argument.
+template <typename... Parameters>
+const std::size_t *parameter_sizes(void (*)(Parameters...)) {
+    static const std::size_t sizes[] = {sizeof(Parameters)...};
+    return sizes;
+}
+
 template <typename... Parameters, std::size_t... I>
 void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments,
             std::index_sequence<I...>) {
     blockDim = {block, 1, 1};
+    gridDim = {grid, 1, 1};
     for (unsigned b = 0; b < grid; ++b)
         for (unsigned t = 0; t < block; ++t) {
             blockIdx = {b, 0, 0};

@@ -1,0 +1,108 @@
+"""The step of NT-ASGD (nt_asgd.py) as one CUDA kernel, `update.cu`: one pass over memory.
+
+Algorithm 1 of "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import cuda
+
+_SCALARS = {torch.float64: "double", torch.float32: "float"}
+SOURCE = cuda.Source(
+    Path(__file__).with_name("update.cu"), ("update",), "the optimiser's CUDA kernels"
+)
+THREADS = 256  # of a block
+BLOCKS = 4  # on each multiprocessor, at most
+ROWS = 64  # parameters a launch
+CHUNK_BYTES = 32 * THREADS
+# The kernel's Table, of 2 KB: with the other arguments it must stay below the 4 KB of a launch.
+# CuPy 13 and 14 hand over a numpy.ndarray of one element by value: class CNumpyArray of their
+# cupy/cuda/function.pyx passes the address of its data to cuLaunchKernel, which reads as many bytes
+# as the kernel's parameter has. A scalar of the same dtype (numpy.void) is refused by CuPy 13.
+_ROW = np.dtype([(name, np.int64) for name in ("p", "gradient", "average", "count")])
+TABLE = np.dtype([("rows", _ROW, ROWS)])
+
+
+def suits(params: Sequence[Tensor]) -> bool:
+    """Whether `update` can take `params`: contiguous, float32 or float64, on one GPU with CuPy."""
+    first = params[0]
+    return (
+        first.is_cuda
+        and first.dtype in _SCALARS
+        and all(p.dtype == first.dtype and p.device == first.device for p in params)
+        and all(p.is_contiguous() for p in params)
+        and cuda.available()
+        and _loads(first.device.index, first.dtype)
+    )
+
+
+@functools.cache
+def _loads(device_index: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel can be compiled; then it is also loaded, before any recording needs it."""
+    try:
+        SOURCE.kernels(device_index, compile_options(dtype))
+    except cuda.KernelUnavailable:
+        return False
+    return True
+
+
+def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
+    """What the source must be compiled with for parameters of `dtype`."""
+    return (
+        f"-DSCALAR={_SCALARS[dtype]}",
+        f"-DROWS={ROWS}",
+        f"-DCHUNK={CHUNK_BYTES // dtype.itemsize}",
+        f"-DTHREADS={THREADS}",
+    )
+
+
+def update(
+    params: Sequence[Tensor],
+    averages: Sequence[Tensor] | None,
+    lr: float | Tensor,
+    decay: float,
+    scale: float | Tensor = 1.0,
+    share: float | Tensor = 0.0,
+) -> None:
+    """`p -= lr * (scale * gradient + decay * p)`, then `average += share * (p - average)`.
+
+    That is for `params` that `suits` accepts, with the gradients that they hold; one without stays
+    as it is. `averages` has a tensor like it for each of them, or is None. Numbers that are tensors
+    of one element are read on the device, as float32: a recorded CUDA graph takes their new values.
+    """
+    device, dtype = params[0].device, params[0].dtype
+    grads = [None if p.grad is None else p.grad.contiguous() for p in params]
+    means = [None] * len(params) if averages is None else averages
+    rows = [
+        (*map(cuda.value, tensors), tensors[0].numel())
+        for tensors in zip(params, grads, means, strict=True)
+        if tensors[0].numel() and (tensors[1] is not None or tensors[2] is not None)
+    ]
+    # Of each pair the kernel takes the tensor, if there is one.
+    numbers = [
+        (x.to(device, torch.float32), 0.0) if isinstance(x, Tensor) else (None, float(x))
+        for x in (lr, scale, share)
+    ]
+    factors = [cuda.value(x) for pair in numbers for x in pair]
+    chunk = CHUNK_BYTES // dtype.itemsize
+    for first in range(0, len(rows), ROWS):
+        part = rows[first : first + ROWS]
+        table = np.zeros(1, TABLE)
+        table["rows"][0, : len(part)] = part
+        chunks = sum(-(-count // chunk) for *_, count in part)
+        grid = (min(chunks, BLOCKS * _multiprocessors(device)),)
+        arguments = (table, len(part), *factors, float(decay))
+        SOURCE.launch("update", compile_options(dtype), device, grid, (THREADS,), arguments)
+    # Autograd refuses to go back through a step whose parameters have changed since.
+    for tensor in (*params, *(averages or ())):
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
