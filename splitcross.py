@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kernels import aligned
+from kernels import aligned, cross_entropy
 
 # Rows of logits are made in blocks of at most so many numbers: a long evaluation chunk over a large
 # vocabulary would otherwise need gigabytes at once. Still smaller ones, that stay in the cache,
@@ -26,14 +26,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     The gradient of a softmax needs nothing but the softmax, so each block of logits is turned into
     its own gradient in place and multiplied out at once. Three copies of all logits, which the
     separate operations write and read, are saved. Under autocast the products are in its dtype;
-    logits and sums stay in that of `bias`.
+    sums, and on the CPU logits, stay in that of `bias`.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor) -> Tensor:
         device = hiddens.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
-        need_weight, need_bias, need_hiddens, _ = ctx.needs_input_grad
+        need_weight, need_bias, need_hiddens, _ = needed = ctx.needs_input_grad
+        softmax = _one_kernel if cross_entropy.suits(hiddens.device, low) else _operations
         matrix = weight.to(low)
         total = bias.new_zeros(())
         d_weight = torch.zeros_like(weight) if need_weight else None
@@ -42,27 +43,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, _MAX_LOGITS // weight.size(0))
         for start in range(0, len(hiddens), rows):
             block = slice(start, start + rows)
-            inputs, target = hiddens[block].to(low), targets[block].unsqueeze(1)
-            if low != bias.dtype:
-                logits = (inputs @ matrix.t()).to(bias.dtype).add_(bias)
-            elif device == "cpu":
-                # Not addmm: that copies the bias to every row first, at seven times the sum's time.
-                logits = aligned.matmul(inputs, matrix.t()).add_(bias)
-            else:
-                logits = torch.addmm(bias, inputs, matrix.t())
-            top = logits.amax(dim=1, keepdim=True)
-            # Before the logits go.
-            chosen = logits.gather(1, target)
-            mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-            total += (mass.log() + top - chosen).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            d_logits = logits.div_(mass)
-            # Not scatter_add_, which need not give the same bits twice on a GPU.
-            d_logits.scatter_(1, target, d_logits.gather(1, target) - 1)
+            inputs = hiddens[block].to(low)
+            loss, d_logits, sums = softmax(
+                inputs, matrix, bias, targets[block], gradient=any(needed), bias_gradient=need_bias
+            )
+            total += loss
             if need_bias:
-                d_bias += d_logits.sum(dim=0)
-            d_logits = d_logits.to(low)
+                d_bias += sums
             if need_hiddens:
                 d_hiddens[block] = d_logits @ matrix
             if need_weight:
@@ -77,6 +64,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if d is None else d * gradient for d in ctx.saved_tensors), None
+
+
+def _one_kernel(
+    inputs: Tensor,
+    matrix: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    *,
+    gradient: bool,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Summed loss, gradient of the logits `inputs @ matrix.t() + bias`, and its sum over rows.
+
+    `inputs` (n, hidden_size) and `matrix` (ntoken, hidden_size) are of one dtype, in which the
+    gradient (n, ntoken) comes out; the loss and the sum (ntoken,) are in that of `bias`.
+    """
+    logits = aligned.matmul(inputs, matrix.t())
+    losses, sums = cross_entropy.loss_and_gradient_(logits, targets, bias, gradient, bias_gradient)
+    return losses.sum(), logits, sums
+
+
+def _operations(
+    inputs: Tensor,
+    matrix: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    *,
+    gradient: bool,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `_one_kernel`, in PyTorch's operations."""
+    target = targets.unsqueeze(1)
+    if inputs.dtype != bias.dtype:
+        logits = (inputs @ matrix.t()).to(bias.dtype).add_(bias)
+    elif inputs.device.type == "cpu":
+        # Not addmm: that copies the bias to every row first, at seven times the sum's time.
+        logits = aligned.matmul(inputs, matrix.t()).add_(bias)
+    else:
+        logits = torch.addmm(bias, inputs, matrix.t())
+    top = logits.amax(dim=1, keepdim=True)
+    # Before the exponentials take the logits' place.
+    chosen = logits.gather(1, target)
+    mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+    loss = (mass.log() + top - chosen).sum()
+    if not gradient:
+        return loss, logits, None
+    d_logits = logits.div_(mass)
+    # Not scatter_add_, which need not give the same bits twice on a GPU.
+    d_logits.scatter_(1, target, d_logits.gather(1, target) - 1)
+    return loss, d_logits.to(inputs.dtype), d_logits.sum(dim=0) if bias_gradient else None
 
 
 class SplitCrossEntropyLoss(nn.Module):

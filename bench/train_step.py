@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import in_turns, need_kernels, print_heading
 from cli.device import has_bf16, keep_memory, select_device, set_precision
-from kernels import aligned, update
+from kernels import aligned, cross_entropy, update
 from locked_dropout import LockedDropout
 from loss import TrainingLoss
 from model import RNNModel
@@ -69,7 +69,7 @@ SETTINGS = {
     ),
 }
 # What can be left out, by its module in kernels/.
-SWITCHES = {"aligned": aligned, "update": update}
+SWITCHES = {"aligned": aligned, "cross_entropy": cross_entropy, "update": update}
 # PTB, on which the ratios are claimed, is at its full size on the CPU too.
 CPU_COLUMNS = {"WT2 LSTM": 8, "WT2 QRNN": 8, "WT103 QRNN": 2}
 

@@ -4,6 +4,7 @@ Importing this module imports neither CuPy nor anything else of CUDA.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -30,18 +31,35 @@ class Source:
         self.what = what
         self.loaded: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
 
+    def code(self) -> str:
+        """The source with the files that it includes in their places: a compiler has no folder."""
+        return re.sub(
+            r'^#include "(.+)"$',
+            lambda line: (self.path.parent / line[1]).read_text(encoding="utf-8"),
+            self.path.read_text(encoding="utf-8"),
+            flags=re.MULTILINE,
+        )
+
     def kernels(self, device_index: int, options: tuple[str, ...]) -> dict[str, Any]:
         """The kernels by name, compiled and loaded; raises KernelUnavailable where CuPy is not."""
         if (device_index, options) not in self.loaded:
             self.loaded[device_index, options] = self._load(device_index, options)
         return self.loaded[device_index, options]
 
+    @functools.cache  # noqa: B019, as many as there are sources
+    def loads(self, device_index: int, options: tuple[str, ...]) -> bool:
+        """Whether the kernels are there; they are then loaded, before a recording needs them."""
+        try:
+            self.kernels(device_index, options)
+        except KernelUnavailable:
+            return False
+        return True
+
     def _load(self, device_index: int, options: tuple[str, ...]) -> dict[str, Any]:
         cupy = import_cupy()
         if isinstance(cupy, Exception):
             raise KernelUnavailable(f"{self.what} need CuPy: {requirement()}") from cupy
-        code = self.path.read_text(encoding="utf-8")
-        module = cupy.RawModule(code=code, options=options, backend="nvrtc")
+        module = cupy.RawModule(code=self.code(), options=options, backend="nvrtc")
         try:
             with torch.cuda.device(device_index), cupy.cuda.Device(device_index):
                 return {name: module.get_function(name) for name in self.names}
@@ -61,8 +79,11 @@ class Source:
         grid: tuple[int, ...],
         block: tuple[int, ...],
         arguments: Sequence[int | float | np.ndarray],
+        shared: int = 0,
     ) -> None:
         """Launch on PyTorch's current stream: looked up at every call, as it may have changed.
+
+        A block has `shared` bytes of shared memory, up to 48 KB.
 
         Every argument is 64 bits wide: addresses and whole numbers as long long, others as double.
         Only an array of one element is a struct by value. Raises ValueError if `device` is no GPU.
@@ -73,7 +94,7 @@ class Source:
         cupy = import_cupy()
         handle = torch.cuda.current_stream(device).cuda_stream
         with torch.cuda.device(device), cupy.cuda.Device(device.index), on_stream(handle):
-            kernel(grid, block, arguments)
+            kernel(grid, block, arguments, shared_mem=shared)
 
 
 def available() -> bool:
@@ -84,6 +105,11 @@ def available() -> bool:
 def requirement() -> str:
     """What to install where `available()` is False, and why it is not there now."""
     return f"pip install {_package()}, see requirements-gpu.txt ({import_cupy()})"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def value(argument: Tensor | float | None) -> int | float:

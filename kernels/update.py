@@ -3,7 +3,6 @@
 Algorithm 1 of "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,19 +36,8 @@ def suits(params: Sequence[Tensor]) -> bool:
         and first.dtype in _SCALARS
         and all(p.dtype == first.dtype and p.device == first.device for p in params)
         and all(p.is_contiguous() for p in params)
-        and cuda.available()
-        and _loads(first.device.index, first.dtype)
+        and SOURCE.loads(first.device.index, compile_options(first.dtype))
     )
-
-
-@functools.cache
-def _loads(device_index: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel can be compiled; then it is also loaded, before any recording needs it."""
-    try:
-        SOURCE.kernels(device_index, compile_options(dtype))
-    except cuda.KernelUnavailable:
-        return False
-    return True
 
 
 def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
@@ -96,13 +84,9 @@ def update(
         table = np.zeros(1, TABLE)
         table["rows"][0, : len(part)] = part
         chunks = sum(-(-count // chunk) for *_, count in part)
-        grid = (min(chunks, BLOCKS * _multiprocessors(device)),)
+        grid = (min(chunks, BLOCKS * cuda.multiprocessors(device)),)
         arguments = (table, len(part), *factors, float(decay))
         SOURCE.launch("update", compile_options(dtype), device, grid, (THREADS,), arguments)
     # Autograd refuses to go back through a step whose parameters have changed since.
     for tensor in (*params, *(averages or ())):
         torch.autograd.graph.increment_version(tensor)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -29,39 +29,16 @@
 // streams are 3 MB. That is the most there can be: the compiler has all loads of a chunk share one
 // scoreboard, and a thread waits for the whole chunk before it fetches the next.
 //
-// Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16 -DCHUNK=steps, without
-// any header, so that NVRTC needs no CUDA toolkit. All arithmetic is in State: double for double, else
-// float.
+// Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16 -DCHUNK=steps. All
+// arithmetic is in State: double for double, else float.
 
 #if !defined(SCALAR) || !defined(CHUNK)
 #error "define SCALAR as double, float, Float16 or BFloat16, and CHUNK as a number of steps"
 #endif
 
-struct Float16 {
-    unsigned short bits;
-};
-
-struct BFloat16 {
-    unsigned short bits;
-};
+#include "../kernels/scalars.cuh"
 
 #ifdef __CUDACC__
-
-__device__ __forceinline__ float half_to_float(unsigned short bits) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(bits));
-    return wide;
-}
-
-__device__ __forceinline__ unsigned short float_to_half(float wide) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(wide));
-    return bits;
-}
-
-__device__ __forceinline__ unsigned float_to_bits(float v) { return __float_as_uint(v); }
-
-__device__ __forceinline__ float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
 
 // One special-function instruction each: relative error at most 2^-22 and 2^-23.
 __device__ __forceinline__ float fast_exp2(float v) {
@@ -76,28 +53,7 @@ __device__ __forceinline__ float fast_reciprocal(float v) {
     return inverse;
 }
 
-#endif  // whoever compiles this file as C++ supplies these six functions
-
-__device__ __forceinline__ double widen(double v) { return v; }
-
-__device__ __forceinline__ float widen(float v) { return v; }
-
-__device__ __forceinline__ float widen(Float16 v) { return half_to_float(v.bits); }
-
-__device__ __forceinline__ float widen(BFloat16 v) { return bits_to_float((unsigned)v.bits << 16); }
-
-__device__ __forceinline__ void narrow(double wide, double &v) { v = wide; }
-
-__device__ __forceinline__ void narrow(float wide, float &v) { v = wide; }
-
-__device__ __forceinline__ void narrow(float wide, Float16 &v) { v.bits = float_to_half(wide); }
-
-// By hand, to the nearest and ties to even, as the instruction for it begins with capability 8.0.
-__device__ __forceinline__ void narrow(float wide, BFloat16 &v) {
-    const unsigned bits = float_to_bits(wide);
-    const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    v.bits = (unsigned short)(wide == wide ? rounded : 0x7fc0u);
-}
+#endif  // whoever compiles this file as C++ supplies these two functions
 
 // 1 / (1 + 2^(-v log2 e)): two special functions. From the bounds above, the error is below 2.5e-7
 // for every v; where the power overflows, the reciprocal of infinity is the right answer, 0.
@@ -120,19 +76,6 @@ __device__ __forceinline__ float tanh_of(float v) {
 }
 
 __device__ __forceinline__ double tanh_of(double v) { return tanh(v); }
-
-template <typename T>
-struct StateOf {
-    typedef float type;
-};
-
-template <>
-struct StateOf<double> {
-    typedef double type;
-};
-
-typedef SCALAR Scalar;
-typedef StateOf<Scalar>::type State;
 
 // Steps that the forward kernel fetches at once, by the streams a step reads: 16 to 32 values.
 __device__ constexpr int forward_steps(int streams) { return streams <= 2 ? 2 * CHUNK : CHUNK; }

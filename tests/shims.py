@@ -35,22 +35,27 @@ def compile_shim(
 class ShimLauncher:
     """Takes the place of a source's `launch`, on CPU tensors; `options` are all it is called with.
 
-    `launched` has the names of the kernels, in turn.
+    `launched` has the names of the kernels, in turn. With `fibers`, threads may wait for others.
     """
 
     def __init__(
-        self, source: cuda.Source, folder: Path, options: Iterable[tuple[str, ...]]
+        self,
+        source: cuda.Source,
+        folder: Path,
+        options: Iterable[tuple[str, ...]],
+        fibers: bool = False,
     ) -> None:
         paths = {each: folder / f"{number}.so" for number, each in enumerate(options)}
 
         def build(each: tuple[str, ...]) -> None:
-            compile_shim(source, "launch.cpp", paths[each], each, "-shared", "-fPIC")
+            more = ["-shared", "-fPIC", *["-DFIBERS"] * fibers]
+            compile_shim(source, "launch.cpp", paths[each], each, *more)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(build, paths))
         self.libraries = {each: ctypes.CDLL(str(path)) for each, path in paths.items()}
         for library in self.libraries.values():
-            library.kernel_parameters.restype = ctypes.c_char_p
+            library.kernel_parameters.restype = library.launch_kernel.restype = ctypes.c_char_p
             library.kernel_sizes.restype = ctypes.POINTER(ctypes.c_size_t)
             for name in source.names:
                 kinds = library.kernel_parameters(name.encode()).decode()
@@ -59,7 +64,7 @@ class ShimLauncher:
                 assert sum(sizes) <= 4096, f"{name} has {sum(sizes)} bytes of parameters"
         self.launched: list[str] = []
 
-    def __call__(self, name, options, device, grid, block, arguments) -> None:
+    def __call__(self, name, options, device, grid, block, arguments, shared=0) -> None:
         assert device.type == "cpu"
         assert len(grid) == len(block) == 1
         library = self.libraries[options]
@@ -77,7 +82,11 @@ class ShimLauncher:
             else:
                 values.append((ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument))
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        library.launch_kernel(name.encode(), grid[0], block[0], addresses)
+        # The driver gives a block no more without being asked.
+        assert 0 <= shared <= 48 << 10
+        size = ctypes.c_size_t(shared)
+        failure = library.launch_kernel(name.encode(), grid[0], block[0], size, addresses)
+        assert failure is None, failure
         self.launched.append(name)
 
 
@@ -144,8 +153,7 @@ def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]
         pytest.skip("the wheel nvidia-cuda-nvrtc is not installed")
     if architecture not in supported_architectures(library):
         pytest.skip(f"this NVRTC no longer, or does not yet, know compute_{architecture}")
-    code = source.path.read_text(encoding="utf-8")
-    program = compiler.Program(code, source.path.name, lib_name=str(library))
+    program = compiler.Program(source.code(), source.path.name, lib_name=str(library))
     # CuPy's own options, with CuPy 13's default standard, the oldest in use.
     own = ["--std=c++14", "-ftz=true", "--device-as-default-execution-space"]
     ptx = program.compile([*own, f"--gpu-architecture=compute_{architecture}", *options])

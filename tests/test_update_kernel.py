@@ -49,7 +49,7 @@ def shim(launcher, monkeypatch):
         launcher(name, options, device, grid, block, arguments)
 
     monkeypatch.setattr(kernel.SOURCE, "launch", launch)
-    monkeypatch.setattr(kernel, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
     return launches
 
 
@@ -301,11 +301,10 @@ class TestOptimizer:
 class TestSuits:
     @pytest.fixture(autouse=True)
     def with_cupy(self, monkeypatch):
-        kernel._loads.cache_clear()
-        monkeypatch.setattr(cuda, "available", lambda: True)
+        cuda.Source.loads.cache_clear()
         monkeypatch.setattr(kernel.SOURCE, "kernels", lambda *_: {})
         yield
-        kernel._loads.cache_clear()
+        cuda.Source.loads.cache_clear()
 
     @staticmethod
     def on_gpu(**changes):
@@ -339,11 +338,7 @@ class TestSuits:
     def test_all_must_suit_alike(self, change):
         assert not kernel.suits([self.on_gpu(), self.on_gpu(**change)])
 
-    def test_without_cupy(self, monkeypatch):
-        monkeypatch.setattr(cuda, "available", lambda: False)
-        assert not kernel.suits([self.on_gpu()])
-
-    def test_where_cupy_cannot_compile(self, monkeypatch):
+    def test_where_cupy_is_missing_or_cannot_compile(self, monkeypatch):
         tried = []
 
         def kernels(device_index, options):

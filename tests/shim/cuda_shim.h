@@ -7,6 +7,11 @@
 #include <type_traits>
 #include <utility>
 
+// Kernels whose threads wait for one another: compile with -DFIBERS.
+#ifdef FIBERS
+#include "fibers.h"
+#endif
+
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -92,21 +97,53 @@ const std::size_t *parameter_sizes(void (*)(Parameters...)) {
     return sizes;
 }
 
-template <typename... Parameters, std::size_t... I>
-void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments,
-            std::index_sequence<I...>) {
-    blockDim = {block, 1, 1};
-    gridDim = {grid, 1, 1};
-    for (unsigned b = 0; b < grid; ++b)
-        for (unsigned t = 0; t < block; ++t) {
-            blockIdx = {b, 0, 0};
-            threadIdx = {t, 0, 0};
-            kernel(*static_cast<Parameters *>(arguments[I])...);
-        }
+#ifdef FIBERS
+
+// A block's shared memory: what launch.cpp gives it, and how much of that the launch asked for.
+static unsigned char *shared_begin;
+static std::size_t shared_size, shared_capacity;
+
+template <typename Work>
+const char *run_block(unsigned threads, Work work) {
+    // NaN, so that what nobody has written shows in the result.
+    std::memset(shared_begin, 0xff, shared_capacity);
+    const char *failure = fibers::run(threads, work, [](std::size_t t) {
+        threadIdx = {(unsigned)t, 0, 0};
+    });
+    for (std::size_t i = shared_size; i < shared_capacity; ++i)
+        if (shared_begin[i] != 0xff) return "a write beyond the shared memory of the launch";
+    return failure;
 }
 
-// As the driver does it: one address per parameter, read with the width of its declaration.
+#else
+
+template <typename Work>
+const char *run_block(unsigned threads, Work work) {
+    for (unsigned t = 0; t < threads; ++t) {
+        threadIdx = {t, 0, 0};
+        work();
+    }
+    return nullptr;
+}
+
+#endif
+
+template <typename... Parameters, std::size_t... I>
+const char *launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments,
+                   std::index_sequence<I...>) {
+    blockDim = {block, 1, 1};
+    gridDim = {grid, 1, 1};
+    const char *failure = nullptr;
+    for (unsigned b = 0; b < grid && !failure; ++b) {
+        blockIdx = {b, 0, 0};
+        failure = run_block(block, [&] { kernel(*static_cast<Parameters *>(arguments[I])...); });
+    }
+    return failure;
+}
+
+// As the driver does it: one address per parameter, read with the width of its declaration. Returns
+// what went wrong, or null.
 template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments) {
-    launch(kernel, grid, block, arguments, std::index_sequence_for<Parameters...>());
+const char *launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments) {
+    return launch(kernel, grid, block, arguments, std::index_sequence_for<Parameters...>());
 }

@@ -5,13 +5,13 @@
 struct Entry {
     const char *name, *kinds;
     const std::size_t *sizes;
-    void (*run)(unsigned grid, unsigned block, void **arguments);
+    const char *(*run)(unsigned grid, unsigned block, void **arguments);
 };
 
 #define KERNEL_ENTRY(NAME)                                                                         \
     {#NAME, parameter_kinds(&NAME), parameter_sizes(&NAME),                                        \
      [](unsigned grid, unsigned block, void **arguments) {                                         \
-         launch(&NAME, grid, block, arguments);                                                    \
+         return launch(&NAME, grid, block, arguments);                                             \
      }},
 
 static const Entry entries[] = {ENTRIES};
@@ -26,6 +26,19 @@ extern "C" const char *kernel_parameters(const char *name) { return entry(name).
 
 extern "C" const std::size_t *kernel_sizes(const char *name) { return entry(name).sizes; }
 
-extern "C" void launch_kernel(const char *name, unsigned grid, unsigned block, void **arguments) {
-    entry(name).run(grid, block, arguments);
+#ifdef FIBERS
+alignas(16) State shared_memory[1 << 14];
+#endif
+
+// Returns what went wrong, or null.
+extern "C" const char *launch_kernel(const char *name, unsigned grid, unsigned block,
+                                     std::size_t shared, void **arguments) {
+#ifdef FIBERS
+    shared_begin = (unsigned char *)shared_memory;
+    shared_capacity = sizeof(shared_memory);
+    shared_size = shared;
+#else
+    if (shared) return "this source is compiled without shared memory";
+#endif
+    return entry(name).run(grid, block, arguments);
 }

@@ -1,0 +1,194 @@
+// Softmax cross-entropy of every row of a matrix of logits, and its gradient in their place:
+//
+//     v_j = logits_j + bias_j,   loss = log(sum_j exp(v_j)) - v_target,
+//     d loss / d v_j = exp(v_j) / sum_k exp(v_k) - (1 if j is the target, else 0).
+//
+// Traffic. A block reads a row once from memory; it reads it again for the gradient right away, when
+// it still lies in the caches, and writes the gradient. The separate operations read and write it nine
+// times. The gradient of the bias is the gradients' sum over rows: each block adds its own rows up in
+// shared memory and writes one row of sums.
+//
+// Softmax. Each thread keeps the largest of the values it has seen and the sum of exp(v - largest),
+// and scales the sum where a larger one comes. Pairs of both are combined across a warp by shuffles,
+// and across warps through shared memory.
+//
+// Work. A thread owns every THREADS-th vector of 16 bytes of a row, in both passes: no thread waits for
+// another's columns. A block takes every gridDim.x-th row, one barrier a row.
+//
+// Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16 -DTHREADS=threads a
+// block. All arithmetic is in State: double for double, else float.
+
+#if !defined(SCALAR) || !defined(THREADS)
+#error "define SCALAR as double, float, Float16 or BFloat16, and THREADS as a number of threads"
+#endif
+
+#include "scalars.cuh"
+
+constexpr int PER_VECTOR = 16 / sizeof(Scalar);
+constexpr int WARPS = THREADS / 32;
+
+static_assert(WARPS * 32 == THREADS && WARPS <= 32, "a block is 1 to 32 whole warps");
+
+// One load or store of 16 bytes.
+struct alignas(16) Vector {
+    Scalar values[PER_VECTOR];
+};
+
+// The warps' pairs of two rows in turn, 4 * WARPS numbers; then, if asked for, a sum for each column.
+extern __shared__ State shared_memory[];
+
+__device__ __forceinline__ float exp_of(float v) { return expf(v); }
+
+__device__ __forceinline__ double exp_of(double v) { return exp(v); }
+
+__device__ __forceinline__ float log_of(float v) { return logf(v); }
+
+__device__ __forceinline__ double log_of(double v) { return log(v); }
+
+__device__ __forceinline__ State nothing() { return State(bits_to_float(0xff800000u)); }
+
+// What is subtracted before exp: the largest value, or 0 if all are -infinity, whose exp is then 0.
+__device__ __forceinline__ State base_of(State top) { return top == nothing() ? State(0) : top; }
+
+struct Softmax {
+    State top, mass;  // the largest value, and the sum of exp(v - base_of(top))
+
+    __device__ __forceinline__ void add(State other_top, State other_mass) {
+        const State larger = other_top > top ? other_top : top;
+        const State base = base_of(larger);
+        mass = mass * exp_of(top - base) + other_mass * exp_of(other_top - base);
+        top = larger;
+    }
+
+    __device__ __forceinline__ void add_lanes() {
+#pragma unroll
+        for (int lanes = 16; lanes; lanes /= 2)
+            add(__shfl_xor_sync(0xffffffffu, top, lanes), __shfl_xor_sync(0xffffffffu, mass, lanes));
+    }
+};
+
+// One row of logits and how its columns are read.
+struct RowOfLogits {
+    Scalar *begin;
+    const State *bias;  // or null
+    int columns;
+    bool aligned;
+
+    __device__ __forceinline__ bool whole(int at) const {
+        return aligned && at + PER_VECTOR <= columns;
+    }
+
+    __device__ __forceinline__ Vector fetch(int at) const {
+        if (whole(at)) return *(const Vector *)(begin + at);
+        Vector vector = {};
+        for (int i = 0; i < PER_VECTOR; ++i)
+            if (at + i < columns) vector.values[i] = begin[at + i];
+        return vector;
+    }
+
+    __device__ __forceinline__ void store(int at, const Vector &vector) const {
+        if (whole(at)) {
+            *(Vector *)(begin + at) = vector;
+            return;
+        }
+        for (int i = 0; i < PER_VECTOR; ++i)
+            if (at + i < columns) begin[at + i] = vector.values[i];
+    }
+
+    // Beyond the row's end -infinity, which adds nothing.
+    __device__ __forceinline__ State value(const Vector &vector, int at, int i) const {
+        if (at + i >= columns) return nothing();
+        const State v = widen(vector.values[i]);
+        return bias ? v + bias[at + i] : v;
+    }
+};
+
+// The softmax of a whole row, the same in every thread; `pairs` are the warps' places for this row.
+__device__ __forceinline__ Softmax softmax_of(const RowOfLogits &row, State *pairs) {
+    Softmax softmax = {nothing(), State(0)};
+    int at = (int)threadIdx.x * PER_VECTOR;
+    Vector next = row.fetch(at);
+    while (at < row.columns) {
+        const Vector now = next;
+        next = row.fetch(at + THREADS * PER_VECTOR);
+        State values[PER_VECTOR], top = softmax.top;
+#pragma unroll
+        for (int i = 0; i < PER_VECTOR; ++i) {
+            values[i] = row.value(now, at, i);
+            top = values[i] > top ? values[i] : top;
+        }
+        const State base = base_of(top);
+        State mass = softmax.mass * exp_of(softmax.top - base);
+#pragma unroll
+        for (int i = 0; i < PER_VECTOR; ++i) mass += exp_of(values[i] - base);
+        softmax = {top, mass};
+        at += THREADS * PER_VECTOR;
+    }
+    softmax.add_lanes();
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    if (lane == 0) {
+        pairs[warp] = softmax.top;
+        pairs[WARPS + warp] = softmax.mass;
+    }
+    __syncthreads();
+    softmax = {nothing(), State(0)};
+    if (lane < WARPS) softmax = {pairs[lane], pairs[WARPS + lane]};
+    softmax.add_lanes();
+    return softmax;
+}
+
+__device__ __forceinline__ void write_gradient(const RowOfLogits &row, const Softmax &softmax,
+                                               long long target, State *sums) {
+    const State base = base_of(softmax.top), inverse = State(1) / softmax.mass;
+    for (int at = (int)threadIdx.x * PER_VECTOR; at < row.columns; at += THREADS * PER_VECTOR) {
+        const Vector logits = row.fetch(at);
+        Vector gradients = {};
+#pragma unroll
+        for (int i = 0; i < PER_VECTOR; ++i) {
+            const State share = exp_of(row.value(logits, at, i) - base) * inverse;
+            const State gradient = at + i == target ? share - State(1) : share;
+            narrow(gradient, gradients.values[i]);
+            if (sums && at + i < row.columns) sums[at + i] += gradient;
+        }
+        row.store(at, gradients);
+    }
+}
+
+// Row r of the logits begins at r * row_distance. `bias` and `bias_sums` may be null; the latter is a
+// row for each block and needs the gradient. A target outside the row makes its loss NaN.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    cross_entropy(Scalar *logits, long long row_distance, const State *bias,
+                  const long long *targets, State *losses, State *bias_sums, long long rows,
+                  long long columns, long long with_gradient) {
+    State *sums = bias_sums ? shared_memory + 4 * WARPS : nullptr;
+    const int first = (int)threadIdx.x * PER_VECTOR;
+    if (sums)
+        for (int at = first; at < columns; at += THREADS * PER_VECTOR)
+            for (int i = 0; i < PER_VECTOR; ++i)
+                if (at + i < columns) sums[at + i] = State(0);
+    // A warp that is one row ahead writes beside what the others still read; it cannot be two ahead.
+    State *pairs = shared_memory, *other_pairs = shared_memory + 2 * WARPS;
+    for (long long r = blockIdx.x; r < rows; r += gridDim.x) {
+        Scalar *begin = logits + r * row_distance;
+        const bool aligned = (unsigned long long)begin % sizeof(Vector) == 0;
+        const RowOfLogits row = {begin, bias, (int)columns, aligned};
+        const long long target = targets[r];
+        State chosen = State(0);
+        // Before the barrier: behind it the gradient takes the logit's place.
+        if (threadIdx.x == 0) {
+            const bool known = (unsigned long long)target < (unsigned long long)columns;
+            chosen = known ? widen(begin[target]) : State(bits_to_float(0x7fc00000u));
+            if (known && bias) chosen += bias[target];
+        }
+        const Softmax softmax = softmax_of(row, pairs);
+        if (threadIdx.x == 0) losses[r] = log_of(softmax.mass) + (softmax.top - chosen);
+        if (with_gradient) write_gradient(row, softmax, target, sums);
+        State *const now = pairs;
+        pairs = other_pairs;
+        other_pairs = now;
+    }
+    if (sums)
+        for (int at = first; at < columns; at += THREADS * PER_VECTOR)
+            for (int i = 0; i < PER_VECTOR; ++i)
+                if (at + i < columns) bias_sums[blockIdx.x * columns + at + i] = sums[at + i];
+}

@@ -1,0 +1,79 @@
+"""Softmax cross-entropy and its gradient as one CUDA kernel, `cross_entropy.cu`."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import cuda
+
+SCALARS = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.float16: "Float16",
+    torch.bfloat16: "BFloat16",
+}
+SOURCE = cuda.Source(
+    Path(__file__).with_name("cross_entropy.cu"), ("cross_entropy",), "the softmax's CUDA kernels"
+)
+THREADS = 512  # of a block
+BLOCKS = 2  # on each multiprocessor, at most
+# Shared memory that a launch gets without being asked: the bias' sums of 12,000 columns in float32.
+MOST_SHARED = 48 << 10
+
+
+def suits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `loss_and_gradient_` can take logits of `dtype` on `device`: on a GPU with CuPy."""
+    return (
+        device.type == "cuda"
+        and dtype in SCALARS
+        and SOURCE.loads(device.index, compile_options(dtype))
+    )
+
+
+def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
+    """What the source must be compiled with for logits of `dtype`."""
+    return f"-DSCALAR={SCALARS[dtype]}", f"-DTHREADS={THREADS}"
+
+
+def loss_and_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    gradient: bool = True,
+    bias_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of each row of `logits + bias`; its gradient takes the place of `logits`.
+
+    `logits` (n, ntoken) may have rows apart, `targets` (n,) are int64, `bias` (ntoken,) is added on
+    the way. Without `gradient` the logits stay. Returns the losses (n,) in nats, float32, or
+    float64 of float64, and with `bias_gradient` the gradient's sum over rows (ntoken,).
+    """
+    rows, columns = logits.shape
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    # A row may have any distance to the next one, but its columns lie side by side.
+    if logits.stride(1) != 1 and columns > 1:
+        raise ValueError(f"the columns of logits must be contiguous, not {logits.stride()}")
+    targets = targets.contiguous()
+    bias = None if bias is None else bias.to(wide).contiguous()
+    losses = _empty((rows,), logits, wide)
+    blocks = min(rows, BLOCKS * cuda.multiprocessors(logits.device))
+    shared = 4 * (THREADS // 32) * wide.itemsize
+    with_sums = shared + columns * wide.itemsize
+    sums = None
+    if bias_gradient and with_sums <= MOST_SHARED:
+        shared, sums = with_sums, _empty((blocks, columns), logits, wide)
+    if rows:
+        tensors = [cuda.value(t) for t in (bias, targets, losses, sums)]
+        arguments = [logits.data_ptr(), logits.stride(0), *tensors, rows, columns, int(gradient)]
+        options = compile_options(logits.dtype)
+        SOURCE.launch(
+            "cross_entropy", options, logits.device, (blocks,), (THREADS,), arguments, shared
+        )
+    if not bias_gradient:
+        return losses, None
+    return losses, (logits if sums is None else sums).sum(dim=0, dtype=wide)
+
+
+def _empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)

@@ -1,0 +1,96 @@
+// Threads of a block that wait for one another, as fibers: each runs to its next barrier or shuffle,
+// then the next one does, in turn from the first to the last and from the last to the first, so that a
+// barrier that is missing shows in the result. Warps move on by themselves.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __shared__
+
+namespace fibers {
+
+enum Waiting { READY, AT_BARRIER, AT_SHUFFLE, DONE };
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[STACK]};
+    Waiting waiting;
+    double given, taken;  // by a shuffle: this lane's value, once and as the others see it
+
+    static constexpr std::size_t STACK = 1 << 16;
+};
+
+static std::vector<Fiber> all;
+static ucontext_t scheduler;
+static std::size_t current, count;
+static std::function<void()> body;
+
+inline void wait(Waiting what) {
+    all[current].waiting = what;
+    swapcontext(&all[current].context, &scheduler);
+}
+
+inline void start() {
+    body();
+    wait(DONE);
+}
+
+// Whether fibers [begin, end) are all at `what`; if so they may go on.
+inline bool release(std::size_t begin, std::size_t end, Waiting what) {
+    for (std::size_t t = begin; t < end; ++t)
+        if (all[t].waiting != what) return false;
+    for (std::size_t t = begin; t < end; ++t) {
+        all[t].taken = all[t].given;
+        all[t].waiting = READY;
+    }
+    return true;
+}
+
+// Runs `work` in `threads` fibers, `enter(t)` before each turn of thread t. Returns what went wrong.
+template <typename Enter>
+const char *run(std::size_t threads, const std::function<void()> &work, Enter enter) {
+    if (all.size() < threads) all = std::vector<Fiber>(threads);
+    body = work;
+    count = threads;
+    for (std::size_t t = 0; t < threads; ++t) {
+        getcontext(&all[t].context);
+        all[t].context.uc_stack.ss_sp = all[t].stack.get();
+        all[t].context.uc_stack.ss_size = Fiber::STACK;
+        all[t].context.uc_link = nullptr;
+        makecontext(&all[t].context, start, 0);
+        all[t].waiting = READY;
+    }
+    for (bool backwards = false;; backwards = !backwards) {
+        for (std::size_t n = 0; n < threads; ++n) {
+            current = backwards ? threads - 1 - n : n;
+            if (all[current].waiting != READY) continue;
+            enter(current);
+            swapcontext(&scheduler, &all[current].context);
+        }
+        std::size_t done = 0;
+        for (std::size_t t = 0; t < threads; ++t) done += all[t].waiting == DONE;
+        if (done == threads) return nullptr;
+        bool moved = release(0, threads, AT_BARRIER);
+        for (std::size_t t = 0; t < threads; t += 32)
+            moved = release(t, t + 32 < threads ? t + 32 : threads, AT_SHUFFLE) || moved;
+        if (!moved) return "a barrier or a shuffle that not all threads reach";
+    }
+}
+
+}  // namespace fibers
+
+inline void __syncthreads() { fibers::wait(fibers::AT_BARRIER); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+    const std::size_t self = fibers::current;
+    fibers::all[self].given = (double)value;
+    fibers::wait(fibers::AT_SHUFFLE);
+    const std::size_t other = (self & ~(std::size_t)31) + ((self ^ (std::size_t)lanes) & 31);
+    return other < fibers::count ? (T)fibers::all[other].taken : (T)NAN;
+}
