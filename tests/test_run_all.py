@@ -1,4 +1,4 @@
-"""bench/run_all.py: every table is kept, and so is what went wrong."""
+"""bench/run_all.py: all tables and failures are kept."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from bench.run_all import Task
 
 GOOD = Task("python -c \"print('| a | 1 |')\"")
 BAD = Task("python -c \"import sys; print('before'); sys.exit(3)\"")
-# Through a second process, which must end too.
+# A benchmark with a child process, which must be ended too.
 LONG = Task("sh -c 'echo so far; tail -f /dev/null; true'")
 
 
@@ -52,7 +52,7 @@ def test_the_time_is_kept_and_what_a_cut_benchmark_printed(tasks, tmp_path):
 
 
 def test_every_benchmark_is_run():
-    """A script of bench/ that prints a table is in the list."""
+    """TASKS lists every script of bench/ that prints a table."""
     scripts = {path.stem for path in (run_all.ROOT / "bench").glob("*.py")}
     others = {"__init__", "common", "published", "reproduce", "study", "run_all"}
     assert scripts - others == {name for name, task in run_all.TASKS.items() if not task.gpu}
