@@ -1,5 +1,5 @@
-# Everything a fresh clone needs: `make demo`, `make test`. Both set up a virtual environment first;
-# VENV= names another place for it, PYTHON= another interpreter.
+# A fresh clone needs only `make demo` or `make test`. Both set up a virtual environment first; VENV=
+# names another folder for it, PYTHON= another interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ test: lint $(BIN)/.dev
 test-fast: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "not slow and not corpora and not published"
 
-# A batch of every published command at its real size: about 8 GB of memory, and minutes.
+# One batch of every published command at its real size; takes about 8 GB of memory, and minutes.
 published: $(BIN)/.dev
 	$(BIN)/python -m pytest -m published --durations=0
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fetch corpora: ./getdata.sh NAME...   (penn pennchar wikitext-2 wikitext-103 enwik8 sample all)
-# PYTHON=... picks the interpreter; DATA_DIR and BASE_URL are explained by ./getdata.sh --help
+# PYTHON=... picks the interpreter; ./getdata.sh --help explains DATA_DIR and BASE_URL
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)

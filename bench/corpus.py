@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_by_double_loop(folder: Path) -> tuple[Dictionary, list[torch.Tensor]]:
-    """Load as the classic code does: read each file once for the words, again for the ids."""
+    """Load as in the classic code: read each file once for the words, again for the ids."""
     dictionary = Dictionary()
     splits = []
     for split in SPLITS:
@@ -48,7 +48,7 @@ def load_by_double_loop(folder: Path) -> tuple[Dictionary, list[torch.Tensor]]:
 
 
 def load_into_list(folder: Path) -> tuple[Dictionary, list[torch.Tensor]]:
-    """The same with a list in place of the tensor's slow item assignment, and one reading."""
+    """Load in one pass, into a list, as assigning single items of a tensor is slow."""
     dictionary = Dictionary()
     splits = []
     for split in SPLITS:
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     penn = ROOT / "data" / "penn"
     source = args.data or (penn if penn.is_dir() else ROOT / "data" / "sample")
 
-    # A copy, so that the cache is ours to make and the corpus's folder is left alone.
+    # In a copy, so that no cache is written into the corpus's own folder.
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         reference = Corpus(source, cache=False)

@@ -1,7 +1,7 @@
 """Time the continuous cache: the classic per-token evaluation over one-hot words, and ours.
 
-Run as `python bench/pointer.py` from the repository's root. The outputs are random: the time does
-not depend on them.
+Run as `python bench/pointer.py` from the repository's root. The model outputs are random, as their
+values do not change the time.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from continuous_cache import ContinuousCache
 
 
 def classic(outputs: Tensor, words: Tensor, one_hot: Tensor, first: int, window: int) -> Tensor:
-    """The cache's distribution token by token, over the vocabulary, as the classic code does it."""
+    """The cache's p(word), token by token over the whole vocabulary, as in the classic code."""
     probs = []
     for t in range(first, len(words)):
         attention = (outputs[t - window : t] @ outputs[t] * 0.66).softmax(dim=0)

@@ -1,4 +1,4 @@
-"""The published figures, and how to find ours: one place for bench/reproduce.py and the README."""
+"""The published figures, for bench/reproduce.py, bench/study.py and the README's table."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ PERPLEXITY, BITS = "perplexity", "bits per character"
 
 @dataclass
 class Row:
-    """A row of the published table: by stage the figures on validation and test, None if unknown.
+    """A row of the published table: each stage's validation and test figures, None if unknown.
 
-    `tokens` are those of its train.txt, line ends counted, None if not known. The figures are from
-    arXiv 1708.02182 and 1803.08240 and the original's documentation.
+    `tokens` is the number of tokens in its train.txt, line ends included, None if unknown. The
+    figures are from arXiv 1708.02182 and 1803.08240 and the original's documentation.
     """
 
     title: str
@@ -49,7 +49,7 @@ ROWS = {
     "wt103": Row("WikiText-103 QRNN", PERPLEXITY, 103_227_021, {"main": (32.0, 33.0)}),
 }
 
-# On PTB, finetuned, LSTM at its full size; arXiv 1708.02182: validation, test.
+# The full-size LSTM on PTB, finetuned, from arXiv 1708.02182: validation, test perplexity.
 ABLATIONS = {
     "": (60.0, 57.3),
     "no weight drop": (71.1, 68.9),

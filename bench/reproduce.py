@@ -3,10 +3,10 @@
     python bench/reproduce.py ptb-qrnn --minutes 9
 
 runs main.py, finetune.py and pointer.py with the published flags, stops cleanly after 9 minutes,
-and goes on exactly where it was when it is called again. After every piece it writes what there is
+and continues exactly there when it is called again. Every call ends by writing the figures so far
 to `results/ROW.md` and, for programs and curves, `results/ROW.metrics.jsonl`. Flags after `--` go
 to main.py and finetune.py, for a run of reduced size; its files are named ROW-reduced. Models and
-logs stay in the work folder: copy that to go on elsewhere.
+logs stay in the work folder: copy that folder to continue on another machine.
 """
 
 import argparse
@@ -48,14 +48,14 @@ FILES = ("train.txt", "valid.txt", "test.txt")
 class Work:
     """The work folder of a row: `main.pt` and so on, each stage's numbers and output, `state.json`.
 
-    `state.json` holds what is known of each stage: seconds, commits, devices, the figures. One
-    process at a time may use it; raises ToolkitError if another one does.
+    `state.json` holds each stage's seconds, commits, devices, commands and figures. Only one
+    process at a time may use the folder; raises ToolkitError if another process does.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        # Held by the stage, too, so that one that has lost its parent still counts.
+        # The stage inherits the lock, so an orphaned stage still holds it.
         self.lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,7 +68,7 @@ class Work:
         self.state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def stage(self, name: str) -> dict[str, Any]:
-        """What is known of a stage; a new one's is empty."""
+        """A stage's entry in `state.json`; an empty one if there is none."""
         empty = {"seconds": 0.0, "commits": [], "devices": [], "commands": [], "done": False}
         return self.state.setdefault(name, empty)
 
@@ -79,7 +79,7 @@ class Work:
 
 
 class Stop:
-    """When the running stage is to end: at the deadline or when this process is told to."""
+    """Ends the running stage at the deadline, or when this process gets a signal."""
 
     def __init__(self, minutes: float | None) -> None:
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -94,7 +94,7 @@ class Stop:
         return bool(self.signum) or time.monotonic() >= self.deadline
 
     def end_stage(self) -> None:
-        """Have the stage save and end."""
+        """Tell the running stage to save and end."""
         with contextlib.suppress(ProcessLookupError):
             if self.process is not None:
                 self.process.send_signal(signal.SIGTERM)
@@ -127,7 +127,7 @@ def device_name(no_cuda: bool) -> str:
 
 
 def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda: bool) -> bool:
-    """Run a stage; whether it came to its end. Raises ToolkitError if it failed."""
+    """Run a stage; return whether it finished. Raises ToolkitError if it failed."""
     known = work.stage(name)
     flags = [*flags, *(["--no-cuda"] if no_cuda else [])]
     words = ["python", f"{name}.py", *flags]
@@ -144,7 +144,7 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
     command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
     with (
         open(work.folder / f"{name}.log", "a", encoding="utf-8") as log,
-        # Of its own session: Ctrl-C would have main.py end early and look finished.
+        # A session of its own: after Ctrl-C main.py would end early and look finished.
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -154,7 +154,7 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
             start_new_session=True,
             pass_fds=[work.lock.fileno()],
         ) as process,
-        # The cache keeps no state, and takes minutes: it is let run.
+        # pointer.py saves no state and takes minutes, so it runs to its end.
         stop.watching(process) if name != "pointer" else contextlib.nullcontext(),
     ):
         if stop.asked and name != "pointer":
@@ -176,7 +176,7 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
     known["seconds"] = before + time.monotonic() - start
     known["done"] = process.returncode == 0
     work.save()
-    # Minus the signal: it came before the script had begun to listen.
+    # A negative status: the signal came before the script had set its handlers.
     if process.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
         last = lines[-1].strip() if lines else "without a word"
         raise ToolkitError(
@@ -187,39 +187,39 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
 
 
 def stage_flags(work: Work, row: str, name: str, data: Path, extra: list[str]) -> list[str]:
-    """The flags to start a stage with, or to go on with it."""
+    """The flags that start a stage or resume it."""
     model = work.folder / f"{name}.pt"
     published = presets.COMMANDS[row][name].split()
     where = ["--data", str(data), "--save", str(model)]
     if name == "pointer":
-        # The last stage before it has the model.
+        # The model is finetune.py's.
         model = work.folder / "finetune.pt"
         return [*published, "--data", str(data), "--save", str(model), *cut_short(extra)]
     where += ["--logdir", str(work.folder / name)]
     if model.exists():
         training = checkpoint.load(model).training
         if training is not None and training["stage"] == f"{name}.py":
-            # What a resumed run does not take from the file.
+            # Only flags that a resumed run does not take from the file.
             return ["--resume", str(model), *where, *cut_short(extra)]
     if name == "finetune":
-        # A copy: main.py's result stays.
+        # finetune.py gets a copy, so that main.py's result stays.
         with replacing(model) as file, open(work.folder / "main.pt", "rb") as trained:
             shutil.copyfileobj(trained, file)
     return [*published, *extra, *where]
 
 
 def cut_short(extra: list[str]) -> list[str]:
-    """The `--max-batches N` among flags, if any: the one that a stage is given every time."""
+    """`--max-batches N` among the flags, if given: every call of a stage needs it again."""
     for at, word in enumerate(extra):
         flag, equals, value = word.partition("=")
-        # Also abbreviated, as far as that names one flag.
+        # Unambiguous abbreviations count, too.
         if flag.startswith("--max-b") and "--max-batches".startswith(flag):
             return ["--max-batches", *([value] if equals else extra[at + 1 : at + 2])]
     return []
 
 
 def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
-    """By stage: epochs done and in all, valid and test in the row's unit, whether it is done."""
+    """Of each stage: epochs done and total, valid and test in the row's unit, whether finished."""
     convert = bits if ROWS[row].unit == BITS else perplexity
     result = {}
     for name in ROWS[row].figures:
@@ -231,14 +231,14 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
             found |= {"valid": known.get("valid_ppl"), "test": known.get("test_ppl")}
         else:
             lines = read_stage(work.folder / name)
-            # An epoch that was run again, after a kill, counts as it came out last.
+            # Of an epoch that was repeated after a kill, the last result counts.
             epochs = {line["epoch"]: line for line in lines if line.get("kind") == "epoch"}
             tests = [line["test_loss"] for line in lines if line.get("kind") == "test"]
             flags = next((line["flags"] for line in reversed(lines) if "flags" in line), {})
             losses = [line["valid_loss"] for line in epochs.values()]
             with contextlib.suppress(CheckpointError):
                 saved = checkpoint.load(work.folder / f"{name}.pt").valid_loss
-                # At the end it is the loss of the model that was tested.
+                # Of a finished stage: the validation loss of the model that was tested.
                 losses = [saved] if known["done"] else [*losses, saved]
             finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
             found |= {
@@ -254,7 +254,7 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
 
 
 def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Path:
-    """Write ROW.md and ROW.metrics.jsonl; return the first."""
+    """Write ROW.md and ROW.metrics.jsonl; return the path of ROW.md."""
     published = ROWS[row]
     stem = f"{row}-reduced" if reduced else row
     found = figures(work, row)
@@ -273,7 +273,7 @@ def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Pat
     with replacing(folder / f"{stem}.metrics.jsonl") as file:
         file.write(json.dumps(head).encode() + b"\n")
         for name in found:
-            # The lines within an epoch would be megabytes.
+            # Log lines within an epoch are left out: they would be megabytes.
             for line in read_stage(work.folder / name):
                 if line.get("kind") in ("epoch", "switch", "test"):
                     file.write(json.dumps({"stage": name, **line}).encode() + b"\n")
@@ -284,7 +284,7 @@ def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Pat
 
 
 def page(head: dict[str, Any], title: str) -> str:
-    """ROW.md: what was run, how far it came, and the figures beside the published ones."""
+    """The text of ROW.md: commands, progress, and our figures beside the published ones."""
     published = ROWS[head["row"]]
     lines = [f"# {title}, {head['unit']}", ""]
     if another_text(head["row"], head["tokens"]):
@@ -326,7 +326,7 @@ def page(head: dict[str, Any], title: str) -> str:
 
 
 def another_text(row: str, tokens: int) -> bool:
-    """Whether a train.txt of so many tokens is not the row's, as far as that is known."""
+    """Whether a train.txt of so many tokens cannot be the row's; False if its size is unknown."""
     return ROWS[row].tokens not in (None, tokens)
 
 
@@ -350,12 +350,12 @@ def pack(data: Path, target: Path) -> None:
     """Write the three texts of a corpus as one .tar.xz."""
     with replacing(target) as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
         for name in FILES:
-            # Through a link to the text.
+            # A link is packed as the file it points to.
             archive.add((data / name).resolve(), arcname=name)
 
 
 def unpack(archive_path: Path, target: Path) -> None:
-    """Unpack what `pack` wrote; raises ToolkitError if it holds anything but three plain texts."""
+    """Unpack a file of `pack`; raises ToolkitError if it does not hold just three plain texts."""
     try:
         with tarfile.open(archive_path, "r:xz") as archive:
             members = archive.getmembers()
@@ -399,7 +399,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what time allows; the exit status. Raises ToolkitError for what the user can mend."""
+    """Run until the time is up; return the exit status. Raises ToolkitError for user errors."""
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
     args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
             "after --: give the same, or another --work"
         )
     if "tokens" not in work.state:
-        # Once: a text may be hundreds of megabytes. That it stays the same --resume sees to.
+        # Counted once, as a text may be hundreds of megabytes; --resume refuses a changed text.
         work.state["tokens"] = count_tokens(data / "train.txt")
     if another_text(args.row, work.state["tokens"]) and not extra:
         raise ToolkitError(
@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{ROWS[args.row].tokens:,}: fetch it with ./getdata.sh, or give flags after -- for a "
             "run that is not the row's"
         )
-    # At every call: a later stage does not go on from the former's place in the text.
+    # Checked at every call, as a new stage, unlike --resume, would accept a changed text.
     wrong = [] if extra else wrong_files(SPECS[Path(named).name], data)
     if wrong:
         raise ToolkitError(

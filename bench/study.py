@@ -1,9 +1,9 @@
-"""A small-scale study on PTB: LSTM, GRU and QRNN side by side, and the LSTM's parts taken away.
+"""A small-scale study on PTB: LSTM, GRU and QRNN side by side, and ablations of the LSTM.
 
-`python bench/study.py DATA WORK` runs what is missing of it, two runs at a time. `WORK` keeps the
-models and numbers; a study that was interrupted goes on where it was. Each run is six epochs of
-main.py and two of finetune.py, which averages from its first step; "raw" is two more epochs of
-main.py instead, that is, no averaging. At the end, or with `--report` at once, the numbers go to
+`python bench/study.py DATA WORK` runs the missing runs, two at a time. `WORK` keeps the models and
+numbers, so that an interrupted study continues where it stopped. Each run is six epochs of main.py
+and two of finetune.py, which averages from its first step. A "raw" run is two more epochs of
+main.py instead, without averaging. At the end, or with `--report` at once, the numbers go to
 results/study.jsonl, and from there to results/study.md and docs/curves.png.
 """
 
@@ -50,7 +50,7 @@ ABLATIONS = {
 
 @dataclass
 class Run:
-    """One model: name, cell, seed, what it leaves out; `raw` to go on without averaging as well."""
+    """One model: name, cell, seed, ablation if any; `raw` adds epochs without averaging."""
 
     name: str
     cell: str
@@ -59,7 +59,7 @@ class Run:
     raw: bool = False
 
     def flags(self) -> list[str]:
-        """The flags of main.py and finetune.py, but for the files and the number of epochs."""
+        """The flags of main.py and finetune.py, except files and the number of epochs."""
         changed = ABLATIONS[self.without].split() if self.without else []
         changed += LEARNING_RATE.get(self.cell, "").split()
         return [*SIZES, *RATES, *changed, "--model", self.cell, "--seed", str(self.seed)]
@@ -77,7 +77,7 @@ RUNS = [
 
 
 def stage(folder: Path, name: str, script: str, flags: list[str]) -> None:
-    """Run a stage to its end unless it has been: numbers and output go to FOLDER/NAME."""
+    """Run a stage to its end unless it is done; numbers and output go to FOLDER/NAME."""
     done = folder / name / "done"
     if done.exists():
         return
@@ -86,10 +86,10 @@ def stage(folder: Path, name: str, script: str, flags: list[str]) -> None:
     print("$ python", script, *flags, flush=True)
     with open(folder / name / "output.log", "a", encoding="utf-8") as log:
         command = [sys.executable, str(ROOT / script), *flags]
-        # Two runs of a thread each get further than one of two threads.
+        # Two runs with one thread each are faster than one run with two threads.
         alone = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, env=alone)
-    # After Ctrl-C, which reaches it too, a stage ends well but early.
+    # Ctrl-C reaches the stage too, which then ends early with exit status 0.
     ended = [line["epoch"] for line in read_stage(folder / name) if line.get("kind") == "epoch"]
     if max(ended, default=0) < int(flags[flags.index("--epochs") + 1]):
         raise ToolkitError(f"{folder / name} was interrupted: the same command goes on")
@@ -97,7 +97,7 @@ def stage(folder: Path, name: str, script: str, flags: list[str]) -> None:
 
 
 def train(run: Run, data: Path, work: Path) -> None:
-    """All stages of a run; those done before are skipped, a cut one of main.py is resumed."""
+    """Run all stages; finished stages are skipped, an interrupted main.py is resumed."""
     folder = work / run.name
     where = ["--data", str(data)]
     model = folder / "main.pt"
@@ -114,7 +114,7 @@ def train(run: Run, data: Path, work: Path) -> None:
         epochs = ["--epochs", str(MAIN_EPOCHS + FINETUNE_EPOCHS)]
         stage(folder, "raw", "main.py", ["--resume", str(raw), *where, *epochs])
     if not (folder / "finetune" / "done").exists():
-        # Two short epochs: begun anew after an interruption.
+        # Two short epochs, which start again after an interruption.
         shutil.rmtree(folder / "finetune", ignore_errors=True)
         finetuned = folder / "finetune.pt"
         shutil.copy(model, finetuned)
@@ -124,14 +124,14 @@ def train(run: Run, data: Path, work: Path) -> None:
 
 
 def collected(work: Path) -> list[dict[str, Any]]:
-    """Every run of which a number is in `work`, as plain values: epochs, losses, where it ran."""
+    """Every run with an epoch in `work`, as plain values: epochs, losses, versions, device."""
     result = []
     for run, second in [(r, s) for r in RUNS for s in ("finetune", "raw") if s != "raw" or r.raw]:
         raw = second == "raw"
         lines = {name: read_stage(work / run.name / name) for name in ("main", second)}
         stages = list(lines)
         if not any(line.get("kind") == "epoch" for line in lines[second]):
-            # Without its own epochs a run without averaging is the run itself.
+            # Before its second stage a raw run has no epochs of its own.
             stages = [] if raw else ["main"]
         epochs, tests, commits = [], {}, []
         for name in stages:
@@ -139,14 +139,14 @@ def collected(work: Path) -> list[dict[str, Any]]:
             for line in lines[name]:
                 if line.get("kind") == "epoch":
                     epoch = line["epoch"] + before
-                    # One that was run again, after resuming, counts as it came out last.
+                    # Of an epoch that was repeated after resuming, the last result counts.
                     epochs = [e for e in epochs if e["epoch"] != epoch]
                     loss = math.inf if line["valid_loss"] is None else line["valid_loss"]
                     epochs.append({"epoch": epoch, "loss": loss, "stage": name})
                 elif line.get("kind") == "test":
                     tests[name] = line["test_loss"]
                 elif line.get("commit"):
-                    # With the mark of changed code, where there is one.
+                    # A trailing + marks uncommitted changes.
                     commit = line["commit"][:7] + "+" * line["commit"].endswith("+")
                     commits += [] if commit in commits else [commit]
         if epochs:
@@ -170,7 +170,7 @@ def collected(work: Path) -> list[dict[str, Any]]:
 
 
 def _parameters(log: Path) -> int | None:
-    """What main.py said of the model's size, if it has."""
+    """The number of parameters in main.py's output, None if it is not there."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     found = re.search(r"^Model total parameters: (\d+)$", text, re.MULTILINE)
     return None if found is None else int(found[1])
@@ -191,14 +191,14 @@ def after(run: dict[str, Any] | None, epoch: int) -> float | None:
 
 
 def tested(run: dict[str, Any] | None) -> float | None:
-    """Test perplexity of the best model of the last stage, None if it was not run to its end."""
+    """Test perplexity of the last stage's best model, None if that stage is not finished."""
     tests = {} if run is None else run["tests"]
     loss = tests.get("finetune", tests.get("raw"))
     return None if loss is None else perplexity(loss)
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Both tables: the cells side by side, and what each regulariser does, beside the paper's."""
+    """Both tables: the cells side by side, and the ablations beside the paper's."""
     if not runs:
         return "Not run yet."
     found = {(run["cell"], run["seed"], run["without"]): run for run in runs}
@@ -243,7 +243,7 @@ def _change(value: float | None, base: float | None, without: str) -> str:
 
 
 def report(runs: list[dict[str, Any]]) -> str:
-    """results/study.md."""
+    """The text of results/study.md."""
     found = {(run["cell"], run["seed"], run["without"]): run for run in runs}
     last = MAIN_EPOCHS + FINETUNE_EPOCHS
     pair = [after(found.get(("LSTM", seed, "")), last) for seed in (1, 2)]
@@ -323,7 +323,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         label = f"{run['cell']}, seed {run['seed']}"
         ax.plot(epochs, ppl, styles[run["seed"]], color=colour, marker=".", label=label)
     ax.axvline(MAIN_EPOCHS, color="black", lw=0.8, ls=":")
-    # The legend has the top, where there are no curves.
+    # At the bottom, because the legend is at the top.
     place = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
     ax.text(MAIN_EPOCHS + 0.05, 0.01, "averaging starts", **place)
     ax.set_yscale("log")
@@ -355,7 +355,7 @@ def write_report(work: Path) -> None:
 
 
 def main() -> None:
-    """Run what is missing, and write the report."""
+    """Run the missing runs, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="the folder of the PTB corpus")
     parser.add_argument("work", type=Path, help="where models and numbers are kept")

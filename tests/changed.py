@@ -1,4 +1,4 @@
-"""Run by test_changing.py in a copy of the tree that has the patches of docs/changing.md.
+"""Run by test_changing.py in a copy of the tree with the patches of docs/changing.md applied.
 
 python tests/changed.py CORPUS FOLDER
 """
@@ -31,7 +31,7 @@ DRAW = engine.draw_seq_len
 
 
 def call(script, path, *flags, stop_at=None):
-    """Run a script; the state of the file it leaves. A signal may come at a certain batch."""
+    """Run a script, with a SIGTERM at batch `stop_at`; return the training state in its file."""
     drawn = []
 
     def draw(*args):
@@ -55,10 +55,10 @@ whole, cut, plain = (Path(FOLDER) / name for name in ("whole.pt", "cut.pt", "pla
 expected = call(main, whole, *new, "--rotate")
 assert expected["optimizer"]["param_groups"][0]["lr"] == 0
 assert call(main, cut, *new, "--rotate", stop_at=17)["position"]["batches"] == 5
-# The very command of the run resumes it.
+# The run's own command with --resume resumes it.
 assert_same(expected, call(main, cut, *new, "--rotate", "--resume", cut), but=("args",))
 
-# Each change changes something, and none is passed over when a run is resumed.
+# Each change has an effect, and a resumed run does not ignore any of them.
 assert call(main, plain, *new, stop_at=17)["data"] == expected["data"]
 with pytest.raises(ToolkitError, match="the text does not go on as it did"):
     call(main, plain, *new, "--rotate", "--resume", plain)
@@ -73,7 +73,7 @@ call(pointer, whole, "--data", CORPUS, "--window", 20)
 generate.main(["--checkpoint", str(whole), "--outf", "-", "--words", "9", "--no-cuda"])
 importlib.import_module("accuracy").main(["--save", str(whole), "--data", CORPUS, "--no-cuda"])
 
-# Recorded and replayed, also with a penalty that was changed on the way.
+# CUDA graphs, also with a penalty that changes between epochs.
 test_replayed_steps_are_the_eager_ones("MOGRIFIER", "sgd")
 eager, graphed = make("MOGRIFIER"), make("MOGRIFIER", graphs=True)
 for step in (eager, graphed):

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny corpus, and scripts run as a user would."""
+"""Shared by several test files: a tiny corpus, and scripts run as a user would run them."""
 
 import importlib
 import random
@@ -11,10 +11,10 @@ import torch
 from cli import program
 
 ROOT = Path(__file__).resolve().parent.parent
-# Where the full corpora lie beside the repository; tests that need them are skipped elsewhere.
+# The full corpora, beside the repository; tests that need them are skipped without them.
 CORPORA = ROOT.parent / "shared" / "data"
 
-# Tests of what holds for any cell run over model.CELLS; these are those of the papers.
+# The papers' cells. Tests of properties of every cell run over model.CELLS instead.
 ORIGINAL_CELLS = ("LSTM", "GRU", "QRNN")
 
 # A network small enough for a test, as flags.
@@ -25,7 +25,10 @@ TINY = (
 
 
 def put(*places, to):
-    """A change of what a file holds at a place; `to` is a value, or makes one of the old."""
+    """A function that replaces the value at `places` in a file's content by `to`.
+
+    `to` is the new value, or a function of the old one.
+    """
 
     def damage(content):
         *way, last = places
@@ -37,7 +40,7 @@ def put(*places, to):
 
 
 def flat(value, name=""):
-    """Every tensor and plain value within dictionaries, lists and tuples, by its place."""
+    """Every tensor and plain value within dictionaries, lists and tuples, with its path."""
     if isinstance(value, dict | list | tuple):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from flat(part, f"{name}.{key}")
@@ -46,7 +49,7 @@ def flat(value, name=""):
 
 
 def assert_same(first, second, but=()):
-    """Two training states are equal, bit for bit; `but` are fields that may differ."""
+    """Two training states are equal, bit for bit, except for the fields in `but`."""
     first, second = (
         dict(flat({k: v for k, v in s.items() if k not in but})) for s in (first, second)
     )
@@ -59,7 +62,7 @@ def assert_same(first, second, but=()):
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
-    """A corpus of 60 words in which each word says much about the next."""
+    """A corpus of 60 words in which each word has two possible successors within a line."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     words = [f"w{i}" for i in range(60)]
@@ -78,7 +81,7 @@ def corpus_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_as_in_a_terminal():
-    """Under nohup signals come ignored, and a run leaves those that are ignored alone."""
+    """Reset the handlers: under nohup signals are ignored, and a run leaves them ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for signum in (signal.SIGHUP, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)
@@ -86,13 +89,13 @@ def signals_as_in_a_terminal():
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Networks this small are slower on several threads, and much slower on a busy machine."""
+    """Such small networks are slower on several threads, and much slower on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def script(capfd):
-    """Run a script in this process as the command line would: (exit status, stdout, stderr)."""
+    """Run a script in this process as from the command line: (exit status, stdout, stderr)."""
 
     def run(name, *argv):
         module = importlib.import_module(name)
@@ -106,7 +109,7 @@ def script(capfd):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, corpus_dir):
-    """A model file of each cell type trained a little on the tiny corpus, made once."""
+    """A model file of each cell type, briefly trained on the tiny corpus, made once."""
     import main
 
     folder = tmp_path_factory.mktemp("trained")

@@ -1,4 +1,4 @@
-"""Kill main.py at random moments and resume it, again and again; called by test_survival.py.
+"""Kill main.py at random moments and resume it, many times; called by test_survival.py.
 
     python tests/killed.py CORPUS FOLDER CELL KILLS
 
@@ -25,13 +25,13 @@ import nt_asgd
 
 
 def switch_after_two_epochs(self, loss):
-    """Averaging starts after the second epoch, whatever the losses."""
+    """A trigger that starts averaging after the second epoch, whatever the losses."""
     self.losses.append(loss)
     return len(self.losses) == 2
 
 
 def start(argv):
-    """Run main.py in a child of its own; return its process number."""
+    """Run main.py in a forked child; return the child's process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -47,7 +47,7 @@ def start(argv):
 
 
 def inode(path):
-    """Which file stands at `path`: another after every save."""
+    """The inode at `path`, None if there is no file; every save changes it."""
     return path.stat().st_ino if path.exists() else None
 
 
@@ -63,7 +63,7 @@ def assert_same_files(path, other):
 
 
 def survive(corpus, folder, cell, kills):
-    """Train once undisturbed, then with `kills` kills in all; every run must end the same."""
+    """Train once undisturbed, then with `kills` kills in total; all runs must end equal."""
     torch.set_num_threads(1)
     nt_asgd.NonMonotonicTrigger.update = switch_after_two_epochs
     folder = Path(folder)
@@ -82,7 +82,7 @@ def survive(corpus, folder, cell, kills):
             pid = start([*argv, *few])
             if killed < kills:
                 before = inode(path)
-                # Some are killed while they start, most once they have begun to train and save.
+                # Most children are killed after their first save, the others at any time.
                 if rng.random() < 0.8:
                     while inode(path) == before and not ended(pid):
                         time.sleep(0.001)
@@ -99,7 +99,7 @@ def survive(corpus, folder, cell, kills):
         assert_same_files(folder / "whole", path)
         for epoch in (2, 4):
             assert_same_files(f"{folder / 'whole'}.e{epoch}", f"{path}.e{epoch}")
-        # A killed run's temporary file goes with the next save of the same file.
+        # The next save of a file removes a killed run's temporary file.
         assert len(list(folder.glob(f".{path.name}.*.tmp"))) == 0
     assert within > kills // 4, "the kills came too early to show anything"
     print(

@@ -1,4 +1,4 @@
-"""Naive references, written for reading: one number or one step at a time."""
+"""Naive reference implementations, one number or one step at a time."""
 
 import math
 
@@ -42,7 +42,7 @@ def qrnn_layer(
 def split_softmax(
     weight: Tensor, bias: Tensor, tails: Tensor, tail_bias: Tensor, splits: list[int], h: Tensor
 ) -> list[float]:
-    """`p(word)` of every word for one output `h` (size,), by the definition, in plain numbers."""
+    """`p(word)` of every word for one output `h` (size,), by the definition, in Python floats."""
 
     def softmax(logits: list[float]) -> list[float]:
         top = max(logits)
@@ -58,7 +58,7 @@ def split_softmax(
     probs = p_head[: splits[0]]
     for k, (start, end) in enumerate(zip(splits, ends, strict=True), start=1):
         tail = softmax([logit(weight[i], bias[i]) for i in range(start, end)])
-        # The k-th tail's tombstone is the k-th from the end.
+        # The k-th tail's entry in the head is the k-th from the end.
         probs += [p_head[-k] * p for p in tail]
     return probs
 
@@ -103,12 +103,12 @@ def naive_forget_mult(f, x, h0, reverse):
 
 
 def naive_qrnn(y, c0, mask, scale, gate, reverse, lengths):
-    """A layer from its linear map's output, column by column and step by step."""
+    """A layer's recurrence on its linear map's output `y`, column by column and step by step."""
     hidden = y.size(2) // (3 if gate else 2)
     z, f, *o = y.split(hidden, dim=2)
     f = f.sigmoid() * (1 if mask is None else mask) * (1 if scale is None else scale)
     z, o = z.tanh(), o[0].sigmoid() if gate else torch.ones_like(z)
-    # Taken apart once: the gradient of indexing, step by step, would be a whole tensor of zeros.
+    # One unbind, because each indexing step would have a full tensor of zeros as its gradient.
     zs, fs, os = ([column.unbind() for column in part.unbind(1)] for part in (z, f, o))
     h_columns, last_columns = [], []
     for b in range(y.size(1)):
@@ -131,7 +131,7 @@ def assert_near(actual, expected, tolerance, what):
 
 
 def eager_and_compiled(layer, x):
-    """Output, last state and every gradient of a QRNN layer, as it is and through torch.compile."""
+    """Output, last state and gradients of a QRNN layer, eagerly and through torch.compile."""
     results = []
     for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         output, last = call(x)

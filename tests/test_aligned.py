@@ -1,4 +1,4 @@
-"""aligned.py: the numbers of the plain products, in rows that begin on cache lines."""
+"""aligned.py: the values of plain products, in rows that begin on cache lines."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""docs/changing.md: its patches apply, and what they change goes through every stage."""
+"""docs/changing.md: its patches apply, and the changed code goes through every stage."""
 
 import re
 import shutil

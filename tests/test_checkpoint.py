@@ -1,4 +1,4 @@
-"""checkpoint.py: what a model file holds, what is refused, and that nothing is half written."""
+"""checkpoint.py: the content of a model file, refused files, and whole writes."""
 
 import operator
 import os
@@ -52,7 +52,7 @@ def outputs(model, criterion):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 def test_rebuilding_draws_nothing(rnn_type, tie):
-    # Initial weights, which the file's replace at once, would take seconds for a large vocabulary.
+    # For a large vocabulary, initial weights that are replaced at once would take seconds.
     written = make(rnn_type, splits=(5, 20), tie=tie)
     before = torch.get_rng_state()
     model, criterion = checkpoint.rebuild(written, CPU)
@@ -65,7 +65,7 @@ def test_rebuilding_draws_nothing(rnn_type, tie):
 
 @pytest.mark.parametrize("larger", [True, False])
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, larger):
-    # As by a run that saves every few batches: torch opens the path twice.
+    # torch opens the path twice, and a run that saves often may replace the file in between.
     path, newer = tmp_path / "model.pt", tmp_path / "newer.pt"
     old = make("LSTM")
     new = make("GRU" if larger else "QRNN")
@@ -141,7 +141,7 @@ BREAKS = {
     ),
     "vocabulary does not fit": put("vocabulary", "words", to=lambda words: words[:-1]),
     "vocabulary does not fit its": put("vocabulary", "words", 3, to="w4"),
-    # Half of a character, which no text can be written with.
+    # A lone surrogate, which cannot be encoded as UTF-8.
     r"damaged \(UnicodeEncodeError": put("vocabulary", "words", 3, to="\ud800"),
     r"damaged \(Runtime": put("config", "nhid", to=10**12),
     "weights do not fit": put("config", "nlayers", to=10**12),
@@ -172,7 +172,7 @@ def write_truncated(path):
 
 
 def write_original(path):
-    # As the original does: the objects themselves, pickled.
+    # The original pickles the objects themselves.
     model = RNNModel("LSTM", 30, 5, 7, 1)
     torch.save([model, SplitCrossEntropyLoss(5, []), None], path)
 
@@ -325,7 +325,7 @@ def test_check_writable(tmp_path, monkeypatch):
 
 
 def mutated(content, rng):
-    """A file's bytes with something done to them at random."""
+    """A file's bytes with one random change."""
     content = bytearray(content)
     start = rng.randrange(len(content))
     length = rng.choice([1, 1, 8, 64, 1000])
@@ -347,12 +347,12 @@ def mutated(content, rng):
 
 
 def everything(path):
-    """All that a file holds, by its place."""
+    """All values in a file, by their paths."""
     return dict(flat(vars(checkpoint.load(path))))
 
 
 def refused_or_the_same(path, content, expected):
-    """Whether a file of these bytes is refused; otherwise it holds what is expected."""
+    """Whether a file of these bytes is refused; if not, its values must be as expected."""
     path.write_bytes(content)
     try:
         found = everything(path)
@@ -370,7 +370,7 @@ def test_a_changed_file_is_refused_or_holds_the_same(rnn_type, trained, tmp_path
     content = trained[rnn_type].read_bytes()
     expected, path = everything(trained[rnn_type]), tmp_path / "m.pt"
     rng = random.Random(5)
-    # The pickle is a small part of the file and the more dangerous one.
+    # The pickle is a small but dangerous part of the file, so it gets half of the changes.
     pickled = content.index(b"data.pkl"), content.index(b"PK\x03\x04", 4)
     head, middle, tail = content[: pickled[0]], content[slice(*pickled)], content[pickled[1] :]
     refused = 0
@@ -393,7 +393,7 @@ def test_records_that_are_not_whole(how, tmp_path):
     with zipfile.ZipFile(before) as old, zipfile.ZipFile(path, "w", deflated) as new:
         for entry in old.infolist():
             content = old.read(entry)
-            # The weights of the criterion come last, and those of the encoder first.
+            # Record 0 is the encoder's weight.
             short = how == "short" and entry.filename.endswith("/data/0")
             new.writestr(entry.filename, content[: len(content) // 2] if short else content)
         if how == "overlapping":
@@ -408,7 +408,7 @@ def test_records_that_are_not_whole(how, tmp_path):
 
 
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
-    # One number shown ten to the twelfth times would take forever to read.
+    # A tensor of one stored number, expanded to 10^12 entries, would take hours to read.
     content = make()
     content.config.update(nhid=10**6, nlayers=2)
     with torch.device("meta"):
@@ -431,7 +431,7 @@ def test_what_a_killed_run_left_goes_with_the_next_save(tmp_path):
             os._exit(1)
     os.waitpid(pid, 0)
     assert len(os.listdir(tmp_path)) == 1
-    # That of a run that is alive stays.
+    # A temporary file of a live process stays.
     other = tmp_path / os.listdir(tmp_path)[0].replace(str(pid), str(os.getppid()))
     other.write_bytes(b"")
     checkpoint.save(path, make())

@@ -1,4 +1,4 @@
-"""data.py and files/encoded.py: the encoding against a double loop, the errors, the cache."""
+"""data.py and files/encoded.py: encoding compared with a double loop, errors, the cache."""
 
 import io
 import os
@@ -90,7 +90,7 @@ def test_ids_by_first_appearance_over_train_valid_test(tmp_path):
     assert corpus.dictionary.total == 15
 
 
-# Everything that str.split or a text file's line iteration treats specially, and some decoys.
+# Everything that str.split or a text file's line iteration treats specially, and lookalikes.
 NASTY = [
     *"ab \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2028\u3000\ufeff\u200b\0é語\U0001f600",
     *("\n\n", "\r\n", "<eos>"),
@@ -157,7 +157,7 @@ def test_a_given_vocabulary_decides_the_ids(tmp_path):
         assert corpus.train.tolist()[:3] == [8, 2, 7]
         assert corpus.train.dtype == torch.int32
     assert vocabulary.counter == Counter(dict(enumerate(range(9))))
-    # The cache holds the corpus's own ids, so a run without a vocabulary shares it.
+    # The cache holds the corpus's own ids, so a run without a given vocabulary can use it.
     assert_same(Corpus(folder), *by_double_loop(folder))
 
 
@@ -185,7 +185,7 @@ def test_sorted_by_frequency(tmp_path):
 
 def test_sorting_keeps_the_order_of_equal_counts(tmp_path):
     rng = random.Random(0)
-    often = {f"w{n}": rng.randint(1, 3) for n in range(300)}  # too many for a sort to be lucky
+    often = {f"w{n}": rng.randint(1, 3) for n in range(300)}  # too many to be in order by chance
     text = "".join(f"{word} " * times for word, times in often.items())
     by_count = Corpus(write(tmp_path / "c", (text, "w0", "w0"))).sorted_by_frequency()
     often["w0"] += 2
@@ -255,7 +255,7 @@ def no_encoding(monkeypatch):
 
 
 def leftovers(folder):
-    """What a corpus folder holds beside its texts."""
+    """The names of all files in a corpus folder except its texts."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")
 
 
@@ -267,7 +267,7 @@ def test_cache_gives_the_same_corpus(tmp_path, no_encoding):
     no_encoding()
     cached = Corpus(folder)
     assert_same(cached, *reference)
-    cached.train[0] = 1  # writable, as a fresh corpus is: torch warns about tensors that are not
+    cached.train[0] = 1  # is writable, like a fresh corpus; torch warns about read-only tensors
 
 
 def test_no_cache_when_not_asked(tmp_path, user_cache):
@@ -285,7 +285,7 @@ def test_cache_is_keyed_on_content_not_on_size_time_or_path(tmp_path, no_encodin
     path.write_text(TRAIN.replace("cat", "cow"))
     os.utime(path, ns=times)
     assert_same(Corpus(folder), *by_double_loop(folder))
-    # Text moved over a file's border is other content too, though the bytes in a row are the same.
+    # Moving text from one file to the next changes the content, not the concatenated bytes.
     write(folder, ("a\n", "b\nc\n", "d\n"))
     Corpus(folder)
     write(folder, ("a\nb\n", "c\n", "d\n"))
@@ -347,7 +347,7 @@ def test_no_damaged_cache_is_used_or_fatal(tmp_path):
             damaged[position] ^= flip
             path.write_bytes(damaged)
             encoded = encoded_files._read_cache(path, key)
-            # Some bytes of a zip mean nothing (times, attributes): then all must be as it was.
+            # A zip has bytes without effect (times, attributes); changing them must change nothing.
             refused += encoded is None
             assert encoded is None or unchanged(encoded)
     assert refused > len(whole)
@@ -358,7 +358,7 @@ def test_no_damaged_cache_is_used_or_fatal(tmp_path):
 
 
 def foreign(path, content_key, **changes):
-    """Write a zip of arrays that has the right key, but not what a cache has to hold."""
+    """Write a zip of arrays with the right key, as a cache has, with `changes` to the arrays."""
     arrays = {
         "key": np.frombuffer(content_key.encode(), np.uint8),
         "words": np.frombuffer(b"a\nb", np.uint8),
@@ -430,7 +430,7 @@ def test_file_of_another_kind_under_the_caches_name(tmp_path, content):
 
 def test_user_cache_folder_when_the_corpus_folder_is_read_only(tmp_path, user_cache, no_encoding):
     folder = write(tmp_path / "c")
-    folder.chmod(0o555)  # root may write there nevertheless, and must not
+    folder.chmod(0o555)  # root could still write there, and must not
     Corpus(folder)
     key = encoded_files._hash_files(folder)
     assert [str(path.relative_to(user_cache)) for path in user_cache.rglob("*.npz")] == [
@@ -443,7 +443,7 @@ def test_user_cache_folder_when_the_corpus_folder_is_read_only(tmp_path, user_ca
 
 def test_no_place_for_a_cache_is_no_error(tmp_path, user_cache):
     folder = write(tmp_path / "c")
-    (folder / encoded_files.CACHE_NAME).mkdir()  # which no file can replace
+    (folder / encoded_files.CACHE_NAME).mkdir()  # no file can replace a folder
     user_cache.write_text("a file where the folder should be")
     for _ in range(2):
         assert_same(Corpus(folder), *by_double_loop(folder))
@@ -453,7 +453,7 @@ def test_no_place_for_a_cache_is_no_error(tmp_path, user_cache):
 def test_full_disk_leaves_no_half_made_file(tmp_path, user_cache):
     folder = write(tmp_path / "c")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # writing more fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # larger files fail
     try:
         corpus = Corpus(folder)
     finally:

@@ -16,7 +16,7 @@ def test_locked_dropout_is_the_same_at_every_time_step():
     kept = mask[0] != 0
     torch.testing.assert_close(mask[0][kept], torch.full_like(mask[0][kept], 1 / 0.6))
     assert abs(kept.float().mean().item() - 0.6) < 0.03
-    # Columns and features are dropped independently of one another.
+    # The mask differs between columns and between features.
     assert not (kept == kept[:1]).all()
     assert not (kept == kept[:, :1]).all()
 
@@ -42,7 +42,7 @@ def test_embedded_dropout_drops_whole_words_everywhere():
 
 
 def test_embedded_dropout_gradient_reaches_every_word_in_use():
-    # The original passes padding_idx=-1: the last word never gets a gradient from the input.
+    # The original passes padding_idx=-1, so the last word never gets a gradient from the input.
     embed = nn.Embedding(5, 3)
     words = torch.tensor([[0, 1], [4, 4]])
     embedded_dropout(embed, words, 0.0).sum().backward()

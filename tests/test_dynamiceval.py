@@ -1,4 +1,4 @@
-"""dynamiceval.py against a loop over parameters with plain autograd, and what it leaves alone."""
+"""dynamiceval.py compared with a loop over parameters with plain autograd."""
 
 import math
 import re
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, corpus_dir):
-    """Files of an LSTM with split softmax, a GRU and a QRNN, each trained a little."""
+    """Model files of an LSTM with split softmax, a GRU and a QRNN, briefly trained."""
     import main
 
     folder = tmp_path_factory.mktemp("dynamic")
@@ -43,7 +43,7 @@ def copy_of(models, cell, tmp_path):
 
 
 def call(script, *argv):
-    """Loss on validation and test, recovered from the perplexity's digits."""
+    """Run dynamiceval.py: ([validation perplexity, test perplexity], output)."""
     status, out, err = script("dynamiceval", *argv, "--no-cuda")
     assert (status, err) == (0, "")
     found = LINE.findall(out)
@@ -52,7 +52,7 @@ def call(script, *argv):
 
 
 def losses_of(network, data, hidden):
-    """Each word's loss (n,), the new state, the last layer's outputs, and probabilities."""
+    """Each word's loss (n,), the new state, the last layer's outputs, the probabilities."""
     model, criterion = network
     output, hidden, raw, _ = model(data[:-1], hidden, return_h=True)
     logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output)
@@ -74,7 +74,7 @@ def naive_rms(network, source, bptt):
 
 
 def naive(network, source, bptt, params, rms, lr, lamb, epsilon, cache=None):
-    """The perplexity of `source` (rows, 1), and every parameter as it is at the end."""
+    """The perplexity of `source` (rows, 1); the parameters are restored at the end."""
     start = [p.detach().clone() for p in params]
     mean = sum(scale.mean() for scale in rms) / len(rms)
     total, hidden, outputs, probs = 0.0, network[0].init_hidden(1), [], []
@@ -102,7 +102,7 @@ def naive(network, source, bptt, params, rms, lr, lamb, epsilon, cache=None):
 def test_it_is_the_loop_written_out(cell, way, models, script, corpus_dir, tmp_path):
     path = copy_of(models, cell, tmp_path)
     before = path.read_bytes()
-    # 7 divides neither text: the last segment is shorter.
+    # 7 does not divide the lengths of the texts, so the last segments are shorter.
     flags = ["--data", corpus_dir, "--save", path, "--bptt", 7, "--batch_size", 9]
     lr, lamb, epsilon = (0.3, 0.05, 0) if way == "sgd" else (2e-3, 0.05, 1e-3)
     cache = (30, 0.5, 0.2) if way == "cache" else None
@@ -125,7 +125,7 @@ def test_it_is_the_loop_written_out(cell, way, models, script, corpus_dir, tmp_p
     ppl, _ = call(script, *flags)
     assert ppl == pytest.approx(expected, rel=1e-4, abs=0.006)
     static = engine.evaluate(*network, batchify(corpus.test, 1), 10)
-    assert abs(expected[1] - math.exp(static)) > 0.05  # it does something
+    assert abs(expected[1] - math.exp(static)) > 0.05  # learning has an effect
     assert path.read_bytes() == before
 
 
@@ -150,7 +150,7 @@ def test_statistics_are_collected_once(models, script, corpus_dir, tmp_path, mon
     first, _ = call(script, *flags)
     assert call(script, *flags, "--lr", 5e-5)[0] == first
     assert len(collected) == 1
-    # Of other segments, other weights, or damaged, they are not these.
+    # Other segments, other weights and a damaged file: the statistics are collected again.
     call(script, *flags, "--bptt", 6)
     model = checkpoint.load(path)
     model.model["decoder.bias"] += 1
@@ -176,7 +176,7 @@ def test_the_grid_is_no_worse_than_the_setting_given(models, script, corpus_dir,
 
 @pytest.mark.parametrize("sgd", [False, True])
 def test_recorded_and_replayed_it_is_the_same(sgd, models):
-    """With the recorder that stands in for CUDA graphs: the rate is read from the device."""
+    """The recorder replaces CUDA graphs; in a graph the rate is a tensor on the device."""
     losses, weights = [], []
     source = torch.arange(200).remainder(60).unsqueeze(1).int()
     for recorded in (False, True):

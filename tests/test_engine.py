@@ -1,4 +1,4 @@
-"""engine.py and utils.py: batches, an epoch against a loop written out, evaluation."""
+"""engine.py and utils.py: batches, an epoch compared with a plain loop, evaluation."""
 
 import copy
 import itertools
@@ -71,7 +71,7 @@ def test_sequence_lengths():
     drawn = np.array([engine.draw_seq_len(rng, 70) for _ in range(20000)])
     short = drawn < 52
     assert abs(short.mean() - 0.05) < 0.01
-    # int() cuts off half a step on average.
+    # int() rounds down, by half a step on average.
     assert abs(drawn[~short].mean() - 69.5) < 0.2
     assert abs(drawn[~short].std() - 5) < 0.2
     assert abs(drawn[short].mean() - 34.5) < 0.5
@@ -92,14 +92,14 @@ def test_regularisation_in_plain_numbers():
     loss = TrainingLoss(*make(), alpha=2.0, beta=0.5)
     assert loss.penalty(raw, dropped).item() == pytest.approx(2 * ar + 0.5 * tar / 18, rel=1e-5)
     assert TrainingLoss(*make()).penalty(raw, dropped) == 0
-    # One step has no differences; their mean would not be a number.
+    # A single step has no differences, and their mean would be NaN.
     assert TrainingLoss(*make(), beta=1.0).penalty(raw[:1], dropped[:1]) == 0
 
 
 @pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 @pytest.mark.parametrize("splits", [(), (10, 25)])
 def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
-    # Also that the split softmax's own parameters are trained, clipped with the rest and averaged.
+    # The split softmax's own parameters are also trained, clipped with the rest and averaged.
     model, criterion = make(rnn_type, splits)
     for p in criterion.parameters():
         torch.nn.init.normal_(p)
@@ -154,7 +154,7 @@ def test_an_epoch_is_the_loop_written_out(rnn_type, splits):
 @pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 @pytest.mark.parametrize("splits", [(), (10, 25)])
 def test_evaluation_is_the_mean_over_predicted_tokens(rnn_type, splits):
-    # The original divides by one token too many, so that a short stream looks better than it is.
+    # The original divides by one token too many, so its losses of short streams are too low.
     model, criterion = make(rnn_type, splits, dropout=0.5, dropouth=0.5, dropouti=0.5, wdrop=0.5)
     source = stream(23, 4)
     model.eval()
@@ -263,14 +263,14 @@ def test_a_seed_gives_the_lengths_it_gave_in_the_original():
 
 def test_the_state_of_the_lengths_is_text_and_complete():
     rng = np.random.RandomState(3)
-    rng.normal()  # leaves a second normal number waiting
+    rng.normal()  # draws two normal numbers and keeps the second for the next call
     twin = np.random.RandomState(4)
     resume._set_rng_state(twin, resume._rng_state(rng))
     assert [twin.normal() for _ in range(5)] == [rng.normal() for _ in range(5)]
 
 
 def test_deterministic():
-    # In a process of its own: the setting cannot be taken back.
+    # In a separate process, because the setting cannot be undone.
     code = (
         "import os, torch\n"
         "from cli.device import make_deterministic\n"
@@ -300,7 +300,7 @@ def test_columns_are_shared_out():
 
 
 class Half(Ranks):
-    """One of two ranks, whose sums and gathered values are both ranks' own."""
+    """One of two ranks in one process; `steps` holds both ranks' steps."""
 
     def __init__(self, rank, steps):
         super().__init__(rank, 2)
@@ -336,7 +336,7 @@ def test_a_position_is_saved_and_taken_up_by_any_number_of_ranks(rnn_type):
         [again["hidden"], again["text"]],
         [position["hidden"], position["text"]],
     )
-    # On a text in another order there is nothing to go on with.
+    # A text in another order is refused.
     steps[1].source.copy_(steps[1].source.roll(1, dims=0))
     with pytest.raises(utils.ToolkitError, match="the text does not go on as it did"):
         steps[1].begin(position)
@@ -344,7 +344,7 @@ def test_a_position_is_saved_and_taken_up_by_any_number_of_ranks(rnn_type):
 
 @pytest.fixture
 def own_precision():
-    """The settings of float32 products are as before afterwards."""
+    """Restore the global float32 precision settings after the test."""
     old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(old[0])
@@ -356,7 +356,7 @@ def test_a_model_is_scored_in_the_precision_of_its_evaluations(recorded, own_pre
     expected = {"fp32": ("highest", False)}.get(recorded.get("precision"), ("high", True))
     device.score_as_trained(recorded, torch.device("cuda"))
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
-    # There is no tf32 on the CPU, where such a model may be scored nevertheless.
+    # The CPU has no tf32, but can score a model that was trained with tf32.
     device.score_as_trained({"precision": "tf32"}, torch.device("cpu"))
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
 

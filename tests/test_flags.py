@@ -1,4 +1,4 @@
-"""cli/: every flag's default, the classic abbreviations, presets, refusals in one line."""
+"""cli/: every flag's default, the classic abbreviations, presets, one-line errors."""
 
 import importlib
 import re
@@ -41,7 +41,7 @@ def parser_of(script):
 def test_defaults(script):
     args = vars(parser_of(script).parse_args([]))
     assert {name: args[name] for name in DEFAULTS[script]} == DEFAULTS[script]
-    # The list of classic flags is the table's.
+    # The list of classic flags has the flags of the table.
     flags = {flag.removeprefix("--").replace("-", "_") for flag in CLASSIC[script]}
     assert flags == set(DEFAULTS[script])
 
@@ -90,7 +90,7 @@ def test_a_resumed_run_takes_what_is_not_given():
     args = resumed(["--lr", "3"])
     assert (args.lr, args.clip, args.when) == (3, 0.5, [3])
     assert args.given == {"lr"}
-    # What repeats the run's own command is no change.
+    # A flag equal to the recorded one does not count as given.
     args = resumed(["--lr", "7", "--when", "3", "--save", "m.pt", "--clip", "2"], save="m.pt")
     assert (args.lr, args.clip, args.save) == (7, 2, "m.pt")
     assert args.given == {"clip", "save"}
@@ -121,7 +121,7 @@ def test_finetuning_takes_what_shapes_training(capsys):
 
     args, out = taken(["--dropouth", "0.5"])
     assert flags.dropouts(args) == {**config, "dropouth": 0.5}
-    # The rate of Adam is none for SGD.
+    # Adam's rate is not taken, as finetuning uses SGD.
     assert (args.alpha, args.clip, args.lr, args.fixed_length) == (0, 1, 30, True)
     assert (args.seed, args.epochs) == (1111, 8000)
     assert out == (
@@ -207,7 +207,7 @@ def test_a_preset_is_the_published_command(row, capsys):
         preset = parser_of(name).parse_args(["--preset", row])
         assert plain(preset) == {**plain(given), "preset": row}
         assert preset.given == (given.given - {"data", "save", "seed"}) | {"preset"}
-        # What it printed are the flags it stands for.
+        # The printed flags are equivalent to the preset.
         (said,) = capsys.readouterr().out.splitlines()
         assert said.startswith(f"--preset {row}: --")
         spelled = parser_of(name).parse_args(shlex.split(said.split(": ", 1)[1]))
@@ -227,7 +227,7 @@ def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
         assert "--lr" not in out
         assert "--when" not in out
     assert {"lr", "nhid", "dropouth"} <= args.given
-    # Those a resumed run takes from the run it goes on from.
+    # A resumed run takes these three from the file.
     assert not {"data", "save", "seed"} & args.given
     assert {"dropouti"} <= args.given
     assert flags.dropouts(args)["dropouti"] == 0.1

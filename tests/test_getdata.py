@@ -1,4 +1,4 @@
-"""getdata.sh and tools/getdata.py, with a loopback server in the mirrors' place."""
+"""getdata.sh and tools/getdata.py, with a loopback server in place of the mirrors."""
 
 import fcntl
 import hashlib
@@ -37,12 +37,12 @@ def no_proxy(monkeypatch):
 
 @dataclass
 class Server:
-    """What the server has (`files`), how it behaves, and what was asked of it (`log`)."""
+    """The server's files, its behaviour, and a log of its requests."""
 
     url: str = ""
     files: dict = field(default_factory=dict)
     ranges: bool = True
-    break_after: list = field(default_factory=list)  # bytes after which each next answer breaks off
+    break_after: list = field(default_factory=list)  # cut the next responses after so many bytes
     log: list = field(default_factory=list)  # (path, Range header, bytes served, User-Agent)
 
     def names(self):
@@ -125,7 +125,7 @@ def run(specs, folder, *names, **environ):
 
 
 def assert_in_place(folder):
-    """The corpus is there, and nothing else: no part, no scratch folder."""
+    """The corpus is there, and no partial download or scratch folder."""
     assert [path.name for path in folder.iterdir()] == ["toy"]
     found = {path.name: path.read_bytes() for path in (folder / "toy").iterdir()}
     assert found == {f"{split}.txt": raw for split, raw in TEXTS.items()}
@@ -226,7 +226,7 @@ def test_finished_part_is_not_asked_for(server, tmp_path):
     assert server.log == []
 
 
-# What can be wrong with them
+# Bad downloads
 
 
 def test_error_page_as_archive_and_the_next_mirror(server, tmp_path, capsys):
@@ -425,7 +425,7 @@ def test_bytes_as_numbers(tmp_path, monkeypatch, chunk):
     parts = {"train": raw[:-200], "valid": raw[-200:-100], "test": raw[-100:]}
     for split, part in parts.items():
         assert (tmp_path / f"{split}.txt").read_bytes() == written_plainly(part).encode()
-    # One token a byte: a newline byte is its line's <eos>. A last line without one gets one more.
+    # One token per byte: a newline byte is an <eos>. A last line without newline adds an <eos>.
     corpus = Corpus(tmp_path, cache=False)
     assert len(corpus.test) == 100
     assert len(corpus.train) == len(parts["train"]) + (parts["train"][-1] != 10)
@@ -531,7 +531,7 @@ def test_real_penn_and_pennchar(server, tmp_path):
 def test_real_wikitext_2_from_an_archive(server, tmp_path):
     wikitext = real("wikitext-2")
     server.files["wikitext-2-v1.zip"] = zipped(wikitext, zipfile.ZIP_STORED)
-    # An archive made here has another checksum than the published one.
+    # This archive's checksum differs from the published archive's.
     source = zip_source(f"{server.url}/wikitext-2-v1.zip", checksum=None)
     specs = {"wikitext-2": replace(SPECS["wikitext-2"], sources=(source,))}
     assert run(specs, tmp_path) == 0

@@ -1,8 +1,8 @@
-"""A stored trace of losses: a change of a figure that no other test sees shows here.
+"""A stored trace of losses, which shows changes of figures that no other test detects.
 
-The losses were made by main.py itself, so they say that figures have not moved, not that they are
-right. A change that moves them on purpose makes new ones, with
-`PYTHONPATH=. python tests/test_golden.py`, and has a line in CHANGELOG.md.
+The losses come from main.py itself, so they show that figures have not moved, not that they are
+right. After a change that moves figures on purpose, store new losses with
+`PYTHONPATH=. python tests/test_golden.py`, and add a line to CHANGELOG.md.
 """
 
 import json
@@ -17,7 +17,7 @@ from cli import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")
-# Without dropout, as PyTorch's masks may differ from one kind of processor to another.
+# Without dropout, as PyTorch's masks may differ between kinds of processors.
 FLAGS = (
     "--emsize 12 --nhid 16 --nlayers 2 --batch_size 4 --bptt 10 --no-cuda --seed 7 --dropout 0 "
     "--dropouth 0 --dropouti 0 --dropoute 0 --wdrop 0 --max-batches 12 --log-interval 1 --lr 5 "
@@ -27,7 +27,7 @@ NAMES = {"batch": "loss", "epoch": "valid_loss", "test": "test_loss"}
 
 
 def trace(cell: str, folder: Path) -> list[float]:
-    """Every loss of a short run on the sample corpus: of 24 batches, two evaluations, the test."""
+    """All losses of a short run on the sample corpus: 24 batches, two evaluations, the test."""
     argv = ["--data", str(ROOT / "data" / "sample"), "--model", cell, *FLAGS]
     main.main([*argv, "--save", str(folder / "m.pt"), "--logdir", str(folder / "log")])
     lines = metrics.read(folder / "log" / metrics.NAME)

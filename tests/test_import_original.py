@@ -1,4 +1,4 @@
-"""tools/import_original.py: weights named as in the original, and what is refused."""
+"""tools/import_original.py: weights named as in the original, and refused files."""
 
 import importlib.util
 
@@ -77,7 +77,7 @@ def test_a_split_softmax_comes_with_its_criterion(importer, corpus_dir, tmp_path
     both = {"model": torch.load(tmp_path / "exported"), "criterion": {}}
     torch.save(both, tmp_path / "both")
     assert importer(tmp_path / "both", "--data", corpus_dir, "--save", tmp_path / "m.pt")[0] == 0
-    # The copy that is dropped from may be there as well.
+    # The file may also hold the masked copy of the weight, which is ignored.
     both["model"]["rnns.0.module.weight_hh_l0"] = torch.zeros(28, 7)
     torch.save(both["model"], tmp_path / "copied")
     assert importer(tmp_path / "copied", "--data", corpus_dir, "--save", tmp_path / "c.pt")[0] == 0

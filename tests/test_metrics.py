@@ -1,4 +1,4 @@
-"""metrics.py: the format of metrics.jsonl, events where there are any, bad folders and files."""
+"""metrics.py: the format of metrics.jsonl, TensorBoard events, bad folders and files."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_lines(tmp_path):
     with writer(tmp_path / "a" / "b", lr=3.0, when=[-1], clip=math.inf) as metrics_writer:
         assert "tensorboard" in metrics_writer.no_events
         metrics_writer.write("batch", step=200, epoch=1, batch=200, lr=3.0, loss=math.log(8))
-        # In the file at once, for whoever follows the run.
+        # Lines are in the file at once, so that a reader can follow the run.
         path = tmp_path / "a" / "b" / metrics.NAME
         assert len(path.read_text().splitlines()) == 2
         metrics_writer.write("epoch", step=663, epoch=1, time=1.5, valid_loss=0.0)
@@ -127,7 +127,7 @@ def test_a_commit_with_changed_code_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "__file__", str(tmp_path / "cli" / "metrics.py"))
     clean = metrics.commit()
     assert len(clean) == 40
-    # A run in pieces writes its results as it goes.
+    # Changed results do not count: bench/reproduce.py writes them during a run.
     result.write_text("b")
     assert metrics.commit() == clean
     code.write_text("b")

@@ -1,4 +1,4 @@
-"""model.py: shapes, names of the weights, dropouts, and what each cell computes."""
+"""model.py: shapes, names of the weights, dropouts, and the computation of each cell."""
 
 import pytest
 import torch
@@ -174,8 +174,8 @@ def test_unknown_cell_and_silence(capsys):
 
 
 def test_a_seed_gives_the_initial_weights_it_gave_in_the_original():
-    # What the original draws, in its order: embedding, cells, the decoder it ties away, then both
-    # weights, which are one, afresh.
+    # The original draws the embedding, the cells and the decoder, then ties the decoder to the
+    # embedding and draws that one weight twice more.
     torch.manual_seed(5)
     torch.nn.Embedding(50, 8)
     cells = [torch.nn.LSTM(8, 12), torch.nn.LSTM(12, 8)]

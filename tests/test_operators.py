@@ -1,4 +1,4 @@
-"""qrnn/operators.py: what torch.compile sees of the QRNN, against the definitions."""
+"""qrnn/operators.py: the QRNN's operators for torch.compile, compared with the definitions."""
 
 import pytest
 import torch

@@ -79,7 +79,7 @@ def test_four_stages(cell, script, corpus_dir, tmp_path):
 
     trained_loss = checkpoint.load(path).valid_loss
 
-    # As the published commands do, the same flags once more, --model left out or given.
+    # The published commands repeat main.py's flags, with or without --model.
     flags = [*TINY, "--data", corpus_dir, "--save", path, "--lr", 5, "--epochs", 3]
     status, out, err = script("finetune", *flags, *(["--model", cell] if cell == "QRNN" else []))
     assert (status, err) == (0, "")
@@ -114,7 +114,7 @@ def test_split_softmax_through_all_stages(script, corpus_dir, tmp_path, monkeypa
     ((_, _, ppl),) = END.findall(out)
     assert float(ppl) < unigram_perplexity(corpus_dir)
     loaded = checkpoint.load(path)
-    # Splits cut by frequency, so the ids must be sorted by it; later stages use those ids.
+    # Split points assume ids sorted by frequency; later stages use the same ids.
     counts = loaded.vocabulary["counts"]
     assert counts == sorted(counts, reverse=True)
     assert loaded.criterion["tail_vectors"].abs().sum() > 0
@@ -137,7 +137,7 @@ def test_same_seed_same_run(script, corpus_dir, tmp_path):
 
 @pytest.fixture
 def switch_after_two_epochs(monkeypatch):
-    """Averaging starts after the second epoch, whatever the losses."""
+    """Make averaging start after the second epoch, whatever the losses."""
 
     def update(self, loss):
         self.losses.append(loss)
@@ -150,7 +150,7 @@ def switch_after_two_epochs(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, script, corpus_dir, tmp_path):
-    # Through the switch to averaging and through --when.
+    # The run includes the switch to averaging and a division of the rate by --when.
     flags = ["--model", cell, "--when", 3, "--optimizer", optimizer]
     flags += ["--lr", 5 if optimizer == "sgd" else 0.02]
     whole = train(script, corpus_dir, tmp_path / "whole", *flags, "--epochs", 6)
@@ -159,7 +159,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, script, corp
     for first in (1, 3, 5):
         path = tmp_path / f"{first}"
         begun = train(script, corpus_dir, path, *flags, "--epochs", first)
-        # With flags from the file, or with those of the run's own command.
+        # With flags from the file, or with the run's own flags repeated.
         own = ["--data", corpus_dir, *TINY, *flags] if first > 1 else []
         status, out, err = script("main", *own, "--resume", path, "--epochs", 6)
         assert (status, err) == (0, "")
@@ -190,7 +190,7 @@ def test_resume_with_changed_dropouts_and_rate(script, corpus_dir, tmp_path):
 def test_weight_drop_turned_on_or_off_on_the_way(
     cell, optimizer, wdrops, script, corpus_dir, tmp_path
 ):
-    """Also with a state of the optimiser, and where no better model comes of it."""
+    """The optimiser's state is kept, and the file can be resumed without a better model."""
     path = tmp_path / "m.pt"
     flags = ["--model", cell, "--optimizer", optimizer, "--lr", 5 if optimizer == "sgd" else 0.02]
     train(script, corpus_dir, path, *flags, "--wdrop", wdrops[0], "--epochs", 3)
@@ -200,7 +200,7 @@ def test_weight_drop_turned_on_or_off_on_the_way(
     assert (status, err) == (0, "")
     after = checkpoint.load(path)
     assert after.training["args"]["wdrop"] == wdrops[1]
-    # At such a rate the weights stay as they are, each with what the optimiser knows of it.
+    # At this rate the weights do not change, and each keeps its optimiser state.
     name = "average" if optimizer == "sgd" else "exp_avg_sq"
     for state in (before, after):
         trained = [n for n in state.training["model"] if n != "decoder.weight"]
@@ -210,7 +210,7 @@ def test_weight_drop_turned_on_or_off_on_the_way(
     weights = {plain(n): t for n, t in before.training["model"].items()}
     for weight, tensor in after.training["model"].items():
         torch.testing.assert_close(tensor, weights[plain(weight)], atol=1e-4, rtol=1e-4)
-    # And on, with the rate that the resumed run had and not that of the best model so far.
+    # The next resumed run has the last run's dropout, not the dropout of the best model.
     status, out, err = script("main", "--resume", path, "--epochs", 5, "--max-batches", 4)
     assert (status, err) == (0, "")
     assert f"'wdrop': {float(wdrops[1])}" in out
@@ -252,7 +252,7 @@ def test_a_first_log_line_is_the_mean_of_its_batches(script, corpus_dir, tmp_pat
 
 
 def test_a_run_does_not_go_on_with_another_text(script, corpus_dir, tmp_path):
-    """Its losses, and the best of them, would be those of the first text."""
+    """The recorded losses, the best one included, are of the first text."""
     other = tmp_path / "other"
     shutil.copytree(corpus_dir, other)
     (other / "train.txt").write_text((corpus_dir / "train.txt").read_text() + "w1 w2\n")
@@ -266,7 +266,7 @@ def test_another_log_interval_on_the_way(script, corpus_dir, middle_of_an_epoch,
     flags = ["--log-interval", 7, "--max-batches", 7, "--epochs", 1]
     _, out, _ = script("main", "--resume", middle_of_an_epoch, "--save", tmp_path / "a", *flags)
     (loss,) = re.findall(r"\| +7/ +7 batches .* loss +(\S+) \|", out)
-    assert 3 < float(loss) < 5  # of the logarithm of 60 words, 4.1
+    assert 3 < float(loss) < 5  # log(60) is 4.1
 
 
 def test_a_flag_that_excludes_a_recorded_one(script, corpus_dir, tmp_path):
@@ -310,7 +310,7 @@ def test_a_recorded_split_does_not_stand_in_the_way(script, corpus_dir, tmp_path
     alone.mkdir()
     shutil.copy(corpus_dir / "train.txt", alone)
     train(script, alone, path, "--split", 0.1, 0.1, "--epochs", 1)
-    # The parts of the same text, as files of their own.
+    # The same text, with each part in its own file.
     lines = (alone / "train.txt").read_text().splitlines(keepends=True)
     apart = tmp_path / "apart"
     apart.mkdir()
@@ -354,7 +354,7 @@ def test_when_saves_a_copy_and_divides_the_rate(script, corpus_dir, tmp_path):
 
 @pytest.mark.parametrize(("flag", "rate"), [("--optimizer=adam", 0.001), ("--model=GRU", 5)])
 def test_adam_and_the_gru_have_rates_of_their_own(flag, rate, script, corpus_dir, tmp_path):
-    # The original takes 30 and diverges.
+    # The original uses 30 and diverges.
     argv = ["--data", corpus_dir, *TINY, "--save", tmp_path / "m.pt", flag, "--epochs", 1]
     status, out, _ = script("main", *argv, "--log-interval", 30)
     assert status == 0
@@ -376,7 +376,7 @@ def test_averaged_weights_are_saved_and_raw_ones_trained_on(script, corpus_dir, 
 
 
 def send(monkeypatch, signum, evaluation):
-    """Send this process a signal at the start of a run's n-th evaluation."""
+    """Send this process `signum` at the start of the n-th evaluation, n = `evaluation`."""
     evaluate, calls = engine.evaluate, []
 
     def interrupted(*args, **kwargs):
@@ -397,7 +397,7 @@ def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_p
     assert "Exiting from training early" in out
     assert len(EPOCH.findall(out)) == 2
     assert len(END.findall(out)) == 1
-    # Trained for three epochs, scored after two: the third is scored when the run goes on.
+    # The third epoch was trained but not evaluated; the resumed run evaluates it.
     assert checkpoint.load(path).training["epoch"] == 2
     status, out, err = script("main", "--resume", path)
     assert (status, err) == (0, "")
@@ -430,7 +430,7 @@ def test_a_second_interrupt_stops_at_once(script, corpus_dir, tmp_path, monkeypa
 def test_a_signal_is_obeyed_and_the_state_saved(
     signum, evaluation, script, corpus_dir, tmp_path, monkeypatch
 ):
-    # In the first epoch's evaluation, the second's, and that of the test set.
+    # Evaluations: after the first epoch, after the second, on the test set.
     path = tmp_path / "m.pt"
     flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path, "--epochs", 2]
     send(monkeypatch, signum, evaluation)
@@ -459,10 +459,10 @@ def test_finetuning_that_does_not_help_leaves_the_file_and_ends_well(
     assert "no longer falls" in out
     assert len(EPOCH.findall(out)) < 30
     assert len(END.findall(out)) == 1
-    # The state to go on from is new, the model is not.
+    # The training state is new, the model is not.
     assert_same_weights(path, trained["LSTM"])
     assert checkpoint.load(path).stage == "main.py"
-    # What is done stays done.
+    # Resuming a finished run trains no further.
     status, again, err = script("finetune", "--resume", path)
     assert (status, err) == (0, "")
     assert EPOCH.findall(again) == []
@@ -507,7 +507,7 @@ def test_generate(script, trained, tmp_path):
     assert len(text.split()) == 60
     assert script("generate", *argv, "--seed", 3)[1] == text
     assert script("generate", *argv, "--seed", 4)[1] != text
-    # One candidate leaves nothing to chance but the first word.
+    # With one candidate per word the seed has no effect.
     prompted = [*argv, "--prompt", "w1 w3", "--top-k", 1]
     greedy = script("generate", *prompted, "--seed", 3)[1]
     assert script("generate", *prompted, "--seed", 4)[1] == greedy
@@ -546,7 +546,7 @@ def test_several_texts_and_a_part_of_the_words(script, trained, tmp_path):
     texts = out.split("\n\n")
     assert [len(text.split()) for text in texts] == [30, 30, 30]
     assert len(set(texts)) == 3
-    # So small a probability leaves the likeliest word alone.
+    # At such a small probability only the likeliest word is left.
     few = script("generate", *argv, "--top-p", 1e-6, "--prompt", "w3")[1]
     assert few == script("generate", *argv, "--top-k", 1, "--prompt", "w3")[1]
     many = [*argv, "--words", 2000, "--samples", 2]
@@ -567,7 +567,7 @@ def test_the_words_that_reach_a_probability_are_kept():
 
 
 def test_generate_samples_the_models_distribution(trained):
-    # Over the vocabulary, not over the features of the last layer.
+    # The distribution is over the vocabulary, not over the features of the last layer.
     import generate
 
     device = torch.device("cpu")
@@ -597,7 +597,7 @@ def test_trial_runs_of_few_batches(script, corpus_dir, tmp_path):
     assert script("pointer", *flags, "--bptt", 9)[0] == 0
 
 
-# A script with its flags, and what it says: a pattern.
+# A script with its flags, and a pattern of its error message.
 BAD_INPUT = r"""
 main --data nowhere | nowhere
 main --data empty | empty.*empty
@@ -752,7 +752,7 @@ def test_a_new_run_keeps_the_file_of_another(script, corpus_dir, tmp_path):
     assert kept.read_bytes() == first
     second = path.read_bytes()
     assert second != first
-    # What goes on from the file does not need it a second time.
+    # Runs that continue from the file keep no second copy.
     for name in ("main", "finetune"):
         argv = ["--data", corpus_dir, "--epochs", 3, "--lr", 1, "--save", path]
         status, out, err = script(name, *argv, *(["--resume", path] if name == "main" else []))
@@ -775,7 +775,7 @@ def test_numbers_that_go_wrong_leave_the_last_good_model(script, corpus_dir, tmp
         return loss * scale, raw_loss * scale, hidden
 
     monkeypatch.setattr(TrainingLoss, "forward", wrong)
-    # At a log point, at a write, and at the end of the epoch.
+    # The loss is checked at a log line, at a save, and at the end of the epoch.
     for flags in (["--log-interval", 5], ["--save-every", 0], ["--max-batches", 20]):
         calls.clear()
         if "--save-every" in flags:
@@ -831,7 +831,7 @@ def test_a_full_disk(case, script, corpus_dir, trained, tmp_path, monkeypatch):
         "generate": ("generate", ["--checkpoint", path, "--outf", tmp_path / "text"]),
     }[case]
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    # Room for what is printed, which pytest keeps in a file too, and for nothing else.
+    # Room only for the printed output, which pytest also keeps in a file.
     with full_disk(4000):
         status, _, err = script(name, *argv)
     assert status == 1
@@ -877,14 +877,14 @@ def test_training_whose_output_nothing_takes(at, corpus_dir, tmp_path):
     assert process.returncode == 128 + signal.SIGPIPE
     assert error.startswith("main.py: standard output takes no more (Broken pipe)")
     if at == "start":
-        # Nothing to save yet, and nothing that was there is written over.
+        # There is nothing to save yet, so no file is written.
         assert not model.exists()
     else:
         assert error.endswith(f"; --resume {model} goes on from here\n")
         assert checkpoint.load(model).training["position"]["batches"] > 0
 
 
-# Of two processes, which nobody started but this.
+# The environment of one of two processes; the second process is never started.
 RANK = {
     "WORLD_SIZE": "2",
     "RANK": "0",
@@ -938,12 +938,12 @@ def test_python_that_leaves_out_the_scripts_folder(flag, tmp_path):
 
 
 def on_a_terminal(*command):
-    """What a command writes to a terminal, as bytes."""
+    """The bytes that a command writes to a terminal."""
     ours, its = pty.openpty()
     with subprocess.Popen(command, stdout=its, stderr=subprocess.PIPE) as process:
         os.close(its)
         written = b""
-        # Linux ends a terminal that nobody writes to with an error.
+        # On Linux, reading from a terminal without writers raises an error.
         with contextlib.suppress(OSError):
             while block := os.read(ours, 4096):
                 written += block
@@ -1068,7 +1068,7 @@ def test_logdir(script, corpus_dir, tmp_path):
     assert header["flags"]["lr"] == 5
     assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2, 3]
     assert [line["epoch"] for line in lines if line["kind"] == "switch"] == [2]
-    # The numbers are those of the log lines.
+    # The numbers are equal to those in the log lines.
     for kind, name in (("batch", "loss"), ("epoch", "valid_loss"), ("test", "test_loss")):
         shown = re.findall(rf"\| {name.replace('_', ' ')} +([\d.]+)", out)
         written = [f"{line[name]:.2f}" for line in lines if line["kind"] == kind]
@@ -1077,7 +1077,7 @@ def test_logdir(script, corpus_dir, tmp_path):
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
     assert all(line["tokens_per_second"] > 0 for line in lines if line["kind"] == "batch")
-    # A resumed run and finetuning add to the same file.
+    # A resumed run and finetuning append to the same file.
     assert script("main", "--resume", path, "--epochs", 4, *flags)[0] == 0
     finetune = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path, "--epochs", 1, *flags]
     assert script("finetune", *finetune)[0] == 0
@@ -1094,7 +1094,7 @@ def test_init_starts_a_new_run_from_a_model(script, corpus_dir, trained, tmp_pat
     )
     assert (status, err) == (0, "")
     begun, loaded = checkpoint.load(path), checkpoint.load(trained["QRNN"])
-    # At a rate of next to nothing the weights are those it began with.
+    # At a rate near zero the weights stay those of the --init file.
     for name, weight in loaded.model.items():
         torch.testing.assert_close(begun.model[name], weight, atol=1e-5, rtol=1e-4)
     assert begun.vocabulary["words"] == loaded.vocabulary["words"]

@@ -1,4 +1,4 @@
-"""plot.py: what it reads from logs and from metrics.jsonl, what it draws, and bad input."""
+"""plot.py: reading logs and metrics.jsonl, drawing, and bad input."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""continuous_cache.py and pointer.py against a per-token evaluation over the whole vocabulary."""
+"""continuous_cache.py and pointer.py compared with per-token evaluation over the vocabulary."""
 
 import pytest
 import references
@@ -19,8 +19,8 @@ def test_target_prob(window, chunk, from_start, monkeypatch):
     monkeypatch.setattr(continuous_cache, "_BLOCK", 16)
     torch.manual_seed(0)
     outputs, words = torch.randn(120, 5), torch.randint(6, (120,))
-    # With a vocabulary model that gives nothing, the mixture at lambda 1 is the cache alone; where
-    # it does not speak yet, or cannot know the word, the reference would be log 0, hence the 1e-30.
+    # At lambda 1 the mixture is the cache alone. Where the cache is not yet in use, or lacks the
+    # word, the reference would be log 0, hence the 1e-30.
     nothing = torch.full((120, 6), 1e-30)
     losses = references.pointer_losses(outputs, words, nothing, window, 0.8, 1.0 - 1e-9, from_start)
     cache = ContinuousCache(window, 0.8, from_start)
@@ -54,7 +54,7 @@ def test_evaluate(rnn_type, splits, from_start):
         args = (raw[-1].squeeze(1), words, vocabulary, window, 3.0, 0.3, from_start)
         losses = references.pointer_losses(*args)
         expected = sum(losses) / len(losses)
-        # Chunks of one token and a remainder of one among them: the original breaks on those.
+        # Some chunks have one token, also at the end; the original fails on those.
         for bptt in (1, 2, 25, 75, 76, 5000):
             cache = ContinuousCache(window, 3.0, from_start)
             loss = pointer.evaluate(model, criterion, source, cache, lambdasm=0.3, bptt=bptt)

@@ -1,4 +1,4 @@
-"""progress.py: drawn on a terminal with tqdm, silent everywhere else."""
+"""progress.py: bars are drawn on a terminal with tqdm, and nowhere else."""
 
 import io
 import sys
@@ -9,7 +9,7 @@ from cli.progress import Bar
 
 
 class Terminal(io.StringIO):
-    """What a terminal is sent."""
+    """A stream that claims to be a terminal and keeps what is written."""
 
     def isatty(self):
         return True

@@ -1,4 +1,4 @@
-"""qrnn/: the recurrence against its definition, its gradients, the layers."""
+"""qrnn/: the recurrence compared with its definition, its gradients, the layers."""
 
 import warnings
 
@@ -101,7 +101,7 @@ def test_layer_across_batches(window):
     nothing = [torch.zeros(3, 4)] * (window - 1)
     expected, last = layer_reference(layer, x, zeros, nothing)
     parts, hidden = [], None
-    # Chunks shorter than the window among them.
+    # Some chunks are shorter than the window.
     for chunk in x.split([4, 1, 2, 4]):
         output, hidden = layer(chunk, hidden)
         parts.append(output)
@@ -184,7 +184,7 @@ def test_stack_of_given_layers_and_dropout_between():
     layers = [QRNNLayer(4, 8), QRNNLayer(8, 8)]
     net = QRNN(4, 8, layers=layers, dropout=0.5)
     assert net.num_layers == 2
-    # Before the last layer, half of the features are zero; after it, none.
+    # Half of the last layer's inputs are zero, and none of its outputs.
     seen = []
     layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     output, _ = net(torch.randn(50, 4, 4))
@@ -201,7 +201,7 @@ LENGTHS = [7, 1, 4, 6]
 
 
 def flipped(x, lengths):
-    """Each column's valid part back to front, the rest zero."""
+    """`x` with each column's valid part reversed and the rest zero."""
     result = torch.zeros_like(x)
     for b, n in enumerate(lengths):
         result[:n, b] = x[:n, b].flip(0)
@@ -219,7 +219,8 @@ def test_pool_backwards_and_with_lengths(gate, zoneout):
     for reverse in (False, True):
         for n in (None, lengths):
             h, last = qrnn_pool(y, c, mask, gate, reverse, n)
-            # Column by column: cut to its length, flipped if backwards, one way, flipped back.
+            # The reference is column by column: cut to its length, flipped if reverse, run
+            # forwards, flipped back.
             for b, length in enumerate(LENGTHS if n is not None else [7] * 4):
                 turn = (lambda t: t.flip(0)) if reverse else (lambda t: t)
                 part = None if mask is None else turn(mask[:length, b : b + 1])
@@ -270,7 +271,7 @@ def test_packed_sequences(bidirectional, enforce_sorted):
     assert isinstance(output, torch.nn.utils.rnn.PackedSequence)
     unpacked = torch.nn.utils.rnn.unpack_sequence(output)
     for b, column in enumerate(columns):
-        # Each column as if it were alone.
+        # Each column's result equals that of a batch of this column alone.
         alone, state = net(column.unsqueeze(1), hidden[:, b : b + 1])
         torch.testing.assert_close(unpacked[b], alone[:, 0])
         torch.testing.assert_close(last[:, b : b + 1], state)

@@ -1,4 +1,4 @@
-"""README.md and docs/: published commands, links, Python, and the rooms of the house."""
+"""README.md and docs/: published commands, links, Python blocks, and the table of modules."""
 
 import importlib
 import re
@@ -34,7 +34,7 @@ def commands():
 def test_the_published_commands_are_those_of_the_presets():
     stages = [f"python {s}.py {flags}" for row in COMMANDS.values() for s, flags in row.items()]
     assert [stage for stage in stages if stage not in commands()] == []
-    # The README's own are among them.
+    # The README's commands for PTB are published commands.
     ours = [
         c
         for c in commands()
@@ -84,7 +84,7 @@ def test_make_targets_exist():
 
 
 def stand_in(corpus, folder):
-    """A small corpus with the vocabulary of one whose training text is not at hand."""
+    """A small corpus with the vocabulary of a corpus whose training text is not available."""
     if corpus == "enwik8":
         text = (CORPORA / "enwik8-head" / "first-1MiB.bin").read_bytes()
         tokens = [("\n" if byte == 10 else str(byte)) for byte in text]
@@ -107,7 +107,7 @@ def stand_in(corpus, folder):
 @pytest.mark.corpora
 @pytest.mark.parametrize("row", COMMANDS)
 def test_published_commands_run_at_their_real_size(row, script, tmp_path, monkeypatch):
-    """A batch of every published command, each stage on the file of the one before."""
+    """One batch of every published command, each stage on the file of the stage before."""
     if not CORPORA.is_dir():
         pytest.skip(f"the full corpora are not in {CORPORA}")
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,8 @@
 """The commands of README.md and docs/ run, in their order, on corpora of a hundred lines.
 
-Those of the scripts run in this process as they are written. Those that train, for hours as
-written, get `--epochs 1 --max-batches 1` and a tiny network's sizes behind their flags; the cache's
-get `--max-batches 1`. At their real sizes the published ones run in `test_readme.py`. What is not
-run is listed in EXCLUDED with its reason.
+The scripts run in this process, with the flags of SHORT appended: a tiny network, one epoch and
+one batch for training, one batch for the cache. The published commands run at their real sizes in
+`test_readme.py`. EXCLUDED lists the commands that are not run, with reasons.
 """
 
 import shlex
@@ -48,7 +47,7 @@ SHORT = {
     "score.py": "--no-cuda",
     "plot.py": "",
 }
-# What the README's own texts say must be in the vocabulary.
+# The words of the README's --text and --prompt must be in the vocabulary.
 SPOKEN = "the company said it would sell its shares\n"
 
 
@@ -63,7 +62,7 @@ def test_what_is_excluded_is_in_the_pages():
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A folder with small corpora where the README's commands look for them, made the current."""
+    """A new working directory, with small corpora where the README's commands look for them."""
     sample = {
         name: (ROOT / "data" / "sample" / f"{name}.txt").read_text(encoding="utf-8")
         for name in ("train", "valid", "test")
@@ -101,7 +100,7 @@ def test_the_commands_run(tree, script):
             assert (status, err) == (0, ""), command
             assert out, command
             if name == "main.py":
-                # Runs to compare, as the README's plot.py takes them.
+                # The logs that the README's plot.py command compares.
                 for log in ("lstm.log", "gru.log"):
                     (tree / log).write_text(out, encoding="utf-8")
         else:
@@ -115,7 +114,7 @@ def test_the_commands_run(tree, script):
             assert result.returncode == 0, result.stderr
         ran += 1
     assert ran > 20
-    # What they were to leave.
+    # The files that the commands write.
     left = ["PTB.pt", "WT2.pt", "PTBC.pt", "ENWIK8.pt", "WT103.12hr.QRNN.pt", "OWN.pt"]
     for name in [*left, "surprisal.html", "words.png", "curves.png"]:
         assert (tree / name).stat().st_size > 0, name

@@ -1,4 +1,4 @@
-"""bench/reproduce.py: a row in pieces is the row in one piece, whatever ends the pieces."""
+"""bench/reproduce.py: a row run in pieces equals the row run in one piece."""
 
 import fcntl
 import json
@@ -37,13 +37,13 @@ def start(corpus, folder, *more):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # One thread, as the sums of several may be in another order.
+        # One thread, as several threads may add in another order.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
 def until(process, text):
-    """Read its output up to a line with `text`; all of it up to there."""
+    """Read the process's output up to a line with `text`, and return it."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -62,7 +62,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert finish(start(corpus_dir, whole))[0] == 0
 
-    # Told to stop within main.py: it saves, and says how far it came.
+    # SIGTERM within main.py: the run saves its state and writes its progress.
     process = start(corpus_dir, cut)
     until(process, "end of epoch   1")
     process.send_signal(signal.SIGTERM)
@@ -74,7 +74,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     assert "A run of reduced size" in page
     assert "Not begun: finetune.py, pointer.py" in page
 
-    # Killed within finetune.py, and once more within a minute that is no time at all.
+    # Killed within finetune.py, then stopped by a very short --minutes.
     process = start(corpus_dir, cut)
     until(process, "finetune.py")
     until(process, "end of epoch   1")
@@ -82,7 +82,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     process.stdout.close()
     process.wait()
     with open(cut / "work" / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the stage, which lost its parent, has ended
+        fcntl.flock(lock, fcntl.LOCK_EX)  # wait for the end of the orphaned stage
     status, output = finish(start(corpus_dir, cut, "--minutes", "0.001"))
     assert status == 0
     assert "Stopped before the end of finetune.py" in output
@@ -114,7 +114,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     assert "| 61.2 |" in page
     assert "56.5" in page
 
-    # Done is done; with other flags it would be another run.
+    # A finished row runs nothing more, and refuses other flags.
     status, output = finish(start(corpus_dir, cut))
     assert (status, output.count("$")) == (0, 0)
     other = subprocess.run(

@@ -1,4 +1,4 @@
-"""tools/results_table.py, bench/study.py: the README's measured figures are those of results/."""
+"""tools/results_table.py, bench/study.py: the README's measured figures come from results/."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_ours_come_from_the_files_and_an_unfinished_stage_is_no_final_figure(tmp
     ]  # fmt: skip
     assert "(results/ptb-qrnn.md)" in table
     assert cells(table, "PTB LSTM")[4:] == ["", "", ""]
-    # Bits for characters.
+    # Character models have bits per character.
     character = {**head(main={**done, "valid": 1.2014, "test": 1.1759}), "unit": "bits"}
     write(tmp_path, "ptbc", character)
     assert cells(results_table.published_table(tmp_path), "characters")[4] == "1.201 / 1.176"
@@ -136,7 +136,7 @@ def test_the_study_reads_its_runs_from_their_metrics(tmp_path):
 
 
 def test_a_stage_of_the_study_that_ended_early_is_not_done(tmp_path, monkeypatch):
-    """As after Ctrl-C, which ends main.py with a test score and the exit status 0."""
+    """Ctrl-C ends main.py early, with a test score and exit status 0."""
     lines = [{"kind": "epoch", "epoch": 2, "valid_loss": 5.0}, {"kind": "test", "test_loss": 5.0}]
 
     def early(command, **options):

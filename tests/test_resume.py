@@ -1,4 +1,4 @@
-"""training/resume.py: whatever a session saves it resumes exactly, and damage is refused."""
+"""training/resume.py: a session resumes exactly from any state it saves; damage is refused."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from utils import ToolkitError
 
 
 class Counting(nn.GRUCell):
-    """A cell with a buffer of whole numbers, and a dictionary for its state."""
+    """A cell with an integer buffer and a dictionary as its state."""
 
     weight_drop = ("weight_hh",)
 
@@ -72,7 +72,7 @@ OPTIMIZERS = {
 
 @contextlib.contextmanager
 def a_session(path, corpus_dir, cell, optimizer):
-    """A session of main.py on the tiny corpus, resumed from `path` if that is there."""
+    """A session of main.py on the tiny corpus, resumed from `path` if that file exists."""
     argv = ["--data", str(corpus_dir), *TINY, "--model", cell, "--save", str(path)]
     parser = main.build_parser()
     args = parser.parse_args([*argv, *(["--resume", str(path)] if path.exists() else [])])
@@ -121,7 +121,7 @@ def test_what_is_saved_is_resumed_exactly(cell, optimizer, ended, corpus_dir, tm
 
 @pytest.fixture(scope="module")
 def within_an_epoch(tmp_path_factory, corpus_dir):
-    """The file of an averaging run that was saved within an epoch."""
+    """The model file of an averaging run, saved within an epoch."""
     path = tmp_path_factory.mktemp("state") / "m.pt"
     with a_session(path, corpus_dir, "LSTM", "NT-ASGD, averaging") as session:
         train(session, 1, 3)

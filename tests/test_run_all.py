@@ -1,4 +1,4 @@
-"""bench/run_all.py: every table is kept, what went wrong is said, and a cut run goes on."""
+"""bench/run_all.py: all tables and failures are kept, and a cut run continues."""
 
 import shlex
 
@@ -10,7 +10,7 @@ from bench.run_all import Task
 
 GOOD = Task("python -c \"print('| a | 1 |')\"")
 BAD = Task("python -c \"import sys; print('before'); sys.exit(3)\"")
-# Through a second process, which must end too.
+# A benchmark with a child process, which must be ended too.
 LONG = Task("sh -c 'echo so far; tail -f /dev/null; true'")
 
 
@@ -66,7 +66,7 @@ def test_where_it_was_cut_it_goes_on(tasks, tmp_path):
 
 
 def test_every_benchmark_is_run():
-    """A script of bench/ that prints a table is in the list."""
+    """TASKS lists every script of bench/ that prints a table."""
     scripts = {path.stem for path in (run_all.ROOT / "bench").glob("*.py")}
     others = {"__init__", "common", "decisions", "published", "reproduce", "study", "run_all"}
     commands = " ".join(task.command for task in run_all.TASKS.values())

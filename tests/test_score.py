@@ -1,4 +1,4 @@
-"""score.py against a naive reference, against main.py's test score, and on bad input."""
+"""score.py compared with a naive reference and with main.py's test score; bad input."""
 
 import html.parser
 import io
@@ -27,7 +27,7 @@ def tokens_of(text):
 
 
 def naive_logprobs(path, ids, window=None, theta=0.0, lambdasm=0.0, from_start=False):
-    """`log p` of every one of `ids` but the first, from one call and the full distribution."""
+    """`log p` of all `ids` but the first, from one call of the model and full distributions."""
     loaded = checkpoint.load(path)
     model, criterion = checkpoint.rebuild(loaded, torch.device("cpu"))
     model.eval()
@@ -88,7 +88,7 @@ def test_every_token(cell, bptt, script, trained):
     assert total["tokens"] == len(words)
     assert total["logprob"] == pytest.approx(sum(expected), abs=1e-4)
     assert total["ppl"] == pytest.approx(math.exp(-sum(expected) / len(words)), rel=1e-5)
-    # One space between words, none at the ends, one newline a line.
+    # Characters: one space between words, none at the ends, one newline per line.
     assert total["chars"] == len("w1 w3 w9\n\nw27 w1\nw4\n") == sum(t["chars"] for t in tokens)
     in_bits = -sum(expected) / math.log(2)
     assert total["bits_per_char"] == pytest.approx(in_bits / total["chars"], rel=1e-5)
@@ -157,7 +157,7 @@ def test_as_corpus_is_the_test_score_of_main(cell, script, corpus_dir, tmp_path,
     assert total["ppl"] == pytest.approx(math.exp(losses[-1]), abs=1e-4)
     words = tokens_of((corpus_dir / "test.txt").read_text())
     assert total["tokens"] == len(words) - 1
-    # Perplexity after one <eos> has one word more.
+    # After an initial <eos> one word more is scored.
     assert scored(script, path, corpus_dir / "test.txt")[-1]["tokens"] == len(words)
 
 
@@ -177,13 +177,13 @@ def test_as_corpus_on_penn(cell, script, tmp_path):
     ids = ids_of(path, tokens_of(text.read_text("utf-8")))
     loss = engine.evaluate(model, criterion, batchify(torch.tensor(ids), 1), 70)
     total = scored(script, path, text, "--as-corpus")[-1]
-    # 1e-4 at a perplexity of 250; this model is far worse, and float32 is no finer than that.
+    # 4e-7 is 1e-4 at a perplexity of 250; this model's is far higher, and float32 is no finer.
     assert total["ppl"] == pytest.approx(math.exp(loss), rel=4e-7)
 
 
 @pytest.fixture
 def with_unk(trained, tmp_path):
-    """The trained LSTM with one of its words renamed to <unk>, and its file."""
+    """The file of the trained LSTM with one of its words renamed to <unk>."""
     loaded = checkpoint.load(trained["LSTM"])
     loaded.vocabulary["words"] = ["<unk>" if w == "w5" else w for w in loaded.vocabulary["words"]]
     checkpoint.save(tmp_path / "unk.pt", loaded)
@@ -200,7 +200,7 @@ def test_words_outside_the_vocabulary(script, trained, with_unk):
     mapped = ids_of(with_unk, "<eos> w1 <unk> w3 <unk> <unk> <unk> <eos>".split())
     expected = naive_logprobs(with_unk, mapped)
     assert [t["logprob"] for t in tokens] == pytest.approx(expected, abs=1e-5)
-    # The characters are those of the words as written.
+    # Characters are counted in the words as written.
     assert total["chars"] == len("w1 zebra w3 zebra gnu <unk>\n")
 
     status, out, err = script("score", "--checkpoint", trained["LSTM"], "--text", "w1 zebra gnu")
@@ -254,7 +254,7 @@ def test_report_for_people(script, trained):
     assert [float(x) for x in match.groups()] == pytest.approx(
         [total["logprob"], total["ppl"]], abs=0.006
     )
-    # A line of which nothing is scored.
+    # A line without scored tokens.
     argv = ["--checkpoint", trained["LSTM"], "--text", "\nw4", "--as-corpus", "--lines"]
     status, out, _ = script("score", *argv)
     assert status == 0
@@ -264,7 +264,7 @@ def test_report_for_people(script, trained):
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would show of the tokens: text, class and tooltip of each."""
+    """The text, class and tooltip of each token on an HTML page, and the page's links."""
 
     def __init__(self, source):
         super().__init__()
@@ -328,7 +328,7 @@ def test_colours_follow_surprisal():
         sum(int(_colour(level)[i : i + 2], 16) * w for i, w in ((1, 3), (3, 6), (5, 1)))
         for level in range(15)
     ]
-    # In print without colours the order can still be seen.
+    # The order is also visible in greyscale print.
     assert lightness == sorted(lightness, reverse=True)
 
 

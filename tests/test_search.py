@@ -1,4 +1,4 @@
-"""scoring/search.py and pointer.py --search, --by-word, --plot against per-token references."""
+"""scoring/search.py and pointer.py --search, --by-word, --plot compared with naive references."""
 
 import itertools
 import math
@@ -54,7 +54,7 @@ def test_every_window_and_theta(n, block, monkeypatch):
 
 
 def test_scores_far_above_those_of_a_window(monkeypatch):
-    # At these scores the exponentials of a small window vanish beside those of the widest.
+    # At these scores a small window's exponentials underflow relative to the widest window's.
     monkeypatch.setattr(searching, "_BLOCK", 16)
     outputs, words, _ = stream(60, scale=30.0)
     probs = searching.target_probs(outputs, words, [2, 10, 50], [0.5, 20.0])
@@ -77,7 +77,7 @@ def test_best_lambda():
         best = max(range(1000), key=lambda i: total(i / 1000))
         assert lambdasm == pytest.approx(best / 1000, abs=0.0011)
         assert gain == pytest.approx(total(lambdasm), abs=1e-6)
-    # A cache that always knows, one that never does, no position, a word the model rules out.
+    # A cache that is always right, one that never is, no positions, words the model rules out.
     assert searching.best_lambda(logprob, torch.ones(200))[0] == 0.999
     assert searching.best_lambda(logprob, torch.zeros(200)) == (0.0, 0.0)
     assert searching.best_lambda(logprob[:0], logprob[:0]) == (0.0, 0.0)
@@ -106,7 +106,7 @@ def test_grid_has_each_setting_at_its_best(from_start):
 
 @pytest.mark.parametrize("from_start", [False, True])
 def test_search_is_at_least_as_good_as_what_was_given(from_start):
-    # Words that do follow similar outputs.
+    # Equal words follow similar outputs, so that the cache helps.
     torch.manual_seed(1)
     words = torch.randint(6, (300,))
     outputs = torch.randn(6, 8)[words] + 0.5 * torch.randn(300, 8)
@@ -158,7 +158,7 @@ def test_search_by_the_command_line(from_start, script, trained, corpus_dir):
     assert float(dict(END.findall(out))["val"]) <= float(dict(END.findall(plain))["val"])
     ((said, ppl),) = re.findall(r"\| best: (.*) \| val ppl (\S+)", out)
     assert dict(END.findall(out))["val"] == ppl
-    # The best setting, given as it was printed, has the same scores.
+    # The printed best setting, passed as flags, gives the same scores.
     assert END.findall(script("pointer", *flags, *said.split())[1]) == END.findall(out)
     ((_, ppl),) = re.findall(r"\| given: (.*) \| val ppl (\S+)", out)
     assert dict(END.findall(plain))["val"] == ppl

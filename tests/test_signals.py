@@ -1,4 +1,4 @@
-"""cli/signals.py and training/save_clock.py: signals noted and obeyed, and when to write."""
+"""cli/signals.py and training/save_clock.py: signals are noted and obeyed; when to save."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from utils import ToolkitError
 
 
 class Time:
-    """A clock that stands still until it is moved."""
+    """A clock that only the test moves."""
 
     def __init__(self):
         self.now = 100.0
@@ -50,7 +50,7 @@ def test_within_an_epoch_by_the_clock_alone():
     with clock.writing():
         time.now += 50
     assert not clock.due()
-    # Slow writes do not put it off for longer than was asked for.
+    # After slow writes, too, a save is due after the interval of 300 s.
     time.now += 300
     assert clock.due_at_epoch_end()
 
@@ -91,14 +91,14 @@ def test_ranks_obey_the_same_signal():
     with StopRequests(agree=lambda noted: max(noted, signal.SIGINT)) as stop:
         with pytest.raises(Stopped):
             stop.check()
-        # This process's own copy of the Ctrl-C comes late and is not a second one.
+        # The Ctrl-C that reaches this process later is the same one, not a second one.
         signal.raise_signal(signal.SIGINT)
         assert stop._noted == 0
 
 
 @pytest.fixture
 def broken_pipe():
-    """A text stream that nothing reads any more."""
+    """A text stream to a pipe without a reader."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     with open(write_end, "w", buffering=1, encoding="utf-8") as stream:

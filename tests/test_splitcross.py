@@ -1,4 +1,4 @@
-"""splitcross.py against the definition in plain numbers, with one to four buckets."""
+"""splitcross.py compared with the definition in Python floats, with one to four buckets."""
 
 import pytest
 import references
@@ -65,7 +65,7 @@ def test_gradients(splits):
 
 
 def test_every_bucket_gets_its_own_targets():
-    # The original adds boolean masks, so that words of the second tail on count as the first's.
+    # The original adds boolean masks, so words of the second and later tails count as the first's.
     criterion, weight, bias, hiddens, _ = criterion_and_data([5, 12, 20], n=NTOKEN)
     targets = torch.arange(NTOKEN)
     expected = -probabilities(criterion, weight, bias, hiddens)[range(NTOKEN), targets].log().mean()

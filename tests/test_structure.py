@@ -1,4 +1,4 @@
-"""The house: who imports whom, what importing does, and what the repository must not hold."""
+"""The modules: which imports which, and the effects of an import."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ from conftest import ROOT
 SCRIPTS = {path.stem for path in ROOT.glob("*.py") if "__main__" in path.read_text("utf-8")}
 IDEAS = {path.stem for path in ROOT.glob("*.py")} - SCRIPTS
 PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"bench"}
-# Ideas stand on these; what a run, a file or a command line needs is for the other packages.
+# Ideas may import these packages; runs, model files and command lines are for the other packages.
 BELOW_IDEAS = {"qrnn", "kernels", "files"} & PACKAGES
 
 
@@ -21,7 +21,7 @@ def sources(room):
 
 
 def imported(room):
-    """The other files at the root and packages that a file at the root, or a package, imports."""
+    """The root modules and packages that `room`, a root module or package, imports."""
     names = set()
     for path in sources(room):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

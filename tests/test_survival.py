@@ -1,4 +1,4 @@
-"""Runs that are killed, and runs of several processes: whole programs, as a user starts them."""
+"""Killed runs and runs of several processes: whole programs, started as a user would."""
 
 import os
 import re
@@ -59,7 +59,7 @@ def assert_close(path, other, atol=1e-5):
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["LSTM", "QRNN"])
 def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
-    # Five columns: the shares are uneven.
+    # Five columns, so the two ranks have uneven shares.
     flags = ["--data", corpus_dir, *ALIKE, "--model", cell, "--partial-shuffle"]
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["--epochs", 3, "--log-interval", 5]
@@ -72,7 +72,7 @@ def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
     def losses(text):
         return [float(x) for x in re.findall(r"loss +(\d+\.\d\d)", text)]
 
-    # One rank logs, and it logs the loss over the columns of both.
+    # Only one rank logs, with the loss over both ranks' columns.
     assert losses(out) == pytest.approx(losses(alone), abs=0.011)
     status, _, err = script("finetune", *flags, "--epochs", 2, "--save", one)
     assert (status, err) == (0, "")
@@ -112,7 +112,7 @@ def test_a_rank_that_dies_ends_the_run_which_can_be_resumed(corpus_dir, tmp_path
 
 
 def on_two_machines(*argv):
-    """An agent each of two machines, which meet on the loopback."""
+    """Start two torchrun agents, as on two machines, that connect through the loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,7 +131,7 @@ def test_two_machines_are_one(corpus_dir, tmp_path, script):
         assert status == 0, err
     assert_close(one, two)
     assert [path.name for path in two.parent.iterdir()] == ["two"]
-    # Resumed, until one of the machines dies: the other ends, and the run goes on on its own.
+    # A resumed run ends when one machine dies, and one machine alone can resume it.
     more = ["--resume", two, "--max-batches", 20]
     agents = on_two_machines(*more, "--epochs", 1000, "--save-every", 0)
     until(lambda: checkpoint.load(two).training["epoch"] > 2)
@@ -149,7 +149,7 @@ def test_two_machines_are_one(corpus_dir, tmp_path, script):
 
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_go_on_exactly(corpus_dir, tmp_path):
-    # With dropout, whose masks go on from each rank's own random state.
+    # With dropout: each rank's masks continue from its own random state.
     flags = ["--data", corpus_dir, *ALIKE, "--model", "QRNN", "--dropouti", 0.3, "--wdrop", 0.2]
     path, whole = tmp_path / "m.pt", tmp_path / "whole"
     process = torchrun(2, "main.py", *flags, "--epochs", 1000, "--save-every", 0, "--save", path)
@@ -185,7 +185,7 @@ def test_the_second_of_two_runs_with_one_file_stops(second, corpus_dir, tmp_path
     assert re.search(
         rf"another run writes .*m\.pt now \(process {first.pid} of .*another --save", err
     )
-    # Whatever ends the first frees the file.
+    # The file is free again after the first run's end, even by a kill.
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     assert script(stage, *more, "--epochs", 2)[0] == 0

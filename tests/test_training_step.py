@@ -1,4 +1,4 @@
-"""training/cuda_graphs.py: steps recorded once and replayed are the steps run one by one."""
+"""training/cuda_graphs.py: replayed steps equal eager steps."""
 
 import contextlib
 import gc
@@ -22,10 +22,10 @@ RATES = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.3, "dropoute": 0.1, "wdr
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph keeps: operations, the addresses they work on, and numbers as they were.
+    """A recording that keeps what a CUDA graph keeps: operations, addresses and number values.
 
-    Like a graph, and unlike a closure, a replay sees nothing of Python: a rate that was a number
-    stays that number, and a tensor that was replaced is not the new one.
+    As in a graph, and unlike in a closure, a replay reads no Python variables: a Python number
+    keeps its recorded value, and a tensor that was replaced later is not seen.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self):
-        # Below autograd, as when they were recorded: some look at whether gradients are on.
+        # Below autograd, as at recording: some operations depend on whether gradients are enabled.
         with torch._C._AutoDispatchBelowAutograd():
             for func, args, kwargs, result in self.calls:
                 again = func(*args, **kwargs)
@@ -53,9 +53,9 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """Records without anything having happened, as a capture does; counts what it was used for.
+    """Records a step without effect on its state, as a capture does; counts its recordings.
 
-    Where recording fails, what was to be computed is NaN: a capture computes nothing.
+    After a failed recording the step's results are NaN, because a capture computes nothing.
     """
 
     def __init__(self, step):
@@ -79,7 +79,7 @@ class Recorder:
                     for place in flatten(result):
                         if isinstance(place, torch.Tensor) and place.is_floating_point():
                             place.fill_(torch.nan)
-            # Ending a capture that has failed fails too.
+            # The end of a failed capture raises a second error.
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         finally:
             with torch.no_grad():
@@ -121,7 +121,7 @@ def make(rnn_type, optimizer="sgd", graphs=False, bf16=False):
 
 
 def train(step, epochs=(1, 2, 3)):
-    """Three epochs, evaluation in between and averaging from the third on; each one's loss."""
+    """The training and evaluation loss of each epoch; averaging starts at the third epoch."""
     rng = np.random.RandomState(5)
     torch.manual_seed(7)
     losses = []
@@ -270,7 +270,7 @@ def test_without_a_gpu_there_are_no_graphs_and_nothing_is_said():
 
 
 def tensors_held():
-    """How many tensors there are, and their bytes, those that share memory counted once."""
+    """The number of live tensors and their bytes, shared memory counted once."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -280,7 +280,7 @@ def tensors_held():
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("rnn_type", CELLS)
 def test_no_step_leaves_a_tensor_behind(rnn_type, graphs, monkeypatch):
-    # As many recordings as there are lengths, and then no more of them.
+    # All sequences have the same length, so all recordings are made in the first epoch.
     monkeypatch.setattr(engine, "draw_seq_len", lambda rng, bptt, cap: bptt)
     step = make(rnn_type, graphs=graphs)
     train(step, (1,))

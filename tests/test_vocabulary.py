@@ -1,4 +1,4 @@
-"""Own corpora: fewer words, one text cut in three, and another corpus than the model's."""
+"""Own corpora: smaller vocabularies, one text cut in three, a corpus other than the model's."""
 
 import re
 from collections import Counter
@@ -29,7 +29,7 @@ def words(corpus, part):
 
 
 def by_hand(texts, kept):
-    """The words of each part with what is not kept as <unk>, and ids by first appearance."""
+    """Each part's words, with <unk> for words not in `kept`; the words by first appearance."""
     parts, ids = {}, {}
     for name, text in texts.items():
         tokens = text.replace("\n", " <eos> ").split()
@@ -44,7 +44,7 @@ def by_hand(texts, kept):
     [
         ({"min_count": 2}, {"the", "cat", "sat", "<eos>"}),
         ({"min_count": 3}, {"the", "<eos>"}),
-        # The most frequent, ties by first appearance; <unk> and <eos> are counted.
+        # The most frequent words, ties by first appearance; the size includes <unk> and <eos>.
         ({"vocab_size": 5}, {"the", "cat", "sat", "<eos>"}),
         ({"vocab_size": 6}, {"the", "cat", "sat", "on", "<eos>"}),
         ({"vocab_size": 3}, {"the", "<eos>"}),
@@ -72,7 +72,7 @@ def test_an_unk_in_the_text_is_the_unk(tmp_path):
 def test_nothing_changes_where_nothing_need_go(tmp_path):
     corpus = Corpus(folder_of(tmp_path / "c", TEXTS))
     assert corpus.with_fewer_words(vocab_size=len(corpus.dictionary)) is corpus
-    # What train lacks does occur less than once there.
+    # Words that are not in train.txt occur less than once there.
     fewer = corpus.with_fewer_words(min_count=1)
     assert "bird" not in fewer.dictionary.word2idx
     assert "mat" in fewer.dictionary.word2idx
@@ -97,7 +97,7 @@ def test_split(tmp_path):
     assert words(corpus, "train") == "".join(lines[:7]).replace("\n", " <eos> ").split()
     assert words(corpus, "valid") == "line 7 <eos> line 8 <eos>".split()
     assert words(corpus, "test") == "line 9 <eos>".split()
-    # The same as in three files of one's own.
+    # The corpus is equal to one with three files.
     three = {"train": lines[:7], "valid": lines[7:9], "test": lines[9:]}
     other = Corpus(folder_of(tmp_path / "d", {k: "".join(v) for k, v in three.items()}))
     assert other.dictionary.idx2word == corpus.dictionary.idx2word
@@ -144,7 +144,7 @@ def test_all_stages_on_one_text_with_a_small_vocabulary(script, long_texts, tmp_
     vocabulary = checkpoint.load(model).dictionary.idx2word
     assert len(vocabulary) == 20
     assert {"<unk>", "<eos>"} <= set(vocabulary)
-    # The later stages take the vocabulary and the split from the file, whichever wrote it last.
+    # The later stages take vocabulary and split from the file, whichever stage wrote it last.
     for argv in (
         ["main", "--resume", model, "--data", folder, "--epochs", 3, "--max-batches", 3],
         ["finetune", *flags, *TINY, "--lr", 5, "--max-batches", 20, "--epochs", 2],
@@ -172,7 +172,7 @@ def test_how_many_words_are_left_out_where_unk_is_new(script, tmp_path):
 
 
 def test_finetuning_on_another_corpus(script, long_texts, corpus_dir, trained, tmp_path):
-    # Some of its words are the model's.
+    # Some words of the other corpus are in the model's vocabulary.
     lines = long_texts.replace("w1", "z1").splitlines(keepends=True)
     texts = {"train": lines[:200], "valid": lines[200:250], "test": lines[250:]}
     other = folder_of(tmp_path / "other", {k: "".join(v) for k, v in texts.items()})
@@ -189,7 +189,7 @@ def test_finetuning_on_another_corpus(script, long_texts, corpus_dir, trained, t
     status, out, _ = script("main", "--init", model, *flags[:3], tmp_path / "n.pt", *flags[4:])
     assert status == 0
     assert "read as <unk>" in out
-    # A text that is mostly <unk> is the wrong text.
+    # A text of mostly unknown words is refused.
     (other / "train.txt").write_text("z1 z2\n" * 900)
     for argv in (
         ["finetune", *flags],
@@ -199,7 +199,7 @@ def test_finetuning_on_another_corpus(script, long_texts, corpus_dir, trained, t
         status, _, err = script(*argv)
         assert status == 1
         assert re.search("[5-9].% of the tokens of .* are not in the model's vocabulary", err)
-    # A vocabulary without <unk> has no place for them.
+    # Unknown words are refused if the vocabulary has no <unk>.
     plain = ["--save", trained["LSTM"], "--data", other]
     status, _, err = script("finetune", *plain)
     assert status == 1

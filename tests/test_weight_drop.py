@@ -1,4 +1,4 @@
-"""weight_drop.py: what is dropped, what trains, and what the original got wrong."""
+"""weight_drop.py: the dropped entries, the trained weight, and errors of the original."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_kept_entries_are_scaled_and_the_share_is_right():
 @pytest.mark.parametrize("dropout", [1e-12, 0.1, 0.5, 0.9, 1 - 1e-12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_mask_of_the_cpu(dropout, dtype):
-    # An odd number of entries: two share one drawn number.
+    # An odd number of entries, as two entries share one drawn number.
     torch.manual_seed(3)
     raw = torch.ones(301, 203, dtype=dtype)
     mask = weight_drop._mask(raw, dropout)
@@ -51,7 +51,7 @@ def test_the_mask_of_the_cpu(dropout, dtype):
     kept = mask != 0
     assert (mask[kept] == torch.tensor(1 / (1 - dropout), dtype=dtype)).all()
     assert abs(kept.double().mean().item() - (1 - dropout)) < 0.006
-    # Neither along rows nor down columns does an entry tell of its neighbour, or of its pair.
+    # Entries are independent of their neighbours in the row and in the column.
     for a, b in ((kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1])):
         both = (a & b).double().mean().item()
         assert abs(both - (1 - dropout) ** 2) < 0.01
@@ -59,8 +59,8 @@ def test_the_mask_of_the_cpu(dropout, dtype):
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
 def test_dropped_weight_is_a_plain_tensor_and_the_raw_one_trains(cell):
-    # A popular mend of the original registers the dropped weight as a Parameter: then nothing
-    # trains the recurrent weights.
+    # A common fix of the original makes the dropped weight a Parameter, and then the raw weight
+    # gets no gradient.
     drop = lstm(cell=cell)
     output, _ = drop(torch.randn(6, 3, 5))
     dropped = drop.module.weight_hh_l0
@@ -124,7 +124,7 @@ def test_state_dict_names_never_change():
 
 @pytest.mark.parametrize("variational", [False, True])
 def test_nothing_is_dropped_in_evaluation(variational):
-    # The original drops rows in evaluation too when variational.
+    # With variational=True the original drops rows in evaluation too.
     drop = lstm(variational=variational)
     x = torch.randn(6, 3, 5)
     drop(x)
