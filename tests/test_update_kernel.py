@@ -172,11 +172,12 @@ class TestAgainstTheDefinition:
         Case(0, torch.float32, [3, 5], averaging=False, gradients=0.0).check()
         assert not shim
 
-    def test_blocks_share_the_chunks_evenly(self, shim):
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_blocks_share_the_chunks_evenly(self, shim, dtype):
         """No block more than there are chunks, nor than the device holds at once."""
-        chunk = kernel.CHUNK_BYTES // 4
+        chunk = 2048 if dtype == torch.float32 else 1024
         for counts, blocks in (([1, 1], 2), ([chunk, chunk + 1], 3), ([20 * chunk], 8)):
-            Case(0, torch.float32, counts, averaging=True).check()
+            Case(0, dtype, counts, averaging=True).check()
             assert shim[-1].grid == (blocks,)
 
     @pytest.mark.parametrize("dtype", DTYPES)
