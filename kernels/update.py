@@ -45,7 +45,7 @@ def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
     return (
         f"-DSCALAR={_SCALARS[dtype]}",
         f"-DROWS={ROWS}",
-        f"-DCHUNK={CHUNK_BYTES // dtype.itemsize}",
+        f"-DCHUNK={_chunk(dtype)}",
         f"-DTHREADS={THREADS}",
     )
 
@@ -78,15 +78,19 @@ def update(
         for x in (lr, scale, share)
     ]
     factors = [cuda.value(x) for pair in numbers for x in pair]
-    chunk = CHUNK_BYTES // dtype.itemsize
     for first in range(0, len(rows), ROWS):
         part = rows[first : first + ROWS]
         table = np.zeros(1, TABLE)
         table["rows"][0, : len(part)] = part
-        chunks = sum(-(-count // chunk) for *_, count in part)
+        chunks = sum(-(-count // _chunk(dtype)) for *_, count in part)
         grid = (min(chunks, BLOCKS * cuda.multiprocessors(device)),)
         arguments = (table, len(part), *factors, float(decay))
         SOURCE.launch("update", compile_options(dtype), device, grid, (THREADS,), arguments)
     # Autograd refuses to go back through a step whose parameters have changed since.
     for tensor in (*params, *(averages or ())):
         torch.autograd.graph.increment_version(tensor)
+
+
+def _chunk(dtype: torch.dtype) -> int:
+    """Elements that a block of threads takes at once."""
+    return CHUNK_BYTES // dtype.itemsize

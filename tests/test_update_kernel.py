@@ -172,11 +172,13 @@ class TestAgainstTheDefinition:
         Case(0, torch.float32, [3, 5], averaging=False, gradients=0.0).check()
         assert not shim
 
-    def test_blocks_share_the_chunks_evenly(self, shim):
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_blocks_share_the_chunks_evenly(self, shim, dtype):
         """No block more than there are chunks, nor than the device holds at once."""
-        chunk = kernel.CHUNK_BYTES // 4
+        chunk = 2048 if dtype == torch.float32 else 1024
+        assert f"-DCHUNK={chunk}" in kernel.compile_options(dtype)
         for counts, blocks in (([1, 1], 2), ([chunk, chunk + 1], 3), ([20 * chunk], 8)):
-            Case(0, torch.float32, counts, averaging=True).check()
+            Case(0, dtype, counts, averaging=True).check()
             assert shim[-1].grid == (blocks,)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -264,6 +266,18 @@ class TestOptimizer:
             results.append((params, [optimizer.state[p]["average"] for p in params]))
         # Numbers on the device are float32, whatever the parameters are.
         torch.testing.assert_close(*results, atol=2e-6, rtol=2e-6)
+
+    @pytest.mark.parametrize("suits", [True, False])
+    def test_a_share_that_is_given_takes_the_place_of_the_count(self, shim, monkeypatch, suits):
+        """A recorded step replays with the shares of later steps."""
+        monkeypatch.setattr(kernel, "suits", lambda params: suits)
+        p = torch.nn.Parameter(torch.zeros(5))
+        optimizer = NTASGD([p], 1.0)
+        optimizer.start_averaging()
+        optimizer.count()
+        p.grad = torch.ones(5)
+        optimizer.update(1.0, torch.tensor(0.25))
+        assert torch.equal(optimizer.state[p]["average"], torch.full((5,), -0.25))
 
     @pytest.mark.parametrize("norm", [math.inf, math.nan])
     def test_a_norm_that_is_no_number_shows(self, shim, monkeypatch, norm):
