@@ -299,7 +299,7 @@ def test_finetuning_that_was_done_goes_on_with_another_nonmono(script, corpus_di
     state.training["done"] = True
     checkpoint.save(path, state)
     _, out, _ = script("finetune", "--resume", path, "--epochs", 2)
-    assert "Done before: the validation loss no longer fell" in out
+    assert "Already done: the validation loss no longer fell" in out
     assert "end of epoch" not in out
     _, out, _ = script("finetune", "--resume", path, "--epochs", 2, "--nonmono", 9)
     assert "end of epoch   2" in out
