@@ -748,7 +748,7 @@ def test_a_new_run_keeps_the_file_of_another(script, corpus_dir, tmp_path):
     assert not kept.exists()
     first = path.read_bytes()
     out = train(script, corpus_dir, path, "--epochs", 2, "--seed", 8)
-    assert out.count(f"Keeping the model file that is at {path} as {kept}") == 1
+    assert out.count(f"Keeping the old model file {path} as {kept}") == 1
     assert kept.read_bytes() == first
     second = path.read_bytes()
     assert second != first
@@ -880,7 +880,7 @@ def test_training_whose_output_nothing_takes(at, corpus_dir, tmp_path):
         # Nothing to save yet, and nothing that was there is written over.
         assert not model.exists()
     else:
-        assert error.endswith(f"; --resume {model} goes on from here\n")
+        assert error.endswith(f"; --resume {model} continues from here\n")
         assert checkpoint.load(model).training["position"]["batches"] > 0
 
 
