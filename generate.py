@@ -143,7 +143,8 @@ def sample(
 def prompt_ids(words: Sequence[str], dictionary: Dictionary) -> list[int]:
     """The ids of <eos>, which begins a line, and of the words of --prompt; unknown ones are <unk>.
 
-    Unknown words are printed to standard error. Without <unk>, they raise ToolkitError.
+    Unknown words are printed to standard error; if the vocabulary has no <unk>, they raise
+    ToolkitError.
     """
     known = dictionary.word2idx
     unknown = list(dict.fromkeys(word for word in words if word not in known))

@@ -84,7 +84,7 @@ CELLS = {
 
 
 def find_cell(name: str) -> Any:
-    """Import the class of a cell.
+    """Import and return the class of a cell.
 
     `CELL(n_in, n_out, layer)`, with layers counted from 0, makes a module whose forward(x, state)
     takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out) and the new state.

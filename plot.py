@@ -27,7 +27,7 @@ _SWITCH = "Switching to averaged SGD"
 
 @dataclass
 class Curve:
-    """A run: perplexity and duration of each epoch, and the epoch that ended in the switch."""
+    """A run: perplexity and seconds of each epoch, and the epoch after which averaging starts."""
 
     name: str
     ppl: dict[int, float] = field(default_factory=dict)

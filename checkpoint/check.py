@@ -87,7 +87,7 @@ def whole(numbers: list[Any]) -> bool:
 
 
 def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """The fault in weights for `module`, or None; WeightDrop's names count as the plain ones."""
+    """The fault in weights for `module`, or None; names are compared as plain names."""
     expected = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
     if len(state) != len(expected) or expected.keys() != set(map(plain_name, state)):
         return "its weights do not fit its configuration"

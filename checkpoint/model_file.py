@@ -9,7 +9,7 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
     args, stage       the flags it was trained with, and the script that wrote it
     epoch, valid_loss the epoch of the best weights, and their validation loss in nats; 0 and
                       infinity before the first epoch has ended
-    training          what `--resume` needs, or None: see training/resume.py
+    training          the state for `--resume`, or None: see training/resume.py
 """
 
 import dataclasses

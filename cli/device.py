@@ -15,9 +15,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def select_device(cuda: bool | None) -> torch.device:
-    """The device to run on: CUDA when there is one, unless `cuda` is False.
+    """The device to run on: CUDA if available, unless `cuda` is False.
 
-    Raises ToolkitError if `cuda` is True and there is none.
+    Raises ToolkitError if `cuda` is True and CUDA is not available.
     """
     if cuda is False:
         return torch.device("cpu")

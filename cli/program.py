@@ -22,7 +22,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     A ToolkitError becomes one line on stderr and exit status 1; a signal that was obeyed becomes
     one line and 128 + its number.
     """
-    # Python sets a stream that the caller closed to None.
+    # A stream that the caller closed is None here.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

@@ -34,7 +34,7 @@ class Stopped(Exception):
 class Output:
     """Standard output that may fail: the disk is full, or the reader of a pipe has ended.
 
-    After the first failed write all output is discarded and the run is asked to end, as by a
+    After the first failed write later output is discarded and the run is asked to end, as by a
     signal; outside `StopRequests` the write raises ToolkitError. `failure` is the message.
     """
 

@@ -33,7 +33,7 @@ CHUNK = 1 << 18
 
 
 def say(line: str) -> None:
-    print(line, flush=True)  # in order with what goes to standard error
+    print(line, flush=True)  # to keep the order with standard error
 
 
 class SourceError(Exception):
@@ -445,7 +445,7 @@ def make_from(spec: Spec, source: Source, parts_folder: Path, folder: Path) -> N
             for remote, part in zip(source.remotes, parts, strict=True):
                 if not (remote.checksum and matches(part, remote.checksum)):
                     part.unlink()
-            # The two parts of a resumed file may not belong together: download it anew once.
+            # The parts of a resumed file may not belong together: try once more from the start.
             if last or not any(resumed):
                 raise
 

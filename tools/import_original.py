@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.load_state(criterion, criterion_state)
     except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ToolkitError(
-            f"the weights in {args.exported} are not those of a model of the original "
+            f"the weights in {args.exported} do not fit a model of the original "
             f"({type(error).__name__}: {str(error).splitlines()[0]}): export it again"
         ) from error
     if not criterion_state and default_splits(words):

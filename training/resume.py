@@ -161,7 +161,7 @@ def _cannot_resume(path: str, problem: str) -> CheckpointError:
 
 
 def _problem(loaded: Checkpoint) -> str | None:
-    """The fault in a training state that shows without the resumed run, or None."""
+    """The fault in a training state that can be found before the run continues, or None."""
     training = loaded.training
     kinds = {"args": dict, "data": str, "epoch": int, "rng": str, "valid_losses": list}
     typed = all(isinstance(training[name], kind) for name, kind in kinds.items())

@@ -10,7 +10,7 @@ class SaveClock:
 
     Within an epoch the state is saved every `every` seconds. At an epoch's end it is saved sooner,
     if the time since the last save is at least 49 times the duration of that save: short epochs
-    then spend at most 2 % of the time on saving. If nothing was saved before, an epoch's end is.
+    then spend at most 2 % of the time on saving. It is also saved if nothing was saved before.
     """
 
     def __init__(self, every: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -73,7 +73,7 @@ class Session:
 
     `finished` is the last epoch that has ended; `underway` tells whether another has begun. `best`
     is the model file's content at the lowest validation loss `best_loss` (nats a token), None
-    before there is a loss. `last_good` is the file that the run has written or started from, empty
+    before the first one. `last_good` is the file that the run has written or started from, empty
     for a new run. `done` says that finetuning is over. `prepare` sets `model`, `criterion`,
     `optimizer`, `trigger` and `step`.
     """
