@@ -1,4 +1,4 @@
-"""The continuous cache: words that followed similar outputs lately become likelier.
+"""The continuous cache: words that recently followed similar outputs become likelier.
 
 "Improving Neural Language Models with a Continuous Cache", arXiv 1612.04426; the pointer of arXiv
 1708.02182, section 5.
@@ -12,14 +12,14 @@ _BLOCK = 512
 
 
 class ContinuousCache:
-    """A window of the last outputs and the words that followed them.
+    """The last `window` outputs and the words that followed them.
 
     At position t, with outputs `h` and following words `w`, over the last `window` positions i < t:
-    `p(word) ~ sum_i [w_i = word] * exp(theta * h_t . h_i)`. Only the probability of the word that
-    did come is computed, in time and memory proportional to the window, not to the vocabulary.
+    `p(word) ~ sum_i [w_i = word] * exp(theta * h_t . h_i)`. Only the probability of the actual next
+    word is computed, in time and memory proportional to the window, not to the vocabulary.
 
-    The cache speaks once more than `window` positions have been seen, as in the original, or, with
-    `from_start`, as soon as there is one.
+    The cache speaks, that is, gives probabilities, once more than `window` positions have been
+    seen, as in the original, or with `from_start` once one position has been seen.
     """
 
     def __init__(self, window: int, theta: float, from_start: bool = False) -> None:
@@ -31,7 +31,7 @@ class ContinuousCache:
         self._words: Tensor | None = None
 
     def target_prob(self, outputs: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """The cache's probability of each word given what came before it; then remember all.
+        """The cache's probability of each word given the ones before it; then store them all.
 
         `outputs` (n, size) are the model's raw outputs at n successive positions, `words` (n,) the
         words that follow. Returns the probabilities (n,) and whether the cache speaks yet (n,);
@@ -45,7 +45,7 @@ class ContinuousCache:
         for start in range(silent, len(words), _BLOCK):
             stop = min(start + _BLOCK, len(words))
             queries = slice(start, stop)
-            # In rows of `keys`: this block's queries, and the band of history any of them can see.
+            # Rows of `keys`: this block's queries, and the history that any of them can see.
             first, last = len(keys) - len(words) + start, len(keys) - len(words) + stop
             rows = slice(max(0, first - self.window), last - 1)
             age = row[first:last].unsqueeze(1) - row[rows]
@@ -55,6 +55,6 @@ class ContinuousCache:
             probs[queries] = attention.softmax(dim=1).masked_fill_(~same_word, 0).sum(dim=1)
         speaks = torch.arange(len(words), device=outputs.device) >= silent
         self.seen += len(words)
-        # Copies: views would keep the whole of a long chunk in memory.
+        # Copies, because views would keep a whole long chunk in memory.
         self._keys, self._words = keys[-self.window :].clone(), history[-self.window :].clone()
         return probs, speaks

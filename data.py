@@ -44,13 +44,13 @@ class Dictionary:
     def from_words(cls, words: Sequence[str], counts: Sequence[int] | None = None) -> Dictionary:
         """Build the vocabulary in which `words[i]` has id `i` and occurred `counts[i]` times.
 
-        Without `counts` nothing has occurred yet.
+        Without `counts` every count is 0.
         """
         dictionary = cls()
         dictionary.idx2word = list(words)
         dictionary.word2idx = {word: idx for idx, word in enumerate(dictionary.idx2word)}
         if counts is not None:
-            # A Counter of plain ints, whatever was handed over (list, array, tensor).
+            # `counts` may be a list, an array or a tensor; the Counter holds plain ints.
             dictionary.counter = Counter(dict(enumerate(map(int, counts))))
             dictionary.total = sum(dictionary.counter.values())
         return dictionary
@@ -61,17 +61,17 @@ class Corpus:
 
     `train`, `valid` and `test` are torch.int32 tensors of shape `(tokens,)`. Each line is split on
     white space and followed by one `<eos>`. Ids are given in order of first appearance over train,
-    valid, test, unless `dictionary` (a model's vocabulary) says which ids to use; it is then
-    kept as it is, counts included. With `cache`, the encoded corpus is kept beside the text, or in
-    the user's cache folder, and used for as long as the three files hold the same bytes.
+    valid, test, unless `dictionary` (a model's vocabulary) says which ids to use; it then stays
+    unchanged, counts included. With `cache`, the encoded corpus is kept beside the text, or in the
+    user's cache folder, and used until the content of one of the three files changes.
 
-    Words that `dictionary` lacks are read as `<unk>`, if it has that; `unknown` is the number of
-    such tokens. With `split`, two fractions, the folder has only a train.txt, whose last lines
-    become test, and those before them valid, each that share of all lines. `tick` is told of bytes
-    as they are read.
+    Words that `dictionary` lacks are read as its `<unk>`; `unknown` is the number of such tokens.
+    With `split`, the fractions of lines for valid and test, the folder has only a train.txt: its
+    last lines become test, the lines before those valid. `tick` gets the number of bytes of each
+    read.
 
-    Raises CorpusError when a file is missing, empty, unreadable or not UTF-8, when the corpus has
-    words that a `dictionary` without `<unk>` lacks, and when `split` leaves a part without a line.
+    Raises CorpusError if a file is missing, empty, unreadable or not UTF-8, if the corpus has words
+    that a `dictionary` without `<unk>` lacks, and if `split` leaves a part without lines.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Corpus:
         folder = Path(path)
         encoded = read(folder, split, cache, tick)
         self._ids = dict(zip(SPLITS, encoded.splits, strict=True))
-        # By id in `_ids`: the id in `dictionary`, where that is another.
+        # The id in `dictionary` for each id in `_ids`; None if they are the same.
         self._new_ids: np.ndarray | None = None
         self.unknown = 0
         if dictionary is None:
@@ -102,7 +102,7 @@ class Corpus:
     def part(self, split: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """The ids of train, valid or test, or of the tokens from `first` to before `last`: (n,).
 
-        A corpus from its cache stays in the file: only what is asked for here takes memory.
+        A cached corpus stays in its file: only the part that is returned takes memory.
         """
         ids = np.array(self._ids[split][first:last])
         return torch.from_numpy(ids if self._new_ids is None else self._new_ids[ids])
@@ -114,7 +114,7 @@ class Corpus:
     def columns(
         self, split: str, count: int, first: int = 0, last: int | None = None
     ) -> torch.Tensor:
-        """`batchify` of a part in `count` columns, or those from `first` to before `last` of it."""
+        """`batchify` of a part in `count` columns; only columns `first` to before `last` of it."""
         rows = len(self._ids[split]) // count
         last = count if last is None else last
         return batchify(self.part(split, first * rows, last * rows), last - first)
@@ -122,10 +122,10 @@ class Corpus:
     def with_fewer_words(self, vocab_size: int | None = None, min_count: int = 0) -> Corpus:
         """Return the same corpus with rare words read as `<unk>`.
 
-        Kept are the words that occur `min_count` times or more in train, and of these the most
-        frequent, ties by first appearance, so that the vocabulary has at most `vocab_size` words,
-        `<unk>` and `<eos>` among them. Ids stay in order of first appearance. If nothing need go,
-        the corpus is returned as it is.
+        The words kept occur `min_count` times or more in train. If they are too many, the most
+        frequent are kept, ties by first appearance, so that the vocabulary has at most `vocab_size`
+        words, `<unk>` and `<eos>` included. Ids stay in order of first appearance. If all words are
+        kept, the corpus itself is returned.
         """
         old = self.dictionary
         counts = np.bincount(self.train, minlength=len(old))
@@ -150,7 +150,7 @@ class Corpus:
     def sorted_by_frequency(self) -> Corpus:
         """Return the same corpus with ids renumbered by falling count, ties in their old order.
 
-        A split softmax needs this: it takes the low ids for the frequent words.
+        A split softmax needs this: it expects the frequent words at the low ids.
         """
         old = self.dictionary
         counts = np.array([old.counter[idx] for idx in range(len(old))], dtype=np.int64)
@@ -162,7 +162,7 @@ class Corpus:
         return self._renumbered(new_ids, words, counts[order])
 
     def _renumbered(self, new_ids: np.ndarray, words: list[str], counts: np.ndarray) -> Corpus:
-        """Return a copy under `new_ids`, one for each old id, which are those of `words`."""
+        """Return a copy with the vocabulary `words`; `new_ids` has the new id of each old one."""
         renumbered = copy.copy(self)
         renumbered.dictionary = Dictionary.from_words(words, counts.tolist())
         renumbered._new_ids = new_ids if self._new_ids is None else new_ids[self._new_ids]
@@ -173,14 +173,14 @@ def partial_shuffle(text: torch.Tensor, rng: np.random.RandomState) -> None:
     """Rotate every column of `text` (rows, columns) by a random offset of its own, in place.
 
     "Partially Shuffling the Training Data to Improve Language Models", arXiv 1903.04167: sentences
-    stay whole but for one in a column, and the batches of an epoch are other ones.
+    stay whole except one per column, and every epoch has different batches.
     """
     for column, offset in enumerate(rng.randint(len(text), size=text.size(1))):
         text[:, column] = text[:, column].roll(int(offset))
 
 
 def _ids_in(dictionary: Dictionary, words: list[str], folder: Path) -> tuple[np.ndarray, list[int]]:
-    """Return the id in `dictionary` of each of `words`, int32, and the places of those it lacks."""
+    """Return the ids of `words` in `dictionary`, int32, and the positions of words it lacks."""
     unk = dictionary.word2idx.get(UNK, -1)
     ids = [dictionary.word2idx.get(word) for word in words]
     unknown = [place for place, idx in enumerate(ids) if idx is None]
@@ -189,8 +189,8 @@ def _ids_in(dictionary: Dictionary, words: list[str], folder: Path) -> tuple[np.
         noun = "word" if len(unknown) == 1 else "words"
         raise CorpusError(
             f"the corpus {folder} has {len(unknown)} distinct {noun} that the model's vocabulary "
-            f"lacks, such as {examples}, and no {UNK} to read them as: use the corpus that the "
-            "model was trained on, or train a model on this one"
+            f"lacks, such as {examples}, and the vocabulary has no {UNK} to read them as: use the "
+            "corpus that the model was trained on, or train a model on this one"
         )
     for place in unknown:
         ids[place] = unk

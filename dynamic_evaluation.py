@@ -1,8 +1,8 @@
-"""Dynamic evaluation: a trained model that goes on learning from the text it is scored on.
+"""Dynamic evaluation: a trained model that keeps learning from the text it is scored on.
 
-"Dynamic Evaluation of Neural Sequence Models", arXiv 1709.07432: a step of gradient descent after
-each segment, scaled by how large each weight's gradients were in training, and a pull back to the
-trained weights, stronger where those gradients were large.
+"Dynamic Evaluation of Neural Sequence Models", arXiv 1709.07432. After each segment comes a step
+of gradient descent, divided by the root mean square of each weight's gradients in training, and a
+decay to the trained weights, which is stronger where that root mean square is large.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Numbers worked on at a time, so that all but the first read of each comes from a cache.
+# Numbers updated at a time: few enough to stay in the processor's cache between operations.
 _CHUNK = {"cpu": 2**18, "cuda": 2**21}
 
 
 class GradientStatistics(torch.optim.Optimizer):
-    """Sums up the squares of gradients in the place of a step; the weights stay as they are."""
+    """An optimiser whose step sums up the squares of the gradients; weights do not change."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         super().__init__(params, {"lr": 0.0})
@@ -31,7 +31,7 @@ class GradientStatistics(torch.optim.Optimizer):
                 self.state[p]["squares"].addcmul_(p.grad, p.grad)
 
     def rms(self, steps: int) -> list[Tensor]:
-        """The root of the mean square of every weight's gradient over so many steps."""
+        """The root mean square of every weight's gradient over `steps` steps."""
         params = self.param_groups[0]["params"]
         return [(self.state[p]["squares"] / steps).sqrt_() for p in params]
 
@@ -39,9 +39,9 @@ class GradientStatistics(torch.optim.Optimizer):
 class DynamicEvaluation(torch.optim.Optimizer):
     """`p += d * (start - p) - lr * gradient / (rms + epsilon)`, with `d = min(lamb * rms / m, 1)`.
 
-    `start` are the parameters as they are now, `rms` the gradients' root mean squares, one tensor
-    for each parameter, and `m` the mean over tensors of their means. Without `rms` every one of
-    them is 1 and epsilon 0: plain gradient descent that is pulled back to the start.
+    `start` are the parameters at construction, `rms` the root mean squares of the gradients, one
+    tensor for each parameter, and `m` the mean over tensors of their means. Without `rms` all root
+    mean squares are 1 and epsilon is 0: plain gradient descent with decay to the start.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class DynamicEvaluation(torch.optim.Optimizer):
             return
         pull = torch.mul(rms, group["lamb"] / self._mean, out=scratch).clamp_(max=1.0)
         p.lerp_(start, pull)
-        # A rate of 0 makes the divisor infinite, and so no step. It may be a tensor.
+        # A rate of 0 makes the divisor infinite and the step 0. The rate may be a tensor.
         p.addcdiv_(grad, torch.add(rms, group["epsilon"], out=scratch).div_(lr), value=-1)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the parameters back to where they started."""
+        """Set the parameters back to `start`."""
         for p in self.param_groups[0]["params"]:
             p.copy_(self.state[p]["start"])
 
 
 def _chunks(tensors: Sequence[Tensor | None], size: int) -> Iterator[tuple[Tensor | None, ...]]:
-    """The same part of each of several tensors of one size, from the first to the last."""
+    """Matching chunks of several tensors of one size, from the first to the last."""
     flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
     for first in range(0, len(flat[0]), size):
         yield tuple(None if tensor is None else tensor[first : first + size] for tensor in flat)

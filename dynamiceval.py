@@ -1,13 +1,13 @@
-"""Score a trained model that goes on learning from the text it reads (dynamic evaluation).
+"""Score a trained model that keeps learning from the text it scores (dynamic evaluation).
 
-Each segment is scored before the model learns from it. The weights are those of the model file
-again before each text, and the file is not written. Statistics of the gradients over train.txt are
+Each segment is scored before the model learns from it. The weights are reset to the model file's
+before each text, and the file is never changed. Statistics of the gradients over train.txt are
 collected once and kept beside the model, as SAVE.rms.
 """
 
 import sys
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
 
 import argparse
 import hashlib
@@ -38,7 +38,7 @@ from training.cuda_graphs import make_step
 from training.resume import fingerprint
 from utils import ToolkitError, batchify, check_length, perplexity
 
-# Tried with --grid, times --bptt / 5; the published grid.
+# The published grid, which --grid tries, multiplied by --bptt / 5.
 RATES = (3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4)
 LAMBDAS = (1e-3, 2e-3, 3e-3, 5e-3)
 FAST_TOKENS = 30_000
@@ -53,12 +53,12 @@ def build_parser() -> Parser:
     flags.add_model(parser)
     flags.add_save(parser, "model file to score")
     add = parser.group("dynamic evaluation")
-    add("--lr", type=non_negative, default=5e-5, help="rate; published: 5e-5, the QRNNs 1.2e-4")
+    add("--lr", type=non_negative, default=5e-5, help="rate; published: 5e-5, QRNNs 1.2e-4")
     add(
         "--lamb",
         type=non_negative,
         default=0.002,
-        help="pull back to the trained weights; published: 0.002, the QRNNs 0.02 and 0.008",
+        help="rate of decay to the trained weights; published: 0.002, QRNNs 0.02 and 0.008",
     )
     add(
         "--epsilon",
@@ -70,24 +70,25 @@ def build_parser() -> Parser:
         "--bptt",
         type=positive_int,
         default=5,
-        help="tokens of a segment, which the model learns from next; published: 5, the QRNNs 20",
+        help="tokens per segment; the model learns after each one; published: 5, QRNNs 20",
     )
-    add("--batch_size", type=positive_int, default=100, help="columns for the statistics")
-    add("--sgd", action="store_true", help="plain gradient descent, without statistics")
+    add("--batch_size", type=positive_int, default=100, help="columns of the statistics' batches")
+    add("--sgd", action="store_true", help="use plain gradient descent, without statistics")
     add(
         "--oldhyper",
         action="store_true",
-        help="--lamb is for all tensors of weights together, --lr and --epsilon for sums",
+        help="divide --lamb by the number of weight tensors, and --lr and --epsilon by the root of "
+        "the number of segments",
     )
     add(
         "--grid",
         action="store_true",
-        help=f"try {len(RATES)} rates and {len(LAMBDAS)} lambdas on valid.txt, and those given",
+        help=f"try {len(RATES)} rates and {len(LAMBDAS)} lambdas, and those given, on valid.txt",
     )
     add(
         "--gridfast",
         action="store_true",
-        help=f"the same on the first {FAST_TOKENS:,} tokens of valid.txt",
+        help=f"as --grid, but on the first {FAST_TOKENS:,} tokens of valid.txt",
     )
     parser.flag("cache", "--cache", action="store_true", help="add the continuous cache")
     flags.add_cache(parser)
@@ -97,7 +98,7 @@ def build_parser() -> Parser:
 
 
 class ScoredLoss(TrainingLoss):
-    """The cross-entropy, which keeps what the continuous cache needs of the last segment."""
+    """The cross-entropy; `piece` keeps the last segment's results for the continuous cache."""
 
     piece: Piece | None = None
 
@@ -115,7 +116,7 @@ class ScoredLoss(TrainingLoss):
 
 
 class Setting(NamedTuple):
-    """A rate and a pull, and the loss with them, in nats a token."""
+    """A learning rate, a decay rate, and the loss with them, in nats a token."""
 
     lr: float
     lamb: float
@@ -129,10 +130,10 @@ def run(
     args: argparse.Namespace,
     what: str,
 ) -> tuple[float, int]:
-    """Go through `source` (rows, batch) once, a step after each segment of --bptt rows.
+    """Score `source` (rows, batch) once, with a step after each segment of --bptt rows.
 
-    Returns the mean loss, nats a token, of the segments as they were before their steps (with
-    --cache, of the mixture), and the number of steps.
+    Returns the mean loss, nats a token, of the segments, each scored before its step (with --cache,
+    by the mixture), and the number of steps.
     """
     step = make_step(network, optimizer, source, bptt=args.bptt, clip=0.0, graphs=True)
     step.begin()
@@ -142,7 +143,7 @@ def run(
     with Bar(last * source.size(1), what) as bar:
         while step.row < last and step.batches != args.max_batches:
             rows = min(args.bptt, last - step.row)
-            # The rate is that of a whole segment for the last, shorter one too.
+            # A shorter last segment gets the rate of a whole segment.
             step.take(rows, args.bptt)
             if cache is not None:
                 total -= with_cache(network.piece, cache, args.lambdasm)[0].double().sum()
@@ -158,8 +159,8 @@ def statistics(
 ) -> tuple[list[Tensor], int]:
     """Root mean squares of the gradients over train.txt, and the number of segments.
 
-    They are taken from SAVE.rms if it is of these weights, this text and these settings, and else
-    collected and written there. Raises ToolkitError if train.txt is too short.
+    They are read from SAVE.rms if that file fits the weights, the text and the settings; otherwise
+    they are collected and written to it. Raises ToolkitError if train.txt is too short.
     """
     path = f"{args.save}.rms"
     digest = hashlib.blake2b(fingerprint(corpus).encode(), digest_size=16)
@@ -181,25 +182,25 @@ def statistics(
             held = {"rms": [part.cpu() for part in rms], "segments": segments}
             torch.save({"key": digest.hexdigest(), **held}, file)
     except OSError as error:
-        print(f"Cannot write {path} ({error.strerror}): the next run collects them again")
+        print(f"Cannot write {path} ({error.strerror}): the next run repeats this collection")
     return rms, segments
 
 
 def read_statistics(path: str, key: str) -> tuple[list[Tensor], int] | None:
-    """The root mean squares and the number of segments in a file, if it is one with that key."""
+    """The root mean squares and the number of segments in a whole file with this key, or None."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         good = held["key"] == key and all(part.isfinite().all() for part in held["rms"])
         return (held["rms"], held["segments"]) if good else None
     except Exception:
-        # torch.load raises many kinds; whichever it is, the statistics are collected anew.
+        # torch.load raises many kinds of error; after any, the statistics are collected again.
         return None
 
 
 def tune(
     network: TrainingLoss, optimizer: DynamicEvaluation, source: Tensor, args: argparse.Namespace
 ) -> Setting:
-    """The best setting of the grid, and the one given, on `source` (rows, 1); prints each."""
+    """The best of the grid's settings and the given one on `source` (rows, 1); prints each."""
     group, scale = optimizer.param_groups[0], args.bptt / 5
     given = Setting(group["lr"], group["lamb"])
     grid = [Setting(lr * scale, lamb * scale) for lr in RATES for lamb in LAMBDAS]
@@ -217,17 +218,17 @@ def tune(
 
 @program.out_of_memory("--batch_size")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score validation and test; raises ToolkitError for what the user can mend."""
+    """Score validation and test; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.sgd and args.oldhyper:
-        parser.error("--oldhyper rescales by the statistics, which --sgd goes without: give one")
+        parser.error("--oldhyper rescales by the statistics, which --sgd does not use: give one")
     loaded = checkpoint.load(args.save)
     check_architecture(args, loaded.config, args.save)
     device = select_device(args.cuda)
     score_as_trained(loaded.args, device)
     corpus = read_corpus(args, loaded.dictionary, loaded.args)
-    # In training mode, which cuDNN needs for gradients, and without dropout.
+    # The model is in training mode, which cuDNN needs for gradients, but without dropout.
     model, criterion = checkpoint.rebuild(loaded, device, **NO_DROPOUT)
     network = TrainingLoss(model, criterion)
     rms, segments = (None, 1) if args.sgd else statistics(network, args, loaded, corpus)

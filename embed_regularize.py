@@ -1,4 +1,4 @@
-"""Embedding dropout: whole words vanish from a batch.
+"""Embedding dropout: whole words are dropped from a batch.
 
 "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182, section 4.3; first in
 "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", arXiv 1512.05287.

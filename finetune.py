@@ -1,8 +1,8 @@
-"""Finetune a trained model: averaged SGD from the first step on, until it stops helping."""
+"""Finetune a trained model: averaged SGD from the first step, until it no longer improves."""
 
 import sys
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
 
 import argparse
 from collections.abc import Sequence
@@ -29,20 +29,20 @@ def build_parser() -> Parser:
         "network",
         "--tied",
         action="store_true",
-        help="accepted as in the original: weights are always tied",
+        help="no effect, kept from the original: weights are always tied",
     )
     parser.flag(
         "files",
         "--keep",
         action="store_true",
-        help="keep the file finetuning starts from, as SAVE.before-finetune",
+        help="keep a copy of the file before finetuning, as SAVE.before-finetune",
     )
     return parser
 
 
 @program.out_of_memory("--batch_size, --bptt or --max-seq-len")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Finetune; raises ToolkitError for what the user can mend."""
+    """Finetune; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.resume:
@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = Path(f"{args.save}.before-finetune")
     if args.keep and args.resume and not kept.exists():
         raise ToolkitError(
-            f"--keep comes too late: finetuning has replaced the model in {args.resume} already: "
-            "leave it out"
+            f"--keep comes too late: finetuning has already replaced the model in {args.resume}: "
+            "leave the flag out"
         )
     with open_session("finetune.py", args) as session:
         begin(args, session, source)
-        # What was kept before an earlier finetuning holds more: the training state of main.py.
+        # The copy from before an earlier finetuning stays: it holds main.py's training state.
         begun = (source.training or {}).get("stage") == "finetune.py"
         if args.keep and session.ranks.first and not (begun and kept.exists()):
             checkpoint.copy(args.save, kept)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> None:
-    """What starts: averaging, from the model of the file."""
+    """Load the file's model, start averaging, and prepare or resume the session."""
     corpus, model, criterion = session.load(source)
     params = [*model.parameters(), *criterion.parameters()]
     optimizer = NTASGD(params, args.lr, args.wdecay)
@@ -75,20 +75,20 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> Non
     session.prepare(corpus, model, criterion, optimizer)
     session.best, session.last_good = checkpoint.in_memory(source), args.save
     if not args.resume:
-        # Scored here and not taken from the file: that may have been another corpus or a trial.
+        # Scored anew: the file's loss may be that of another corpus or of a trial run.
         session.best_loss = session.evaluate("valid.txt")
         print(f"| start of finetuning | valid loss {session.best_loss:5.2f}")
         return
     session.resume(source)
     if session.done and "nonmono" not in args.given:
-        print("Done before: the validation loss no longer fell; a larger --nonmono goes on")
+        print("Already done: the validation loss no longer fell; a larger --nonmono continues")
     else:
         session.done = False
 
 
 def finetune(args: argparse.Namespace, session: Session) -> None:
-    """The epochs: what happens after each, and what ends them; then the test score."""
-    # The original's cap: a drawn length is at most ten steps longer than the base.
+    """Train and validate in each epoch until finetuning is done, then score the test set."""
+    # The original's cap: a random length exceeds the base by ten tokens at most.
     max_seq_len = args.bptt + 10 if args.max_seq_len is None else args.max_seq_len
     reorder = partial_shuffle if args.partial_shuffle else None
     with session.until_stopped("finetuning"):

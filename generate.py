@@ -2,7 +2,7 @@
 
 import sys
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
 
 import math
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ def build_parser() -> Parser:
         "",
         "--data",
         default="./data/penn",
-        help="accepted as in the original: the vocabulary is read from the model file",
+        help="no effect, kept from the original: the vocabulary is read from the model file",
     )
     flags.add_model(parser)
     parser.flag("", "--checkpoint", default="./model.pt", help="model file to sample from")
@@ -53,7 +53,7 @@ def build_parser() -> Parser:
         "--top-p",
         type=share_of_one,
         metavar="P",
-        help="sample among the likeliest words that have the probability P together",
+        help="sample among the likeliest words, as few as reach a total probability of P",
     )
     parser.flag("", "--no-unk", action="store_true", help="never sample <unk>")
     parser.flag("", "--samples", type=positive_int, default=1, help="texts to sample, as one batch")
@@ -61,22 +61,22 @@ def build_parser() -> Parser:
         "",
         "--prompt",
         default="",
-        help="words to continue, in the tokens of the corpus, as a line begins; without it, from a "
-        "random word",
+        help="words to continue, written as in the corpus, from the start of a line; by default a "
+        "random word is continued",
     )
     parser.flag(
         "",
         "--next",
         type=positive_int,
         metavar="K",
-        help="print the K likeliest words after --prompt and their probabilities, and sample none",
+        help="print the K likeliest words after --prompt with their probabilities; sample nothing",
     )
     parser.flag(
         "",
         "--log-interval",
         type=positive_int,
         default=100,
-        help="words between two lines of progress",
+        help="words between progress lines",
     )
     flags.add_seed(parser)
     flags.add_device(parser)
@@ -98,9 +98,10 @@ def choose(
 ) -> Tensor:
     """Draw a word (batch, 1) from each row of `logprob` (batch, ntoken), divided by `temperature`.
 
-    Among the `top_k` likeliest, and of these among the fewest whose probabilities reach `top_p`.
+    The candidates are the `top_k` likeliest words, and of these the fewest whose probabilities,
+    added up from the likeliest, reach `top_p`.
     """
-    # In float32 a smaller number is 0, and every quotient by it infinite.
+    # A smaller temperature is 0 in float32, and a quotient by 0 is infinite.
     scaled, words = logprob / max(temperature, 1e-30), None
     if top_k is not None and top_k < scaled.size(1):
         scaled, words = scaled.topk(top_k)
@@ -108,7 +109,7 @@ def choose(
         scaled, words = scaled.sort(descending=True)
     if top_p is not None:
         probs = scaled.softmax(dim=1)
-        # Those before a word have not reached it yet.
+        # A word is a candidate if the likelier words have not reached `top_p` yet.
         scaled = scaled.masked_fill(probs.cumsum(dim=1) - probs >= top_p, -torch.inf)
     chosen = torch.multinomial(scaled.softmax(dim=1), 1)
     return chosen if words is None else words.gather(1, chosen)
@@ -124,7 +125,7 @@ def sample(
     top_p: float | None = None,
     banned: int | None = None,
 ) -> Iterator[Tensor]:
-    """Sample word ids (batch,) without end, the first after `prompt` (n, batch); see `choose`.
+    """Yield sampled word ids (batch,) without end, from `prompt` (n, batch) on; see `choose`.
 
     The distribution is the criterion's over the full vocabulary, without the word `banned`.
     """
@@ -140,16 +141,17 @@ def sample(
 
 
 def prompt_ids(words: Sequence[str], dictionary: Dictionary) -> list[int]:
-    """The ids of the words of --prompt after an <eos>, as a line begins; unknown ones are <unk>.
+    """The ids of <eos>, which begins a line, and of the words of --prompt; unknown ones are <unk>.
 
-    Names those on standard error. Raises ToolkitError if the vocabulary has no <unk>.
+    Unknown words are printed to standard error; if the vocabulary has no <unk>, they raise
+    ToolkitError.
     """
     known = dictionary.word2idx
     unknown = list(dict.fromkeys(word for word in words if word not in known))
     if unknown and UNK not in known:
         raise ToolkitError(
-            f"the model does not know the word {unknown[0]!r} of --prompt: write it as its corpus "
-            "does (lower case, tokens apart)"
+            f"the model does not know the word {unknown[0]!r} of --prompt: write words as in its "
+            "corpus (lower case, tokens separated by spaces)"
         )
     if unknown:
         sys.stderr.write(f"not in the vocabulary, read as {UNK}: {' '.join(unknown)}\n")
@@ -157,17 +159,17 @@ def prompt_ids(words: Sequence[str], dictionary: Dictionary) -> list[int]:
 
 
 def as_text(ids: Sequence[int], words: Sequence[str]) -> str:
-    """Words in lines of 20."""
+    """The words of `ids` in lines of 20."""
     lines = [ids[n : n + WORDS_PER_LINE] for n in range(0, len(ids), WORDS_PER_LINE)]
     return "".join(" ".join(words[i] for i in line) + "\n" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write sampled words; raises ToolkitError for what the user can mend."""
+    """Write sampled words; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.next and not args.prompt.split():
-        parser.error("--next tells how a --prompt goes on: give one")
+        parser.error("--next predicts the word after --prompt: give a --prompt")
     loaded = checkpoint.load(args.checkpoint)
     check_architecture(args, loaded.config, args.checkpoint)
     device = select_device(args.cuda)
@@ -198,10 +200,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number in range(1, args.words + 1):
             ids.append(next(words))
             bar.update(1)
-            # Standard output holds the text and nothing else.
+            # Standard output gets only the text.
             if number % args.log_interval == 0 and args.outf != "-":
                 bar.line(f"| Generated {number}/{args.words} words")
-    # All at once: asking for each word's number would have a GPU wait for the host every time.
+    # The ids are copied to the host once: a copy for every word would stall a GPU each time.
     texts = torch.stack(ids, dim=1).tolist()
     text = "\n".join(as_text(one, dictionary.idx2word) for one in texts)
     if args.outf == "-":

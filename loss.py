@@ -12,9 +12,9 @@ from model import Hidden, RNNModel
 class TrainingLoss(nn.Module):
     """Model, criterion and penalties as one module.
 
-    `alpha` is the weight of activation regularisation (AR), `beta` that of temporal activation
-    regularisation (TAR); 0 is none. With `bf16` the matrix products are in bfloat16; weights, their
-    gradients and the loss stay float32.
+    `alpha` and `beta` are the weights of activation regularisation (AR) and temporal activation
+    regularisation (TAR); 0 turns either off. With `bf16` the matrix products are in bfloat16;
+    weights, their gradients and the loss stay float32.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class TrainingLoss(nn.Module):
         `data` is (seq_len, batch), `targets` (seq_len * batch,).
         """
         model = self.model
-        # Without the cache of cast weights: it would outlive a step that is recorded.
+        # Cast weights are not cached: the cache would outlive a recorded step.
         with torch.autocast(data.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
             output, hidden, raw, dropped = model(data, hidden, return_h=True)
             raw_loss = self.criterion(model.decoder.weight, model.decoder.bias, output, targets)

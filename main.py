@@ -2,7 +2,7 @@
 
 import sys
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
 
 import argparse
 import functools
@@ -24,7 +24,7 @@ from training import resume
 from training.session import Session, open_session
 from utils import ToolkitError
 
-# The default rate of 30 is SGD's; Adam diverges at it in the first batches.
+# The default rate of 30 is for SGD; at 30 Adam diverges in the first batches.
 ADAM_RATE = 1e-3
 
 
@@ -41,7 +41,7 @@ def build_parser() -> Parser:
         nargs="+",
         default=[-1],
         metavar="E",
-        help="after these epochs save a copy as SAVE.eE and divide the learning rate by 10",
+        help="after each of these epochs save a copy as SAVE.eE and divide the learning rate by 10",
     )
     parser.flag(
         "files",
@@ -55,7 +55,7 @@ def build_parser() -> Parser:
 
 @program.out_of_memory("--batch_size, --bptt or --max-seq-len")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train; raises ToolkitError for what the user can mend."""
+    """Train; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
     source = starting_file(args, parser)
@@ -72,13 +72,13 @@ def starting_file(args: argparse.Namespace, parser: Parser) -> Checkpoint | None
         return None
     if args.init and args.resume:
         raise ToolkitError(
-            "--init starts a new run and --resume goes on with an old one: give one of the two"
+            "--init starts a new run and --resume continues an old one: give one of the two"
         )
     for flag in ("vocab_size", "min_count"):
         if flag in args.given:
             raise ToolkitError(
-                f"--{flag.replace('_', '-')} makes a vocabulary, and --resume and --init take the "
-                "model's: leave it out"
+                f"--{flag.replace('_', '-')} makes a vocabulary, but --resume and --init use the "
+                "model's: leave the flag out"
             )
     if args.resume:
         return resume.read(args, parser, "main.py")
@@ -88,17 +88,17 @@ def starting_file(args: argparse.Namespace, parser: Parser) -> Checkpoint | None
 
 
 def set_default_rate(args: argparse.Namespace) -> None:
-    """Without --lr, take a rate that trains with this optimiser and cell, and say so."""
+    """Replace the default of --lr by a rate for this optimiser and cell, and print it."""
     rate, kind = getattr(find_cell(args.model), "sgd_rate", args.lr), args.model
     if args.optimizer == "adam":
         rate, kind = ADAM_RATE, "Adam"
     if rate != args.lr:
-        print(f"{kind} without --lr: the learning rate is {rate:g}, not the {args.lr:g} of others")
+        print(f"{kind} without --lr: the learning rate is {rate:g} instead of {args.lr:g}")
         args.lr = rate
 
 
 def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None) -> None:
-    """What starts: a new model, or that of a file."""
+    """Start with a new model or a file's: load the corpus and prepare the session."""
     if source is not None:
         corpus, model, criterion = session.load(source)
     else:
@@ -124,14 +124,14 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
 
 
 def train(args: argparse.Namespace, session: Session) -> None:
-    """The epochs: what happens after each, and what ends them; then the test score."""
+    """Train, validate and apply the policy in each epoch, then score the test set."""
     optimizer = session.optimizer
     reorder = partial_shuffle if args.partial_shuffle else None
     with session.until_stopped("training"):
         for epoch in session.epochs(args.epochs):
             session.train_epoch(epoch, args.max_seq_len, reorder)
             averaging = args.optimizer == "sgd" and optimizer.averaging
-            # The averaged weights, once there are, are scored and kept; training stays on the raw.
+            # Averaged weights, if any, are validated and saved; training continues on the raw.
             with session.averaged():
                 valid_loss = session.validate(epoch)
                 session.keep_if_best(epoch, valid_loss, last=epoch == args.epochs)

@@ -15,7 +15,7 @@ from locked_dropout import LockedDropout
 from qrnn import QRNNLayer
 from weight_drop import WeightDrop, drop_weights
 
-Hidden = list[Any]  # one state a layer: a tree of tensors, whose columns are in dimension 1
+Hidden = list[Any]  # one state a layer: a tree of tensors with the batch in dimension 1
 
 
 class LSTM(nn.LSTM):
@@ -36,7 +36,7 @@ class GRU(nn.GRU):
     """PyTorch's GRU as a cell; its state is one tensor (1, batch, n_out)."""
 
     weight_drop = ("weight_hh_l0",)
-    # At the LSTM's rate of 30 it diverges within a hundred batches (results/gru-rate.md).
+    # At the LSTM's rate of 30 a GRU diverges within a hundred batches (results/gru-rate.md).
     sgd_rate = 5.0
 
     def __init__(self, n_in: int, n_out: int, layer: int) -> None:
@@ -50,8 +50,8 @@ class GRU(nn.GRU):
 class QRNN(QRNNLayer):
     """A QRNN layer as a cell, as published: the window is 2 in the first layer, else 1.
 
-    Its state is (1, batch, n_out), in the first layer a pair of that and the last input
-    (1, batch, n_in).
+    Its state is (1, batch, n_out); in the first layer it is a pair of such a tensor and the last
+    input (1, batch, n_in).
     """
 
     weight_drop = ("linear.weight",)
@@ -66,7 +66,7 @@ class QRNN(QRNNLayer):
         return last if self.window == 1 else (last, zeros(self.window - 1, bsz, self.input_size))
 
     def forward(self, X: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """As QRNNLayer, but the inputs that the window needs come and go with the state."""
+        """As QRNNLayer, but the state holds the earlier inputs that the window needs."""
         if self.window == 1:
             return super().forward(X, state)
         last, self.prevX = state
@@ -84,14 +84,14 @@ CELLS = {
 
 
 def find_cell(name: str) -> Any:
-    """The class of a cell, which is imported only now.
+    """Import and return the class of a cell.
 
     `CELL(n_in, n_out, layer)`, with layers counted from 0, makes a module whose forward(x, state)
     takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out) and the new state.
     Its initial_state(bsz) is the state at the start of a text. A state is a tensor, or tuples,
     lists or dictionaries of tensors, all with the batch in dimension 1. The class attribute
-    `weight_drop` names the weights that --wdrop acts on; `sgd_rate`, if there is one, is the
-    default of --lr. Raises ValueError for an unknown name.
+    `weight_drop` names the weights that --wdrop acts on; the optional `sgd_rate` is the default
+    of --lr for SGD. Raises ValueError for an unknown name.
     """
     if name not in CELLS:
         raise ValueError(f"rnn_type must be one of {', '.join(CELLS)}, not {name!r}")
@@ -102,8 +102,8 @@ def find_cell(name: str) -> Any:
 class RNNModel(nn.Module):
     """A recurrent language model whose decoder is applied by the criterion.
 
-    One single-layer cell per layer, so that each layer's output gets its own dropout mask. The
-    layers' sizes are `ninp -> nhid -> ... -> nhid -> (ninp if tie_weights else nhid)`.
+    Each layer is a single-layer cell, so that its output gets its own dropout mask. The layers'
+    sizes are `ninp -> nhid -> ... -> nhid -> (ninp if tie_weights else nhid)`.
     `dropout` acts on the last layer's output, `dropouth` between layers, `dropouti` on the embedded
     input, `dropoute` on whole words, `wdrop` on the recurrent weights.
 
@@ -146,18 +146,18 @@ class RNNModel(nn.Module):
             self.decoder = nn.Linear(1, ntoken)
             self.decoder.in_features = ninp
             self.decoder.weight = self.encoder.weight
-            # The original makes a weight (ntoken, nhid) here before it ties it away: one column has
-            # been drawn above. With the others, a seed gives the initial weights it gave there.
+            # The original first draws a decoder weight (ntoken, nhid), and then ties it. One column
+            # is drawn above, the others here, so that a seed gives the original's initial weights.
             _draw((nhid - 1) * ntoken, self.encoder.weight.device)
         else:
             self.decoder = nn.Linear(nhid, ntoken)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Embedding and decoder uniform in [-0.1, 0.1], bias 0; the cells keep PyTorch's own."""
+        """Embedding and decoder uniform in [-0.1, 0.1], bias 0; the cells as PyTorch makes them."""
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
-        # Also when it is tied, and so drawn a second time: as in the original, seed for seed.
+        # A tied weight is drawn twice, as in the original: a seed gives the same numbers.
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
 
     def init_hidden(self, bsz: int) -> Hidden:
@@ -166,9 +166,9 @@ class RNNModel(nn.Module):
         return [cell.initial_state(bsz) for cell in cells]
 
     def reset(self) -> None:
-        """Nothing, as all that goes from batch to batch is in the hidden state.
+        """Do nothing: the hidden state holds everything carried from batch to batch.
 
-        The original keeps the QRNN's last inputs beside it and forgets them here.
+        The original keeps the QRNN's last inputs outside the state and clears them here.
         """
 
     def forward(self, input: Tensor, hidden: Hidden, return_h: bool = False) -> tuple[Any, ...]:
@@ -176,7 +176,7 @@ class RNNModel(nn.Module):
 
         Returns the output (seq_len * batch, size of the last layer) and the new hidden state; with
         `return_h` also every layer's raw and dropped outputs, two lists of (seq_len, batch, size).
-        The decoder is not applied: that is the criterion's part.
+        The decoder is not applied: the criterion applies it.
         """
         dropoute = self.dropoute if self.training else 0.0
         output = self.lockdrop(embedded_dropout(self.encoder, input, dropoute), self.dropouti)
@@ -195,7 +195,7 @@ class RNNModel(nn.Module):
 
 
 def _draw(count: int, device: torch.device) -> None:
-    """Draw `count` uniform numbers and forget them, in blocks: they may be hundreds of millions."""
+    """Draw and discard `count` uniform numbers, in blocks: there may be hundreds of millions."""
     if device.type == "meta":
         return
     size = 2**20

@@ -1,12 +1,12 @@
 """Draw the validation perplexity of runs over epochs and over time.
 
-A RUN is the log of main.py or finetune.py (what they print, in a file), a metrics.jsonl, or the
-folder that holds one. The switch to averaged SGD is marked.
+A RUN is the log of main.py or finetune.py (their output in a file), a metrics.jsonl, or the folder
+that holds one. The switch to averaged SGD is marked.
 """
 
 import sys
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
 
 import math
 import re
@@ -27,7 +27,7 @@ _SWITCH = "Switching to averaged SGD"
 
 @dataclass
 class Curve:
-    """A run: perplexity by epoch, hours since the start by epoch, the epochs ending in a switch."""
+    """A run: perplexity and seconds of each epoch, and the epoch after which averaging starts."""
 
     name: str
     ppl: dict[int, float] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Curve:
     switch: int | None = None
 
     def add(self, epoch: int, seconds: float, ppl: float) -> None:
-        """One epoch; of an epoch that was run twice, before and after resuming, the last counts."""
+        """Add an epoch; if it ran twice, before and after resuming, the last run counts."""
         self.ppl[epoch] = math.inf if math.isnan(ppl) else ppl
         self.seconds[epoch] = seconds
 
@@ -60,20 +60,20 @@ def build_parser() -> Parser:
         help="picture to write: .png, .pdf or .svg",
     )
     parser.flag(
-        "", "--names", nargs="+", metavar="NAME", help="names for the runs, instead of their files'"
+        "", "--names", nargs="+", metavar="NAME", help="names of the runs, instead of file names"
     )
     parser.flag(
         "",
         "--max-ppl",
         type=positive,
         metavar="PPL",
-        help="top of the picture; without it, what leaves the first epochs of a long run outside",
+        help="top of the picture; by default the first epochs of a long run are cut off",
     )
     return parser
 
 
 def from_log(text: str, name: str) -> Curve:
-    """The curve in a log with the classic lines; empty if there are none."""
+    """The curve in a log with the classic lines; empty if the log has none."""
     curve = Curve(name)
     epoch = None
     for line in text.splitlines():
@@ -99,7 +99,7 @@ def from_metrics(path: Path, name: str) -> Curve:
                 curve.switch = int(line["epoch"])
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ToolkitError(
-                f"line {number} of {path} lacks the numbers of its kind: name a run's --logdir"
+                f"line {number} of {path} lacks the numbers for its kind: name a run's --logdir"
             ) from None
     return curve
 
@@ -120,14 +120,14 @@ def read_run(run: str, name: str | None) -> Curve:
             ) from error
     if not curve.ppl:
         raise ToolkitError(
-            f"{run} has no line of a finished epoch: name the log of main.py or finetune.py, or "
-            "its --logdir"
+            f"{run} has no line of a finished epoch: name the log of main.py or finetune.py, or a "
+            "run's --logdir"
         )
     return curve
 
 
 def default_top(curves: Sequence[Curve]) -> float:
-    """A top of the picture that leaves room for the part of the curves that tells them apart."""
+    """A top of the picture that cuts off the high perplexities at the start of long runs."""
     best = max(min(curve.ppl.values()) for curve in curves)
     worst = max(max(curve.ppl.values()) for curve in curves)
     return min(worst * 1.03, best * 2) if max(len(c.ppl) for c in curves) > 10 else worst * 1.03
@@ -144,7 +144,7 @@ def draw(curves: Sequence[Curve], out: str, max_ppl: float | None) -> None:
         ppl = [curve.ppl[epoch] for epoch in epochs]
         times = [hours * scale for hours in curve.hours()]
         best = min(ppl)
-        # A name that starts with _ would be left out of the legend, a dollar would start a formula.
+        # matplotlib omits a label that starts with _, and reads a dollar as the start of a formula.
         label = f"{curve.name} (best {best:.2f})".replace("$", r"\$").replace("_", "\u200b_", 1)
         few = "." if len(epochs) <= 60 else None
         for ax, x in ((left, epochs), (right, times)):
@@ -171,10 +171,10 @@ def draw(curves: Sequence[Curve], out: str, max_ppl: float | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the runs; raises ToolkitError for what the user can mend."""
+    """Draw the runs; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    # An argument that is not UTF-8 is half a character, which no font has.
+    # An argument that is not UTF-8 holds lone surrogates, which no font has.
     names = [name.encode("utf-8", "replace").decode() for name in args.names or ()]
     names = names or [None] * len(args.runs)
     if len(names) != len(args.runs):

@@ -6,7 +6,7 @@ scored with the best.
 
 import sys
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
 
 import argparse
 import math
@@ -46,20 +46,20 @@ def build_parser() -> Parser:
         "search",
         "--search",
         action="store_true",
-        help="tune the window, theta and lambda on valid.txt and score test.txt with the best; the "
-        "given ones are among those tried",
+        help="tune the window, theta and lambda on valid.txt and score test.txt with the best "
+        "values; the values given are tried too",
     )
     parser.flag(
         "words",
         "--by-word",
         type=positive_int,
-        help="print the N words of valid.txt that the cache helps most and hurts most",
+        help="print the N words of valid.txt that the cache helps most, and the N it hurts most",
     )
     parser.flag(
         "words",
         "--plot",
         metavar="FILE",
-        help=f"draw them, {DRAWN_WORDS} each without --by-word, as .png, .pdf or .svg",
+        help=f"draw these words, {DRAWN_WORDS} of each without --by-word, as .png, .pdf or .svg",
     )
     flags.add_chunk(parser, 5000)
     flags.add_device(parser)
@@ -82,8 +82,8 @@ def evaluate(
     """Mean cross-entropy, nats a predicted token, of the mixture of model and `cache`.
 
     `source` is (rows, 1): the cache follows one stream. Where the cache speaks, the probability of
-    a word is `lambdasm * p_cache + (1 - lambdasm) * p_vocabulary`. On a terminal a bar is shown if
-    `what`, a name for the source, is given.
+    a word is `lambdasm * p_cache + (1 - lambdasm) * p_vocabulary`. If `what`, a name for the
+    source, is given, a terminal shows a progress bar.
     """
     total = torch.zeros((), dtype=torch.float64, device=source.device)
     rows = 0
@@ -98,7 +98,7 @@ def evaluate(
 
 
 def predicted(source: Tensor, bptt: int, max_batches: int | None) -> int:
-    """How many tokens of `source` (rows, 1) are predicted."""
+    """The number of predicted tokens of `source` (rows, 1)."""
     most = source.size(0) - 1
     return most if max_batches is None else min(most, max_batches * bptt)
 
@@ -110,7 +110,7 @@ def run_once(
     bptt: int,
     max_batches: int | None,
 ) -> Piece:
-    """All that the cache needs to know of `source` (rows, 1), from one run of the model."""
+    """Outputs, words and log p of all of `source` (rows, 1), from one run of the model."""
     parts = []
     with Bar(predicted(source, bptt, max_batches), "valid.txt") as bar:
         for piece in pieces(model, criterion, source, bptt, max_batches):
@@ -122,9 +122,9 @@ def run_once(
 def study(
     args: argparse.Namespace, stored: Piece, given: Setting, names: Sequence[str]
 ) -> tuple[Setting, float]:
-    """Tune the cache and show what it does for words, over what `run_once` stored.
+    """Tune the cache and report its effect on single words, from the results of `run_once`.
 
-    `names` are the words by id. Returns the setting, tuned with --search, and its loss.
+    `names` are the words by id. Returns the setting, which --search tunes, and its loss.
     """
     setting, from_start = given, args.cache_from_start
     if args.search:
@@ -143,7 +143,7 @@ def study(
 
 
 def print_search(table: Sequence[Setting], best: Setting, given: Setting, tokens: int) -> None:
-    """The table of --search: rows are thetas, columns windows, each at its best lambda."""
+    """Print the table of --search: a row a theta, a column a window, each at its best lambda."""
     windows = sorted({setting.window for setting in table})
     cells = {(setting.window, setting.theta): setting for setting in table}
     print(f"| {tokens} tokens of valid.txt: perplexity at the best lambda, and that lambda")
@@ -165,7 +165,7 @@ def print_search(table: Sequence[Setting], best: Setting, given: Setting, tokens
 
 @program.out_of_memory("--bptt")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score validation and test; raises ToolkitError for what the user can mend."""
+    """Score validation and test; raises ToolkitError for problems the user can fix."""
     args = build_parser().parse_args(argv)
     if args.plot:
         plotting.check(args.plot, "--plot")

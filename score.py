@@ -1,19 +1,18 @@
 """Score any text with a trained model: log-probability, perplexity and bits per character.
 
-The text is a FILE, --text, or standard input. It is read as a corpus is: words apart by white
-space, and one <eos> after each line, which is scored like a word. The hidden state is carried from
-line to line. A language model needs a first input: by default that is one <eos>, so that every word
-of the text is scored as what follows it.
+The text is a FILE, --text, or standard input. It is read like a corpus: words are separated by
+white space, and each line ends in one <eos>, which is scored like a word. The hidden state is
+carried from line to line. A language model needs a first input: by default it is one <eos>, so that
+the first word of the text is scored too.
 
-Bits per character are all bits divided by the characters of the scored text: the characters of each
-word as it is written, one for the white space between two words of a line, one for each line's end.
-Where every word of the vocabulary is one character, or one byte written as a number, each token is
-one character.
+Bits per character are the total bits divided by the characters of the scored text: those of each
+word as written, one for each space between words, one for each end of a line. If every word of the
+vocabulary is one character, or one byte written as a number, each token counts as one character.
 """
 
 import sys
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # which python -I and -P leave out
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
 
 import itertools
 import json
@@ -56,14 +55,13 @@ def build_parser() -> Parser:
         "text",
         "--as-corpus",
         action="store_true",
-        help="score as main.py does test.txt: the text's first token is only an input and is not "
-        "scored",
+        help="score as main.py scores test.txt: the first token is only an input and is not scored",
     )
     parser.flag(
         "text",
         "--independent",
         action="store_true",
-        help="score each line on its own, after one <eos>, as if no other had been read",
+        help="score each line on its own, after one <eos>, without the lines before it",
     )
     parser.flag(
         "output", "--lines", action="store_true", help="one line of output for each line of text"
@@ -76,7 +74,7 @@ def build_parser() -> Parser:
         "output",
         "--html",
         metavar="FILE",
-        help="write the text with each token coloured by its surprisal, to be read in a browser",
+        help="write a web page of the text with each token coloured by its surprisal",
     )
     parser.flag(
         "files", "--checkpoint", "--save", default="model.pt", metavar="FILE", help="model file"
@@ -137,9 +135,10 @@ def stream_logprobs(
     lambdasm: float,
     bar: Bar,
 ) -> tuple[Tensor, int]:
-    """`log p` (n - 1,) in nats of every token of `ids` (n,) but the first, given those before it.
+    """`log p` (n - 1,) in nats of each token of `ids` (n,) after the first, given those before it.
 
-    With a `cache`, of its mixture with the model. Also returns for how many tokens the cache spoke.
+    With a `cache`, p is that of its mixture with the model. Also returns the number of tokens at
+    which the cache spoke.
     """
     results, spoke = [], 0
     for piece in pieces(model, criterion, ids.unsqueeze(1), bptt):
@@ -162,12 +161,12 @@ def fill_in(
     eos: int,
     bar: Bar,
 ) -> int:
-    """Score `tokens` in place, in the way `args` say; return for how many the cache spoke.
+    """Set the log p of `tokens` as `args` say; return at how many of them the cache spoke.
 
     `ids` (n,) are on the model's device, `eos` is the id of <eos>.
     """
     if args.independent:
-        # By the line's number: an <eos> may also stand written within a line.
+        # Lines are told apart by number: a line may also contain a written <eos>.
         ends = list(itertools.accumulate(map(len, by_line(tokens))))
     else:
         ends = [len(tokens)]
@@ -191,32 +190,32 @@ def fill_in(
 
 
 def notes(tokens: Sequence[Token], args: Any, spoke: int, characters: bool) -> dict[str, str]:
-    """What to know about the numbers, in words, by subject."""
+    """Remarks on the numbers, by subject."""
     if args.as_corpus:
         first = f"{tokens[0].word!r} is an input only and is not scored, as in main.py's test score"
     elif args.independent:
-        first = f"the first of each line is scored as what follows one {EOS}"
+        first = f"the first of each line is scored after one {EOS}"
     else:
-        first = f"scored as what follows one {EOS}; each line's {EOS} is scored too"
+        first = f"scored after one {EOS}; each line's {EOS} is scored too"
     outside = [token.word for token in tokens if token.unknown]
     unknown = f"{len(outside)} of {counted(len(tokens), 'token')}"
     if outside:
         unknown += f" ({counted(len(set(outside)), 'distinct word')}), scored as {UNK}"
     said = {"first token": first, "outside the vocabulary": unknown}
-    said["characters"] = "one a token" if characters else "those of the words, spaces, line ends"
+    said["characters"] = "one per token" if characters else "those of words, spaces, line ends"
     if args.cache:
         scored = sum(token.logprob is not None for token in tokens)
         said["cache"] = f"speaks at {spoke} of {counted(scored, 'token')}"
         if not spoke:
             said["cache"] += (
-                f": no text is longer than its window of {args.window}; --cache-from-start, or a "
-                "smaller --window, lets it speak"
+                f": no text is longer than its window of {args.window}; to use it, give "
+                "--cache-from-start or a smaller --window"
             )
     return said
 
 
 def print_text(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
-    """The report for people."""
+    """Print the report as text."""
     width = len(str(len(tokens)))
     for line in by_line(tokens):
         if args.tokens:
@@ -233,7 +232,7 @@ def print_text(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
 
 
 def print_json(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
-    """The report for programs: objects of kind token, line and, last, total."""
+    """Print the report as JSON lines: objects of kind token, line and, last, total."""
     for line in by_line(tokens):
         if args.tokens:
             for token in line:
@@ -253,7 +252,7 @@ def print_json(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
 
 
 def _print_object(kind: str, **values: Any) -> None:
-    # What an output cannot show would otherwise be escaped as Python does it, which is no JSON.
+    # An output that is not UTF-8 would get Python's escapes, which are not valid JSON.
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8")
     print(json.dumps({"kind": kind, **values}, ensure_ascii=not utf8, allow_nan=False))
 
@@ -281,7 +280,7 @@ def _numbers(summary: Summary, width: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score a text; raises ToolkitError for what the user can mend."""
+    """Score a text; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.file is not None and args.text is not None:
@@ -302,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_known(sum(token.unknown for token in tokens) / len(tokens), "the text")
     if args.as_corpus and len(tokens) == 1:
         raise ToolkitError(
-            "the text is one token and --as-corpus does not score the first: leave the flag out"
+            "the text is one token and --as-corpus does not score the first: leave that flag out"
         )
     model, criterion = checkpoint.rebuild(loaded, device)
     eos = dictionary.word2idx[EOS]

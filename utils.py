@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class ToolkitError(Exception):
-    """A problem the user can mend; its text is one sentence: what is wrong and what to do."""
+    """A problem the user can fix; its text is one sentence: the problem and the fix."""
 
 
 def batchify(data: Tensor, bsz: int) -> Tensor:
     """Lay a stream of ids (n,) out in `bsz` columns: (n // bsz, bsz).
 
-    Time runs down, each column is a stream of its own, and the tail that does not fill `bsz` equal
-    columns is dropped::
+    Each column is a separate stream, read downwards; the tail of the data that does not fill `bsz`
+    equal columns is dropped::
 
         a b c d e f g  in 3 columns:  a c e
                                       b d f
@@ -27,7 +27,7 @@ def batchify(data: Tensor, bsz: int) -> Tensor:
 
 
 def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Inputs (n, bsz) from row `i` of `source` (rows, bsz) and the words that follow (n * bsz,).
+    """Inputs (n, bsz) from row `i` of `source` (rows, bsz) on, and their next words (n * bsz,).
 
     `n = min(seq_len, rows - 1 - i)`. Both are int64, whatever the ids are stored as.
     """
@@ -39,7 +39,7 @@ def get_batch(source: Tensor, i: int, seq_len: int) -> tuple[Tensor, Tensor]:
 def check_length(source: Tensor, name: str, cure: str, columns: int | None = None) -> None:
     """Raise ToolkitError if `source` (rows, bsz) is too short to train on or to evaluate.
 
-    `columns` are those of all processes together, if there are several.
+    `columns` is the number over all processes, by default the number in `source`.
     """
     if source.size(0) < 3:
         columns = columns or source.size(1)
@@ -49,10 +49,10 @@ def check_length(source: Tensor, name: str, cure: str, columns: int | None = Non
 
 
 def map_state(function: Callable[..., Any], state: Any, *others: Any) -> Any:
-    """`function` of every tensor of a hidden state and of its counterparts in the `others`.
+    """Apply `function` to each tensor of a hidden state and its counterparts in the `others`.
 
-    A state is a tensor, or lists, tuples or dictionaries of states; the result has its form. Raises
-    ValueError, TypeError or KeyError if the others have another.
+    A state is a tensor, or lists, tuples or dictionaries of states; the result has its structure.
+    Raises ValueError, TypeError or KeyError if the structure of the others differs.
     """
     if isinstance(state, Tensor):
         return function(state, *others)
@@ -64,21 +64,21 @@ def map_state(function: Callable[..., Any], state: Any, *others: Any) -> Any:
 
 
 def repackage_hidden(hidden: Any) -> Any:
-    """The same state cut off from the history that made it."""
+    """The same state, detached from the graph that computed it."""
     return map_state(Tensor.detach, hidden)
 
 
 def seed_everything(seed: int) -> np.random.RandomState:
-    """Seed PyTorch on every device; the generator returned draws the sequence lengths.
+    """Seed PyTorch on every device and return the generator of the sequence lengths.
 
-    It is numpy's older generator, so that a seed gives the lengths it gave in the original.
+    It is numpy's legacy generator, so that a seed gives the same lengths as in the original.
     """
     torch.manual_seed(seed)
     return np.random.RandomState(seed)
 
 
 def perplexity(loss: float) -> float:
-    """`exp(loss)` for a loss in nats a token, infinite where that overflows."""
+    """`exp(loss)` for a loss in nats a token; infinite on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:

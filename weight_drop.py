@@ -1,4 +1,4 @@
-"""DropConnect on named weights of a module, above all on the recurrent matrix of an LSTM.
+"""DropConnect on named weights of a module, such as the recurrent matrix of an LSTM.
 
 "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182, section 2.
 """
@@ -16,10 +16,10 @@ from kernels import aligned, cudnn
 class WeightDrop(nn.Module):
     """Run `module` with entries of the named weights dropped afresh at every training call.
 
-    The trained parameter moves to the name plus `_raw`; under the old name stands a plain tensor
-    computed from it, never a Parameter, so that gradients reach the raw weight and the state dict
-    has the same names before and after any call. With `variational=True` whole rows are dropped.
-    Nothing is dropped in evaluation. Kept entries are scaled by 1 / (1 - dropout).
+    The trained parameter gets the suffix `_raw`. The old name holds a plain tensor computed from
+    it, never a Parameter: gradients reach the raw weight, and a call does not change the names in
+    the state dict. With `variational=True` whole rows are dropped. Nothing is dropped in
+    evaluation. Kept entries are scaled by 1 / (1 - dropout).
 
     Raises AttributeError if `module` has no parameter of a given name.
     """
@@ -39,12 +39,12 @@ class WeightDrop(nn.Module):
         for name in self.weights:
             raw = getattr(module, name)
             delattr(module, name)
-            # The same Parameter object under its new name: an optimiser that holds it stays right.
+            # The same Parameter object gets the new name: an optimiser that holds it still works.
             module.register_parameter(f"{name}_raw", raw)
         self._expose_raw()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Drop, then call the module with the same arguments."""
+        """Drop weights, then call the module with the same arguments."""
         for name in self.weights:
             # On an nn.LSTM or nn.GRU this assignment also updates the list of flat weights that its
             # forward reads.
@@ -90,8 +90,8 @@ class WeightDrop(nn.Module):
 def drop_weights(cell: nn.Module, weights: Iterable[str], dropout: float) -> nn.Module:
     """`cell` with weight drop on the named weights; without `dropout`, `cell` itself.
 
-    A weight of a part of the cell, such as `linear.weight`, is dropped where it is, and that part
-    is wrapped also without `dropout`: the names of a QRNN's weights are those of the original.
+    For a weight of a submodule, such as `linear.weight`, that submodule is wrapped, even without
+    `dropout`, so that a QRNN's weights have the original's names.
     """
     own = []
     for name in weights:
@@ -107,7 +107,7 @@ def _mask(like: Tensor, dropout: float) -> Tensor:
     """A dropout mask of the shape of `like`, on the CPU: 0, or 1 / (1 - dropout).
 
     PyTorch draws 64 random bits for each entry, one by one, which for a large matrix takes longer
-    than most operations on it; here two entries share them.
+    than most operations on it; here two entries share 64 bits.
     """
     bits = torch.empty((like.numel() + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
     words = bits.view(torch.int32)[: like.numel()].view(like.shape)

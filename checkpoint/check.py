@@ -1,6 +1,6 @@
-"""Whether what a model file holds is a model: its configuration, vocabulary and weights.
+"""The checks of a model file: its configuration, vocabulary and weights.
 
-What to resume training from is checked when a run is resumed, in training/resume.py.
+The training state is checked when a run is resumed, in training/resume.py.
 """
 
 import math
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 from checkpoint.parts import DROPOUTS, made_of, plain_name
 
-# What reading fields of a wrong type, or sizes beyond any memory, can raise.
+# The errors that fields of a wrong type, or sizes beyond any memory, can raise.
 DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 
 
 def check_whole(content: Any, places: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ValueError unless the tensors of a mapped file are its records of data, whole.
+    """Raise ValueError unless each tensor of a mapped file is one whole record of data.
 
-    `places` are the first byte and the size of every record, by name. A tensor that is larger than
-    its record would go on in the next one.
+    `places` are the first byte and the size of every record, by name. A tensor larger than its
+    record would read on into the next record.
     """
     storages = {t.data_ptr(): t for t in map(Tensor.untyped_storage, tensors_of(content)) if len(t)}
     mapped = sorted((begin, len(storage)) for begin, storage in storages.items())
     stored = sorted(place for name, place in places.items() if "/data/" in name and place[1])
     offset = mapped[0][0] - stored[0][0]
     if mapped != [(begin + offset, size) for begin, size in stored]:
-        raise ValueError("its tensors are not its records")
+        raise ValueError("its tensors do not match its records")
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -40,14 +40,14 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def problem_of(content: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file's content, if anything; may also raise any kind of error."""
+    """The fault in a file's content, or None; damaged content may also raise any error."""
     config, vocabulary = content["config"], content["vocabulary"]
     words, counts = vocabulary["words"], vocabulary["counts"]
     if len(words) != config["ntoken"] or len(set(words)) != len(words) or len(counts) != len(words):
         return "its vocabulary does not fit its configuration"
-    # Lone surrogates, which no text holds, raise a ValueError.
+    # encode() raises ValueError for lone surrogates, which no text holds.
     if not all(type(word) is str and word.encode() for word in words) or not whole(counts):
-        return "its vocabulary is not one of words and counts"
+        return "its vocabulary is not made of words and counts"
     sizes = [config[name] for name in ("ntoken", "ninp", "nhid", "nlayers")]
     if not whole([*sizes, *config["splits"]]) or min(sizes) < 1:
         return "a size is not a whole number above 0"
@@ -58,8 +58,8 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
     if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
         return "a field has the wrong type"
     if math.isnan(content["valid_loss"]):
-        return "its validation loss is no number"
-    # Before a module is made for each of a trillion layers.
+        return "its validation loss is not a number"
+    # Checked first: a file may ask for a trillion layers, and each would become a module.
     if config["nlayers"] > len(content["model"]):
         return "its weights do not fit its configuration"
     # On the meta device nothing is allocated, however absurd the sizes.
@@ -77,7 +77,7 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
 
 
 def told(error: Exception) -> str:
-    """An error as a reason in parentheses."""
+    """An error's type and first line, for a message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
@@ -87,7 +87,7 @@ def whole(numbers: list[Any]) -> bool:
 
 
 def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with weights for `module`, whose names may differ by those of WeightDrop."""
+    """The fault in weights for `module`, or None; names are compared as plain names."""
     expected = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
     if len(state) != len(expected) or expected.keys() != set(map(plain_name, state)):
         return "its weights do not fit its configuration"
@@ -102,12 +102,12 @@ def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
 
 
 def tensor_problem(name: str, tensor: Tensor) -> str | None:
-    """What is wrong with a tensor of any shape."""
+    """The fault in a tensor's storage or numbers, or None."""
     # An expanded tensor is tiny on disk but huge in memory.
     plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
     if not plain or not tensor.is_contiguous():
         return f"{name} is not stored as a plain tensor"
-    # The sum first: it takes no memory for each number.
+    # The sum is tried first because it needs no second tensor.
     if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):
         return None
     return None if tensor.isfinite().all() else f"{name} holds numbers that are not finite"

@@ -1,15 +1,15 @@
-"""The model file that every stage reads and writes, and nothing else that touches the disk for it.
+"""All disk access for the model file, which every stage reads or writes.
 
 A file is one dictionary of tensors and plain values; it loads with `torch.load(weights_only=True)`:
 
-    format, version   what it is
+    format, version   the kind of file and its version
     config            the arguments of RNNModel, and the splits of the softmax
-    model, criterion  the best weights so far, what the later stages use
+    model, criterion  the best weights so far, which the later stages use
     vocabulary        the words by id, and how often each occurred
     args, stage       the flags it was trained with, and the script that wrote it
-    epoch, valid_loss when the best weights were found, and their validation loss in nats; 0 and
+    epoch, valid_loss the epoch of the best weights, and their validation loss in nats; 0 and
                       infinity before the first epoch has ended
-    training          what `--resume` needs, or None: see training/resume.py
+    training          the state for `--resume`, or None: see training/resume.py
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ VERSION = 1
 
 
 class CheckpointError(ToolkitError):
-    """A model file that cannot be read or written, or not be used for what is asked."""
+    """A model file that cannot be read, written, or used as asked."""
 
 
 @dataclass
 class Checkpoint:
-    """What a model file holds; the fields are described at the head of this module."""
+    """The content of a model file; the module's docstring describes the fields."""
 
     config: dict[str, Any]
     model: dict[str, Tensor]
@@ -62,51 +62,51 @@ class Checkpoint:
 
 
 def in_memory(checkpoint: Checkpoint) -> Checkpoint:
-    """A file's model, without its training state, that stays when the file is written over."""
+    """A copy of a file's model, without the training state; the file can then be overwritten."""
     weights = {name: copies(getattr(checkpoint, name)) for name in ("model", "criterion")}
     return dataclasses.replace(checkpoint, **weights, training=None)
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = False) -> None:
-    """Write a model file; the old one is replaced at once and only when the new one is whole.
+    """Write a model file; once it is complete, it replaces the old one in one step.
 
-    With `keep`, an old one stays, with .previous behind its name. Raises CheckpointError, with the
-    old file untouched, if the file cannot be written.
+    With `keep`, the old file is renamed with the suffix .previous. Raises CheckpointError, with the
+    old file unchanged, if the file cannot be written.
     """
     # Not dataclasses.asdict(): it would copy every tensor.
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     try:
         with replacing(path, keep) as file:
             torch.save({"format": FORMAT, "version": VERSION, **fields}, file)
-    # A full disk reaches us as RuntimeError when it is torch's zip writer that meets it.
+    # torch's zip writer raises RuntimeError on a full disk.
     except (OSError, RuntimeError) as error:
         raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     cause: BaseException | None = error
-    # torch's writer, which has more to write as it ends, hides what the system said.
+    # torch's writer fails again as it closes, which hides the system's error.
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
     reason = getattr(cause, "strerror", None) or told(error)
     return CheckpointError(
-        f"cannot write {path} ({reason}): the old file, if any, is unchanged; free the disk or "
+        f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space or "
         "pass another --save"
     )
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError if `save` could not write `path`; a file that is there is kept."""
+    """Raise CheckpointError if `save` could not write `path`; an existing file is not changed."""
     problem = unwritable(path)
     if problem:
         raise CheckpointError(f"cannot write {path} ({problem}): pass another --save")
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a model file and check that it holds a model; the training state is not looked at.
+    """Read a model file and check that it holds a model; the training state is not checked.
 
-    Nothing in the file is run. Raises CheckpointError for a file that is missing, damaged, of
-    another format or version, or whose weights do not fit its configuration or are not finite.
+    No code in the file is run. Raises CheckpointError if the file is missing or damaged, has
+    another format or version, or has weights that do not fit its configuration or are not finite.
     """
     if not Path(path).is_file():
         raise CheckpointError(
@@ -117,10 +117,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         content = _content(path)
     except PermissionError as error:
         raise CheckpointError(
-            f"cannot read {path} ({error.strerror}): let yourself read it, or name another file"
+            f"cannot read {path} ({error.strerror}): change its permissions, or name another file"
         ) from error
     except Exception as error:
-        # torch.load raises many kinds; whichever it is, the file is not one of ours, or not whole.
+        # torch.load raises many kinds of error; each means a foreign or damaged file.
         raise CheckpointError(
             f"{path} is no model file of this toolkit, or is damaged: train it again with main.py"
         ) from error
@@ -128,8 +128,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path} is no model file of this toolkit: train one with main.py")
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has format version {content.get('version')} and this toolkit reads {VERSION}: "
-            "use the version of the toolkit that wrote it"
+            f"{path} has format version {content.get('version')} but this toolkit reads {VERSION}: "
+            "use the version of the toolkit that wrote the file"
         )
     fields = {name: content.get(name) for name in Checkpoint.__dataclass_fields__}
     try:
@@ -142,11 +142,11 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _content(path: str | os.PathLike[str]) -> Any:
-    """What torch reads from a file, without copying its tensors; raises whatever torch raises."""
+    """A file's content as torch reads it, its tensors mapped, not copied; raises torch's errors."""
     while True:
         before = _stamp(path)
         try:
-            # What torch says of odd bytes by the way is no help to the user.
+            # torch's warnings about odd bytes do not help the user.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with opened(path) as file:
@@ -159,18 +159,18 @@ def _content(path: str | os.PathLike[str]) -> Any:
         else:
             if _stamp(path) == before:
                 return content
-        # torch opens the path twice, for the index and for the tensors. A run has put a new file
-        # there meanwhile, so that the one was of the old file and the other of the new.
+        # Another run replaced the file meanwhile. torch opens the path twice, so it may have read
+        # the index of the old file and the tensors of the new one: read again.
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """What differs once a file has been replaced or rewritten."""
+    """Numbers that change when a file is replaced or rewritten."""
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Copy a model file as it is; raises CheckpointError with nothing changed at `target`."""
+    """Copy a model file; raises CheckpointError, with `target` unchanged, if that fails."""
     try:
         with open(source, "rb") as old, replacing(target) as new:
             shutil.copyfileobj(old, new)
@@ -190,13 +190,13 @@ def rebuild(
 
 
 class _NoInitialWeights(TorchFunctionMode):
-    """Within this context nothing is drawn: most of the time it takes to make a large model."""
+    """Within this context no weights are drawn, which would take most of a large model's set-up."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Those of Tensor and those of torch.nn.init.
+        # Tensor's methods and the functions of torch.nn.init.
         if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""From a model to the parts of a model file, and back."""
+"""Conversion of a model to the parts of a model file, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
 def config_of(model: RNNModel, criterion: SplitCrossEntropyLoss) -> dict[str, Any]:
-    """What it takes to rebuild the two: the arguments of RNNModel, and `splits`."""
+    """The configuration to rebuild both from: the arguments of RNNModel, and `splits`."""
     config = {name: getattr(model, name) for name in SIZES + DROPOUTS}
     return {"ntoken": model.encoder.num_embeddings, **config, "splits": criterion.splits[1:]}
 
@@ -32,7 +32,7 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU; those that share memory still do."""
+    """Copies of tensors on the CPU; tensors that share memory still share it."""
     made: dict[tuple[int, torch.Size], Tensor] = {}
     state = {}
     for name, tensor in tensors.items():
@@ -51,11 +51,11 @@ def made_of(config: Mapping[str, Any]) -> tuple[RNNModel, SplitCrossEntropyLoss]
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load weights, also where weight drop was on when they were saved and is off now."""
+    """Load weights; weight drop may have been on or off when they were saved."""
     by_plain_name = {plain_name(name): tensor for name, tensor in state.items()}
     module.load_state_dict({name: by_plain_name[plain_name(name)] for name in module.state_dict()})
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without what WeightDrop adds to it."""
+    """A weight's name without the parts that WeightDrop adds."""
     return name.replace(".module.", ".").removesuffix("_raw")

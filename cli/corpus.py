@@ -1,4 +1,4 @@
-"""The corpus that the flags of a script name."""
+"""Reading the corpus that a script's flags name."""
 
 import argparse
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ def read_corpus(
     recorded: Mapping[str, Any] | None = None,
     first: bool = True,
 ) -> Corpus:
-    """The corpus of --data in the vocabulary `dictionary` of a model, or its own.
+    """The corpus of --data in a model's vocabulary `dictionary`, or in its own.
 
-    `recorded` are the flags a model file holds: their --split counts where none is given and the
-    folder has a train.txt alone, and goes into `args`. On a terminal the `first` process shows a
-    bar. Prints what is read as <unk>. Raises CorpusError, also if that is most of the text.
+    `recorded` are the flags in a model file: their --split is used, and set in `args`, if none is
+    given and the folder has only a train.txt. On a terminal the `first` process shows a bar. Prints
+    how many tokens are read as <unk>. Raises CorpusError, also if most tokens are.
     """
     folder = Path(args.data)
     parts = [folder / f"{name}.txt" for name in SPLITS]
     if args.split is None and recorded and not any(part.exists() for part in parts[1:]):
-        # Set, so that the file a later stage writes records it in turn.
+        # Set in `args`, so that the file which this stage writes records it too.
         args.split = _recorded_split(recorded)
     size = sum(part.stat().st_size for part in parts if part.is_file())
     with Bar(size, "reading", "B", wanted=first) as bar:
@@ -41,7 +41,7 @@ def read_corpus(
         fewer = corpus.with_fewer_words(args.vocab_size, args.min_count or 0)
         kept = fewer.dictionary.word2idx
         rare = sum(word not in kept for word in corpus.dictionary.idx2word)
-        print(f"| vocabulary of {len(kept)} words, {rare} rarer ones left out")
+        print(f"| vocabulary of {len(kept)} words, {rare} rarer words left out")
         return fewer
     return corpus
 

@@ -1,4 +1,4 @@
-"""What a script runs on: the device, the precision of its products, and the memory it keeps."""
+"""A script's device, the precision of its matrix products, and its memory."""
 
 import ctypes
 import os
@@ -15,9 +15,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def select_device(cuda: bool | None) -> torch.device:
-    """The device to run on: CUDA when there is one, unless `cuda` is False.
+    """The device to run on: CUDA if available, unless `cuda` is False.
 
-    Raises ToolkitError if `cuda` is True and there is none.
+    Raises ToolkitError if `cuda` is True and CUDA is not available.
     """
     if cuda is False:
         return torch.device("cpu")
@@ -31,10 +31,10 @@ def select_device(cuda: bool | None) -> torch.device:
 
 
 def set_precision(precision: str | None, device: torch.device) -> str:
-    """Set what float32 matrix products are made in, and return the precision in use.
+    """Set the precision of float32 matrix products, and return the precision in use.
 
-    `precision` is fp32, tf32, bf16 or None: tf32 on CUDA, fp32 elsewhere. With bf16 those that
-    autocast leaves alone are as with tf32 on CUDA. Raises ToolkitError for what `device` cannot.
+    `precision` is fp32, tf32, bf16 or None: tf32 on CUDA, fp32 elsewhere. With bf16 on CUDA,
+    products outside autocast are in tf32. Raises ToolkitError for one that `device` lacks.
     """
     cuda = device.type == "cuda"
     if precision is None:
@@ -63,18 +63,18 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def score_as_trained(recorded: Mapping[str, Any], device: torch.device) -> None:
-    """Set float32 matrix products to the precision that evaluation in training had.
+    """Set the precision of float32 matrix products to that of evaluation during training.
 
-    `recorded` are the flags in the model file. On the CPU there is only one.
+    `recorded` are the flags in the model file. On the CPU it is always float32.
     """
     if device.type == "cuda":
         set_precision(recorded.get("precision"), device)
 
 
 def make_deterministic() -> None:
-    """Make CUDA give the same bits for the same work, at some cost in speed; for this process.
+    """Make CUDA in this process give the same bits for the same work, at some cost in speed.
 
-    To be called before CUDA is first used: cuBLAS reads its setting once.
+    Call it before CUDA is first used: cuBLAS reads its setting once.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -96,7 +96,7 @@ def check_fits(made: Callable[[int], nn.Module], layers: int, device: torch.devi
         needed = size(min(layers, 3))
         if layers > 3:
             needed += (layers - 3) * (needed - size(2))
-    # Sizes that PyTorch cannot multiply, or not even hold.
+    # PyTorch cannot multiply, or cannot hold, sizes as large as these.
     except (RuntimeError, TypeError):
         needed = 2**63
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -111,13 +111,13 @@ def check_fits(made: Callable[[int], nn.Module], layers: int, device: torch.devi
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory for the next allocation instead of giving it back.
+    """Make glibc keep freed memory for the next allocation instead of returning it to the system.
 
     Every step allocates the same large tensors; by default each gets fresh pages from the system,
-    whose first use costs more than many of the operations on them. Elsewhere than on glibc, nothing
+    and their first use costs more than many of the operations on them. Without glibc, nothing
     happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # glibc's maximum
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -6,7 +6,7 @@ from cli import parser as types
 from cli.parser import Parser
 from model import CELLS
 
-# The flags that the model and the loss take by these names.
+# Flags whose names are also arguments of the model and of the loss.
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 PENALTIES = ("alpha", "beta")
 
@@ -28,7 +28,7 @@ def add_data(parser: Parser, default: str) -> None:
         "--data",
         default=default,
         metavar="FOLDER",
-        help="the corpus: train.txt, valid.txt and test.txt, tokens apart by white space",
+        help="the corpus: train.txt, valid.txt and test.txt, tokens separated by white space",
     )
 
 
@@ -40,8 +40,8 @@ def add_split(parser: Parser) -> None:
         type=types.fraction,
         nargs=2,
         metavar=("VALID", "TEST"),
-        help="for a folder with a train.txt alone: the shares of its lines, at its end, that "
-        "become valid and test, such as 0.05 0.05; later stages take it from the model file",
+        help="for a folder with only a train.txt: fractions of its lines, cut off at the end, for "
+        "valid and test, such as 0.05 0.05; later stages take them from the model file",
     )
 
 
@@ -101,14 +101,14 @@ def add_sizes(parser: Parser) -> None:
 
 
 def add_training(parser: Parser) -> None:
-    """Optimisation and what is said of it."""
+    """Optimisation and its log lines."""
     add = parser.group("training")
     add(
         "--lr",
         type=types.positive,
         default=30.0,
         metavar="RATE",
-        help="learning rate, scaled for each batch by its length over --bptt; published: SGD 30, "
+        help="learning rate, multiplied by a batch's length / --bptt; published: SGD 30, "
         "Adam 1e-3, PTB characters 2e-3",
     )
     add(
@@ -122,14 +122,14 @@ def add_training(parser: Parser) -> None:
         "--epochs",
         type=types.positive_int,
         default=8000,
-        help="passes over train.txt at most; published: PTB LSTM 500, WikiText-2 LSTM 750, "
+        help="maximum passes over train.txt; published: PTB LSTM 500, WikiText-2 LSTM 750, "
         "QRNN 550 and 500",
     )
     add(
         "--batch_size",
         type=types.positive_int,
         default=80,
-        help="columns of a batch, each a stream of text of its own; published: PTB 20, WikiText-2 "
+        help="columns of a batch, each a separate stream of text; published: PTB 20, WikiText-2 "
         "LSTM 80, QRNN 40, characters 128, WikiText-103 60",
     )
     add(
@@ -143,15 +143,15 @@ def add_training(parser: Parser) -> None:
         "--nonmono",
         type=types.natural,
         default=5,
-        help="epochs whose losses NT-ASGD's trigger leaves out (the paper's n, the non-monotone "
-        "interval): averaging starts when validation is worse than the best before them; "
+        help="NT-ASGD's non-monotone interval (the paper's n): averaging starts when the "
+        "validation loss is worse than the best one more than N epochs earlier; "
         "published: 5",
     )
     add(
         "--log-interval",
         type=types.positive_int,
         default=200,
-        help="batches from one log line to the next",
+        help="batches between log lines",
     )
     add(
         "--partial-shuffle",
@@ -200,7 +200,7 @@ def add_regularisers(parser: Parser) -> None:
         "--dropoute",
         type=types.probability,
         default=0.1,
-        help="embedding dropout: a word is gone from the whole batch; published: 0.1, characters "
+        help="embedding dropout: a word is dropped from a whole batch; published: 0.1, characters "
         "and WikiText-103 0",
     )
     add(
@@ -214,15 +214,15 @@ def add_regularisers(parser: Parser) -> None:
         "--alpha",
         type=types.non_negative,
         default=2.0,
-        help="activation regularisation (AR): times the mean square of the last layer's dropped "
-        "output, 0 for none; published: 2, characters and WikiText-103 0",
+        help="weight of activation regularisation (AR), the mean square of the last layer's "
+        "dropped output, 0 for none; published: 2, characters and WikiText-103 0",
     )
     add(
         "--beta",
         type=types.non_negative,
         default=1.0,
-        help="temporal activation regularisation (TAR): times the mean square of its change from "
-        "step to step, 0 for none; published: 1, characters and WikiText-103 0",
+        help="weight of temporal activation regularisation (TAR), the mean square of the output's "
+        "change per step, 0 for none; published: 1, characters and WikiText-103 0",
     )
     add(
         "--wdecay",
@@ -233,7 +233,7 @@ def add_regularisers(parser: Parser) -> None:
 
 
 def add_chunk(parser: Parser, default: int) -> None:
-    """--bptt where nothing is trained."""
+    """--bptt of the scripts that only score."""
     parser.flag(
         "running",
         "--bptt",
@@ -269,7 +269,7 @@ def add_cache(parser: Parser) -> None:
     add(
         "--cache-from-start",
         action="store_true",
-        help="use the cache from the second token on and not only once the window is full",
+        help="use the cache from the second token on, not only once the window is full",
     )
 
 
@@ -285,19 +285,19 @@ def add_safety(parser: Parser) -> None:
         "--resume",
         default="",
         metavar="FILE",
-        help="model file of an earlier run to go on from, with its flags where none are given",
+        help="model file of an earlier run to continue; omitted flags come from it",
     )
     add(
         "--save-every",
         type=types.non_negative,
         default=300.0,
         metavar="SECONDS",
-        help="also save within an epoch, every so many seconds",
+        help="also save within an epoch, at this interval",
     )
     add(
         "--deterministic",
         action="store_true",
-        help="the same bits for the same seed on a GPU too, at some cost in speed",
+        help="make the same seed give the same bits on a GPU too, at some cost in speed",
     )
 
 
@@ -308,7 +308,7 @@ def add_logdir(parser: Parser) -> None:
         "--logdir",
         default="",
         metavar="DIR",
-        help="also write DIR/metrics.jsonl, and TensorBoard events where that is installed",
+        help="also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",
     )
 
 
@@ -324,7 +324,7 @@ def add_device(parser: Parser) -> None:
         "--cuda",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="demand a CUDA device, or stay on the CPU; without either, CUDA when there is one",
+        help="require a CUDA device, or stay on the CPU; by default CUDA is used if available",
     )
 
 
@@ -334,16 +334,16 @@ def add_speed(parser: Parser) -> None:
     add(
         "--precision",
         choices=["fp32", "tf32", "bf16"],
-        help="of training's matrix products: float32, TensorFloat-32 (a GPU's, and its default) or "
-        "bfloat16; weights, their gradients and evaluation are float32, in TensorFloat-32 with the "
-        "last two on a GPU, as are an LSTM's and a GRU's layers there with bf16",
+        help="precision of training's matrix products: float32, TensorFloat-32 (GPU only, default "
+        "there) or bfloat16; weights, gradients and evaluation are float32, but on a GPU tf32 and "
+        "bf16 put evaluation, and bf16 the LSTM and GRU layers, in TensorFloat-32",
     )
     add(
         "--no-cuda-graphs",
         dest="cuda_graphs",
         action="store_false",
-        help="launch every operation of a training step on a GPU by itself, instead of replaying "
-        "the whole step",
+        help="launch each operation of a training step on a GPU separately, instead of replaying "
+        "a recorded step",
     )
 
 
@@ -358,7 +358,7 @@ def add_max_batches(parser: Parser, what: str) -> None:
 
 
 def add_trainer(parser: Parser, save: str) -> None:
-    """All that main.py and finetune.py share; `save` is the help of --save."""
+    """All flags that main.py and finetune.py share; `save` is the help of --save."""
     add_data(parser, "data/penn/")
     add_split(parser)
     add_model(parser)

@@ -7,7 +7,7 @@ DOUBLE_RULE = "=" * 89
 
 
 def batch_line(epoch: int, batch: int, batches: int, lr: float, ms: float, loss: float) -> str:
-    """Within an epoch; `ms` is milliseconds a batch."""
+    """The line within an epoch; `ms` is milliseconds a batch."""
     return (
         f"| epoch {epoch:3d} | {batch:5d}/{batches:5d} batches | lr {lr:05.5f} | "
         f"ms/batch {ms:5.2f} | loss {loss:5.2f} | ppl {perplexity(loss):8.2f} | "
@@ -16,7 +16,7 @@ def batch_line(epoch: int, batch: int, batches: int, lr: float, ms: float, loss:
 
 
 def epoch_line(epoch: int, seconds: float, loss: float) -> str:
-    """At the end of an epoch; `loss` is the validation loss."""
+    """The line at the end of an epoch; `loss` is the validation loss."""
     return (
         f"| end of epoch {epoch:3d} | time: {seconds:5.2f}s | valid loss {loss:5.2f} | "
         f"valid ppl {perplexity(loss):8.2f} | valid bpc {bits(loss):8.3f}"
@@ -24,7 +24,7 @@ def epoch_line(epoch: int, seconds: float, loss: float) -> str:
 
 
 def end_line(loss: float) -> str:
-    """The last of training; `loss` is the test loss."""
+    """The last line of training; `loss` is the test loss."""
     return (
         f"| End of training | test loss {loss:5.2f} | test ppl {perplexity(loss):8.2f} | "
         f"test bpc {bits(loss):8.3f}"
@@ -32,10 +32,10 @@ def end_line(loss: float) -> str:
 
 
 def pointer_line(part: str, loss: float) -> str:
-    """The last of pointer.py for a `part`, val or test."""
+    """The last line of pointer.py for a `part`, val or test."""
     return f"| End of pointer | {part} loss {loss:5.2f} | {part} ppl {perplexity(loss):8.2f}"
 
 
 def dynamic_line(part: str, loss: float) -> str:
-    """The last of dynamiceval.py for a `part`, val or test."""
+    """The last line of dynamiceval.py for a `part`, val or test."""
     return pointer_line(part, loss).replace("pointer", "dynamic evaluation")

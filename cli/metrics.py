@@ -1,18 +1,18 @@
-"""A run's numbers for programs: DIR/metrics.jsonl, and TensorBoard events where that is installed.
+"""A run's numbers for programs: DIR/metrics.jsonl, and TensorBoard events if it is installed.
 
-metrics.jsonl has one JSON object a line. The first, and one more for each time the run is resumed:
+metrics.jsonl has one JSON object a line. The first line, and one more each time a run is resumed:
 
     {"command": [...], "flags": {...}, "versions": {...}, "device": "...", "commit": "..." or null}
 
-Then one for each log line, in order, told apart by "kind":
+Then comes one line for each log line, in order; "kind" tells them apart:
 
     {"kind": "batch", "epoch", "batch", "step", "lr", "loss", "tokens_per_second", ...}
     {"kind": "epoch", "epoch", "step", "time", "valid_loss", ...}
     {"kind": "switch", "epoch", "step"}        averaging starts after this epoch
     {"kind": "test", "step", "test_loss"}
 
-Losses are in nats a token; perplexity and bits are added to each, as `ppl` and `bpc` are to `loss`.
-`time` is the seconds that the epoch took. A number that is not finite is null.
+Losses are in nats a token; each loss comes with its perplexity and bits, as `loss` with `ppl` and
+`bpc`. `time` is the seconds that the epoch took. A number that is not finite is null.
 """
 
 import contextlib
@@ -36,19 +36,19 @@ KINDS = ("batch", "epoch", "switch", "test")
 
 
 def versions() -> dict[str, str]:
-    """Python's and PyTorch's."""
+    """The versions of Python and PyTorch."""
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def commit() -> str | None:
-    """The commit of this folder, with a + where code differs from it; None outside git."""
+    """The commit of this folder, with a + if the code differs from it; None outside git."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # Its own results are what a run in pieces writes as it goes.
+        # The results are left out, because a run in pieces writes them as it goes.
         changed = git("status", "--porcelain", "--untracked-files=no", ".", ":(exclude)results")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -56,12 +56,12 @@ def commit() -> str | None:
 
 
 class MetricsWriter:
-    """Appends to `folder`/metrics.jsonl; a line is in the file as soon as it is written.
+    """Appends to `folder`/metrics.jsonl; every line reaches the file at once.
 
-    `command` are the words of the command line, `flags` all of its values, `device` the device in
-    words. Where tensorboard or tensorboardX is installed, events are written beside it;
-    `no_events` says, in a sentence, why not. Without a `folder` nothing is written. Raises
-    ToolkitError if the folder cannot be written; if it cannot be any more, says so once.
+    `command` are the words of the command line, `flags` the values of all flags, `device` the
+    device in words. If tensorboard or tensorboardX is installed, events are written too; else
+    `no_events` says so in a sentence. Without a `folder` nothing is written. Raises ToolkitError if
+    the folder cannot be written at the start; a later failure is printed once and ends the writing.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MetricsWriter:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # A path that is not UTF-8 becomes an escape of JSON.
+            # Bytes of a path that are not UTF-8 become escapes.
             self._file = open(  # noqa: SIM115
                 self.folder / NAME, "a", encoding="utf-8", errors="backslashreplace", buffering=1
             )
@@ -94,10 +94,10 @@ class MetricsWriter:
         self._append({**head, "device": device, "commit": commit()})
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
-        """Append a line of `kind`; `step` counts rows of the corpus in columns.
+        """Append a line of `kind`; `step` counts rows of the corpus laid out in columns.
 
-        To `loss` the perplexity `ppl` and bits a token `bpc` are added, to `valid_loss` `valid_ppl`
-        and `valid_bpc`, and so on. Raises ValueError for an unknown kind.
+        For `loss` the perplexity `ppl` and the bits a token `bpc` are added, for `valid_loss`
+        `valid_ppl` and `valid_bpc`, and so on. Raises ValueError for an unknown kind.
         """
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
@@ -124,7 +124,7 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _as_far_as_it_goes(self) -> Iterator[None]:
-        """Once the system refuses a write, say so and write no more: the run matters more."""
+        """After a failed write, print a message and write no more: the run continues."""
         try:
             yield
         except OSError as error:
@@ -132,7 +132,7 @@ class MetricsWriter:
             self.close()
 
     def _end_line(self) -> None:
-        """End a line that a run which was killed, or a full disk, has left without its end."""
+        """End the last line if a killed run or a full disk cut it off."""
         with open(self.folder / NAME, "rb") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
@@ -156,12 +156,12 @@ class MetricsWriter:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; the last line of a run is left out if it was cut off.
+    """The objects of a metrics.jsonl; the last line of a run is skipped if it was cut off.
 
     Raises ToolkitError for a file that cannot be read or holds anything else.
     """
     try:
-        # Not splitlines(): a word may hold what ends a line elsewhere.
+        # Not splitlines(), which also splits at other characters that a word may hold.
         with opened(path) as file:
             text = file.read().decode()
         lines = text.removesuffix("\n").split("\n") if text else []
@@ -176,7 +176,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             found = json.loads(line)
         except json.JSONDecodeError:
-            # The run was killed or is still writing; the next begins with its command.
+            # The run was killed or is still writing; the next run begins with its command.
             if len(lines) > 1 and (number == len(lines) or lines[number].startswith('{"command"')):
                 continue
             found = None
@@ -189,7 +189,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _events(folder: Path) -> Any:
-    """TensorBoard's writer, or None where there is none."""
+    """TensorBoard's writer, or None if it is not installed."""
     for module in ("torch.utils.tensorboard", "tensorboardX"):
         try:
             return importlib.import_module(module).SummaryWriter(str(folder))

@@ -1,4 +1,4 @@
-"""The parser of every script: errors of one line, classic abbreviations, presets."""
+"""The parser of every script: one-line errors, classic abbreviations, presets."""
 
 import argparse
 import functools
@@ -13,8 +13,8 @@ from cli import presets
 
 VERSION = "0.1.0"
 
-# The flags of the original, script by script. An abbreviation that was unambiguous among them still
-# is, however many flags are added.
+# The flags of the original, script by script. An abbreviation that is unambiguous among them stays
+# valid when flags are added.
 _TRAINING = """
     --data --model --emsize --nhid --nlayers --lr --clip --epochs --batch_size --bptt --dropout
     --dropouth --dropouti --dropoute --wdrop --seed --nonmono --cuda --log-interval --save --alpha
@@ -29,7 +29,7 @@ CLASSIC = {
     """.split(),
 }
 
-# A preset fills these in too, but a resumed run keeps its own.
+# A preset sets these flags too, but a resumed run keeps its own values.
 _PRESET_DEFAULTS = {"data", "save", "seed"}
 
 # The flag that sets each part of a model's configuration.
@@ -52,19 +52,19 @@ class Flag(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of the script `stage`; other names than those of CLASSIC have no presets.
+    """The parser of the script `stage`; a stage without published commands has no --preset.
 
     `parse_args` returns every flag's value, and in `given` the names of the flags that count as
     given: those on the command line and those of a preset, except `--data`, `--save` and `--seed`
-    of a preset. Beside `--resume`, a preset gives the architecture alone: the rest comes from the
-    run that is resumed. The flags that a preset sets are printed.
+    of a preset. With `--resume`, a preset sets only the architecture: the other flags come from the
+    resumed run. The flags that a preset sets are printed.
     """
 
     def __init__(self, stage: str, description: str | None) -> None:
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        # Python 3.14 would colour the help with control characters.
+        # Python 3.14 colours the help with control characters by default.
         self.color = False
         self.classic = CLASSIC.get(stage, [])
         self.presets = presets.of_stage(stage)
@@ -78,16 +78,16 @@ class Parser(argparse.ArgumentParser):
                 "",
                 "--preset",
                 choices=self.presets,
-                help="take the published flags; any flag given beside it counts instead",
+                help="use the published flags; flags given beside it override them",
             )
 
     def flag(
         self, group: str, *names: str, default: Any = None, either: str = "", **options: Any
     ) -> None:
-        """Add a flag under the title `group` of the help; the rest is as for `add_argument`.
+        """Add a flag under the title `group` of the help; the other arguments are `add_argument`'s.
 
-        Of the flags of a group with the same `either`, only one may be given. The name of the value
-        in the help is that of its type here, if it is not given.
+        Of the flags of a group with the same `either`, only one may be given. The default `metavar`
+        depends on the type.
         """
         if options.get("type") in _METAVARS:
             options.setdefault("metavar", _METAVARS[options["type"]])
@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
             default = options["action"] == "store_false"
         elif default not in (None, "", [-1]):
             options["help"] += f" (default: {default})"
-        # Nothing but what was given ends up in the namespace: `parse_known_args` adds the rest.
+        # The namespace holds only the flags given: `parse_known_args` adds the defaults.
         action = place.add_argument(*names, default=argparse.SUPPRESS, **options)
         self.flags[action.dest] = Flag(names[0], default, either)
 
@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**{**defaults, **preset, **given, "given": counted}), unknown
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of `values` that belong to flags here and are not None.
+        """The entries of `values` that belong to flags of this parser and are not None.
 
         Raises ValueError, naming the flag, for a value that no command line could give.
         """
@@ -204,7 +204,7 @@ def non_negative(text: str) -> float:
 
 
 def sharpness(text: str) -> float:
-    """A number from 0 to 1e30: beyond that, products with it leave float32."""
+    """A number from 0 to 1e30: products with a larger one overflow float32."""
     return _number(text, float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")
 
 

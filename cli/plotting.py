@@ -1,4 +1,4 @@
-"""Pictures, with matplotlib where it is installed."""
+"""Pictures, drawn with matplotlib if it is installed."""
 
 import importlib
 import os
@@ -8,7 +8,7 @@ from typing import Any
 from files.writing import unwritable, writing
 from utils import ToolkitError
 
-# What matplotlib can write without anything else installed.
+# The formats that matplotlib writes without other packages.
 FORMATS = ("png", "pdf", "svg")
 
 

@@ -1,7 +1,7 @@
-"""The published commands, word by word: the only place where they are written by hand.
+"""The published commands, word by word, from the original's documentation.
 
-`--preset` takes them from here, and so do the page of commands in docs/, the tests and
-bench/reproduce.py. What is missing was never published. From the original's documentation.
+`--preset`, the page of commands in docs/, the tests and bench/reproduce.py take them from here. A
+stage that is missing was never published.
 """
 
 _CHARACTERS = "--alpha 0 --beta 0 --dropoute 0"
@@ -18,7 +18,7 @@ _WT2_QRNN = (
     "--epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 "
     "--nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt"
 )
-# Settings that arXiv 1709.07432's code was published with.
+# The settings published with the code of arXiv 1709.07432.
 _DYNAMIC_LSTM = "--lr 0.002 --lamb 0.02 --epsilon 0.001 --oldhyper"
 _WT2_CACHE = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --data data/wikitext-2"
 

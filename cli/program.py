@@ -1,4 +1,4 @@
-"""How a script starts and ends: what is said of an error, and the exit status."""
+"""How a script starts and ends: its error message and exit status."""
 
 import contextlib
 import os
@@ -22,12 +22,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     A ToolkitError becomes one line on stderr and exit status 1; a signal that was obeyed becomes
     one line and 128 + its number.
     """
-    # None where the caller has closed them.
+    # A stream that the caller closed is None here.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    # Log lines reach a file or a pipe as they are made, and a word or a file name that the terminal
-    # cannot show ends nothing.
+    # Log lines reach a file or a pipe at once, and a word or a file name that the terminal cannot
+    # show does not end the run.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_memory()
     try:
@@ -43,8 +43,8 @@ def run(main: Callable[[], None]) -> NoReturn:
             raise
         _leave(
             1,
-            f"error: cannot use {error.filename} ({error.strerror}): name another, or change what "
-            "is in its way",
+            f"error: cannot use {error.filename} ({error.strerror}): name another path, or remove "
+            "the cause",
         )
     except Stopped as stopped:
         _leave(128 + stopped.signum, f"{stopped}")
@@ -54,12 +54,12 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _leave(status: int, sentence: str = "") -> NoReturn:
-    """Say the sentence on stderr and end this process, also one that trains with others.
+    """Print the sentence to stderr and end this process, even if it trains with others.
 
-    PyTorch's threads between processes cannot be relied on to come down by themselves: as the
-    interpreter ends, they abort the process now and then, and may wait for a rank that is dead.
+    PyTorch's communication threads do not always end with the interpreter: they sometimes abort the
+    process, and may wait for a dead rank.
     """
-    # The terminal may be gone; the status still tells.
+    # The terminal may be gone; the exit status still reports the error.
     with contextlib.suppress(OSError):
         if sentence:
             line = f"{Path(sys.argv[0]).name}: {sentence}\n"
@@ -73,14 +73,14 @@ def _leave(status: int, sentence: str = "") -> NoReturn:
 
 @contextlib.contextmanager
 def out_of_memory(cure: str) -> Iterator[None]:
-    """Turn running out of memory, on a GPU or the CPU, into a ToolkitError that names the `cure`.
+    """Turn an out-of-memory error, of a GPU or the CPU, into a ToolkitError that names the `cure`.
 
-    A context manager, and so also a decorator.
+    This context manager is also a decorator.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # PyTorch's allocator for the CPU has no kind of error of its own.
+        # PyTorch's CPU allocator raises plain RuntimeErrors.
         cpu = re.search("not enough memory|can't allocate memory", str(error))
         if not cpu and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise

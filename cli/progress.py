@@ -1,15 +1,14 @@
-"""A progress bar for whoever watches: on a terminal only, and only where tqdm is installed."""
+"""A progress bar, drawn on a terminal only, and only if tqdm is installed."""
 
 import sys
 from typing import Any
 
 
 class Bar:
-    """A bar on standard error that counts `total` units; silent unless that is a terminal.
+    """A bar on standard error that counts `total` units; used as a context manager.
 
-    It is also silent if it is not `wanted`, as off the first of several processes. Used as a
-    context manager. In a file or a pipe, and without tqdm, nothing is drawn and the log lines are
-    all there is.
+    Nothing is drawn in a file or a pipe, without tqdm, or if the bar is not `wanted`: of several
+    processes only the first wants one.
     """
 
     def __init__(
@@ -41,18 +40,18 @@ class Bar:
 
     @property
     def shown(self) -> bool:
-        """Whether anything is drawn; numbers that cost time need be made only then."""
+        """Whether the bar is drawn; numbers that cost time are needed only then."""
         return self._bar is not None
 
     def update(self, n: int, **numbers: str) -> None:
-        """Go on by `n` units; `numbers` stand behind the bar, such as `loss="4.61"`."""
+        """Advance by `n` units; `numbers`, such as `loss="4.61"`, are shown after the bar."""
         if self._bar is not None:
             if numbers:
                 self._bar.set_postfix(numbers, refresh=False)
             self._bar.update(n)
 
     def to(self, n: int) -> None:
-        """Go on to `n` units in all."""
+        """Advance to `n` units in total."""
         if self._bar is not None:
             self._bar.update(n - self._bar.n)
 

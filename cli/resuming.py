@@ -1,4 +1,4 @@
-"""What a script takes from a model file where a flag is not given, and what it may not change."""
+"""The flags that a script takes from a model file, and those it may not change."""
 
 import argparse
 from collections.abc import Iterable, Mapping
@@ -8,9 +8,9 @@ from cli.flags import DROPOUTS, PENALTIES
 from cli.parser import ARCHITECTURE, Parser
 from utils import ToolkitError
 
-# A resumed run does not take these from the run it resumes.
+# The flags that a resumed run does not take from the run it resumes.
 _OF_THIS_CALL = {"resume", "save", "cuda", "max_batches", "keep", "split"}
-# What finetuning takes from the model's training.
+# The flags that finetuning takes from the model's training.
 _SHAPES_TRAINING = """
     batch_size bptt clip fixed_length max_seq_len nonmono partial_shuffle precision wdecay
 """.split()
@@ -34,15 +34,15 @@ def check_architecture(args: argparse.Namespace, config: Mapping[str, Any], path
 def resume_flags(
     args: argparse.Namespace, parser: Parser, training: Mapping[str, Any], path: str
 ) -> None:
-    """Take every flag that is not given from the run that is resumed from the file `path`.
+    """Take every flag that is not given from the run recorded in the file `path`.
 
-    A flag that repeats what that run recorded counts as not given, so that the run's own command
-    resumes it: a rate that was divided since stays divided. Raises ToolkitError if a flag would
-    make it a different run, or if the file recorded a value that the flag does not take.
+    A flag given with its recorded value counts as not given, so that the run's own command resumes
+    it: a learning rate that was divided since stays divided. Raises ToolkitError if a flag would
+    make it a different run, or if a recorded value is not valid for its flag.
     """
     fixed = {
-        "optimizer": "its state is that optimiser's",
-        "seed": "the random numbers go on from the file's states",
+        "optimizer": "its state belongs to that optimiser",
+        "seed": "its random states belong to that seed",
     }
     if training["position"] is not None:
         fixed["batch_size"] = f"it is in the middle of epoch {training['epoch'] + 1}"
@@ -68,8 +68,8 @@ def finetune_flags(
 ) -> None:
     """Take every flag that shapes training and is not given from the file `path`, and print them.
 
-    `config` is the model's, `recorded` the flags of its training; the rate is taken if that was
-    with SGD.
+    `config` is the model's, `recorded` the flags of its training; the learning rate is taken only
+    if training used SGD.
     """
     rate = ["lr"] if recorded.get("optimizer", "sgd") == "sgd" else []
     values = {**recorded, **{name: config[name] for name in DROPOUTS}}
@@ -84,7 +84,7 @@ def _take(
     names: Iterable[str],
     path: str,
 ) -> dict[str, Any]:
-    """Set flags to their recorded values, and return those; one that is given excludes others."""
+    """Set flags to their recorded values and return those; a given flag excludes alternatives."""
     excluded = {parser.flags[name].either for name in args.given & parser.flags.keys()} - {""}
     wanted = {
         name: recorded[name]

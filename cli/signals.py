@@ -1,4 +1,4 @@
-"""How signals and a lost output ask a program to end."""
+"""How signals and a failed standard output ask a program to end."""
 
 import os
 import signal
@@ -11,20 +11,20 @@ from typing import Any, TextIO
 from utils import ToolkitError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Those of a terminal's commands, but for what ends a line or a column.
+# Escapes of a terminal's control characters, except newline and tab.
 _CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
 
 
 def printable(text: str, stream: TextIO) -> str:
-    """`text` as `stream` is to have it: on a terminal control characters are shown as escapes.
+    """`text` for `stream`: on a terminal control characters are shown as escapes.
 
-    A vocabulary may hold any; in a file or a pipe they stay as they are.
+    A vocabulary may hold control characters; in a file or a pipe they stay unchanged.
     """
     return text.translate(_CONTROLS) if stream.isatty() else text
 
 
 class Stopped(Exception):
-    """Raised where a signal is obeyed; `signum` says which. Its text is one sentence."""
+    """Raised to obey the signal `signum`; its text is one sentence."""
 
     def __init__(self, signum: int, text: str = "") -> None:
         super().__init__(text or f"stopped by {signal.Signals(signum).name}")
@@ -32,10 +32,10 @@ class Stopped(Exception):
 
 
 class Output:
-    """Standard output that may fail: because the disk is full, or what reads it has ended.
+    """Standard output that may fail: the disk is full, or the reader of a pipe has ended.
 
-    The first write that fails sends what follows nowhere and asks the run to end, as a signal does;
-    outside `StopRequests` it raises ToolkitError. `failure` says in one sentence what went wrong.
+    After the first failed write later output is discarded and the run is asked to end, as by a
+    signal; outside `StopRequests` the write raises ToolkitError. `failure` is the message.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -50,13 +50,13 @@ class Output:
         try:
             return self._stream.write(printable(text, self._stream))
         except OSError as error:
-            # What is still in the buffer would fail once more as the interpreter ends.
+            # The buffered text would fail again as the interpreter ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
             self.failure = (
-                f"standard output takes no more ({os.strerror(error.errno)}): send it to where "
-                "there is room"
+                f"standard output takes no more ({os.strerror(error.errno)}): send it to a place "
+                "with room"
             )
             if self.stop is None:
                 raise ToolkitError(self.failure) from error
@@ -65,12 +65,12 @@ class Output:
 
 
 class StopRequests:
-    """Within this context SIGINT, SIGTERM and SIGHUP ask a run to end and do not break into it.
+    """Within this context SIGINT, SIGTERM and SIGHUP ask a run to end without interrupting it.
 
-    So does an `Output` that fails, as if by SIGPIPE. The handlers only note the signal, so that
-    nothing is left half done; `check` obeys it. A second SIGINT does break in, as
-    KeyboardInterrupt. A signal that is ignored, as under nohup, stays so. `agree` makes one signal
-    of the one noted here and those of other processes; 0 is none.
+    An `Output` that fails does the same, as SIGPIPE. The handlers only note the signal, so that
+    nothing is left half done; `check` obeys it. A second SIGINT interrupts the run with
+    KeyboardInterrupt. A signal that is ignored, as under nohup, stays ignored. `agree` combines the
+    signal noted here with those of other processes; 0 is none.
     """
 
     def __init__(self, agree: Callable[[int], int] = lambda signum: signum) -> None:
@@ -99,7 +99,7 @@ class StopRequests:
         self._old.clear()
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come since the last one that was obeyed."""
+        """Raise Stopped if a signal has arrived since the last obeyed one."""
         signum = self._agree(self._noted)
         if signum:
             self._noted = 0
@@ -107,7 +107,7 @@ class StopRequests:
             raise Stopped(signum, self._failure if signum == signal.SIGPIPE else "")
 
     def output_failed(self, failure: str) -> None:
-        """Ask the run to end, for the reason given in one sentence."""
+        """Ask the run to end; `failure` is the reason in one sentence."""
         self._failure = failure
         self._noted = signal.SIGPIPE
 
@@ -117,6 +117,6 @@ class StopRequests:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
             if self._ending:
-                # The one that other processes have obeyed already, come late to this one.
+                # The other processes have already obeyed this signal; it arrived late here.
                 return
         self._noted = signum

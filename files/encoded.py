@@ -1,4 +1,4 @@
-"""A corpus's texts as token ids, and the cache of them that is keyed on what the files hold."""
+"""A corpus's texts as token ids, and a cache of them, keyed on the content of the files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from utils import ToolkitError
 EOS, UNK = "<eos>", "<unk>"
 SPLITS = ("train", "valid", "test")
 
-# Text is read in blocks of this size: small enough that a block's words stay in the processor's
-# cache, which is a fifth faster than blocks of 4 MiB, and that no corpus fills the memory.
+# Text is read in blocks of this size, so that no corpus fills the memory. A block's words stay in
+# the processor's cache, which is a fifth faster than blocks of 4 MiB.
 BLOCK_BYTES = 1 << 17
 
 CACHE_NAME = ".corpus-cache.npz"
@@ -37,7 +37,7 @@ class CorpusError(ToolkitError):
 
 @dataclass
 class Encoded:
-    """A corpus under its own ids, by first appearance."""
+    """A corpus with ids in order of first appearance."""
 
     words: list[str]
     counts: np.ndarray  # (vocabulary,) int64: occurrences over all three files
@@ -47,7 +47,7 @@ class Encoded:
 def read(
     folder: Path, split: Sequence[float] | None, cache: bool, tick: Callable[[int], object]
 ) -> Encoded:
-    """The texts of a corpus folder; the arguments and errors are those of `data.Corpus`."""
+    """Encode the texts of a corpus folder; arguments and errors are those of `data.Corpus`."""
     _check_files(folder, split is not None)
     if split is not None:
         return _split_lines(_encode(folder, tick=tick, names=SPLITS[:1]), split, folder)
@@ -55,7 +55,7 @@ def read(
 
 
 def _check_files(folder: Path, split: bool = False) -> None:
-    """Raise CorpusError unless the folder has its files, with `split` a train.txt and no other."""
+    """Raise CorpusError unless the folder has the three files, with `split` train.txt alone."""
     try:
         is_file, is_folder = folder.is_file(), folder.is_dir()
         names = [f"{split}.txt" for split in SPLITS]
@@ -70,8 +70,8 @@ def _check_files(folder: Path, split: bool = False) -> None:
         )
     if not is_folder:
         raise CorpusError(
-            f"there is no corpus folder {folder}: fetch one with ./getdata.sh NAME, or say with "
-            "--data where it is"
+            f"there is no corpus folder {folder}: fetch one with ./getdata.sh NAME, or give its "
+            "path with --data"
         )
     if split:
         others = [name for name in given if name != "train.txt"]
@@ -107,8 +107,8 @@ def _split_lines(encoded: Encoded, split: Sequence[float], folder: Path) -> Enco
     if min(train, valid, test) < 1:
         raise CorpusError(
             f"--split {split[0]:g} {split[1]:g} makes {train}, {valid} and {test} of the "
-            f"{len(ends)} lines of {folder / 'train.txt'} train, valid and test: each must have "
-            "one or more"
+            f"{len(ends)} lines of {folder / 'train.txt'} train, valid and test: each needs at "
+            "least one line"
         )
     cuts = [ends[train - 1], ends[train + valid - 1]]
     return Encoded(encoded.words, encoded.counts, np.split(ids, cuts))
@@ -124,8 +124,8 @@ def _text_blocks(
 ) -> Iterator[str]:
     r"""Yield the file's text in blocks that cut no word, with every line ended by one "\n".
 
-    `digest` is fed the file's bytes, `tick` their number. Raises CorpusError when the file cannot
-    be read or decoded.
+    `digest` gets the bytes read, `tick` their number. Raises CorpusError if the file cannot be read
+    or decoded.
     """
     line = 1
     encoding = "utf-8-sig"  # a byte order mark is dropped, at the file's start only
@@ -141,8 +141,8 @@ def _text_blocks(
                     digest.update(chunk)
                 at_end = not chunk
                 block = rest + chunk
-                # A space or "\n" is never part of a word, of a UTF-8 sequence or of a "\r\n" that
-                # goes on after it, so a block may end there.
+                # A space or "\n" never stands within a word or a UTF-8 sequence and always ends a
+                # "\r\n", so a block may end there.
                 cut = len(block) if at_end else max(block.rfind(b"\n"), block.rfind(b" ")) + 1
                 block, rest = block[:cut], block[cut:]
                 if not block:
@@ -177,8 +177,8 @@ def _encode(
     tick: Callable[[int], object] = lambda size: None,
     names: Sequence[str] = SPLITS,
 ) -> Encoded:
-    """Encode the files of `names`; `digests`, one for each, are fed the bytes that were encoded."""
-    # A word that is looked up for the first time takes the counter's next number, all in C.
+    """Encode the files of `names`; `digests`, one for each file, get the encoded bytes."""
+    # The first look-up of a word gives it the counter's next number, all in C.
     word2idx: defaultdict[str, int] = defaultdict(count().__next__)
     splits = []
     for number, split in enumerate(names):
@@ -214,7 +214,7 @@ def _new_digests() -> list[hashlib.blake2b]:
 
 
 def _cache_key(digests: list[hashlib.blake2b]) -> str:
-    """Return what the three files' contents and the cache's format come to, as hex digits."""
+    """Return a digest of the three files' contents and the cache's format, as hex digits."""
     parts = [CACHE_FORMAT, *(digest.digest() for digest in digests)]
     return hashlib.blake2b(b"".join(parts), digest_size=32).hexdigest()
 
@@ -233,7 +233,7 @@ def _hash_files(folder: Path) -> str:
 
 
 def _cache_places(folder: Path, key: str) -> list[Path]:
-    """Return where a cache may be, best first: beside the corpus, in the user's cache folder."""
+    """Return the paths of a cache, best first: beside the corpus, in the user's cache folder."""
     places = [folder / CACHE_NAME]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     with suppress(RuntimeError):  # there may be no home folder
@@ -244,27 +244,27 @@ def _cache_places(folder: Path, key: str) -> list[Path]:
 
 
 def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
-    """Take the encoded corpus from a cache that fits, else encode it and leave a cache."""
+    """Read the encoded corpus from a cache that fits, else encode it and write a cache."""
     key = _hash_files(folder)
     for path in _cache_places(folder, key):
         encoded = _read_cache(path, key)
         if encoded is not None:
             return encoded
-    # Hashed again while encoding: the key stays true if a file changes between the two readings.
+    # Hashed again while encoding, because a file may change between the two readings.
     digests = _new_digests()
     encoded = _encode(folder, digests, tick)
     key = _cache_key(digests)
     for path in _cache_places(folder, key):
         if _write_cache(path, key, encoded):
-            # Mapped from now on, in place of the copy in memory.
+            # The mapped file replaces the copy in memory.
             return _read_cache(path, key) or encoded
     return encoded
 
 
 def _read_cache(path: Path, key: str) -> Encoded | None:
-    """What the cache holds, or None if it is not a whole cache of the files behind `key`.
+    """The cached corpus, or None unless the cache is whole and belongs to the files of `key`.
 
-    The ids are mapped from the file: they take memory where they are used, and only for that long.
+    The ids are mapped from the file: they take memory only where and while they are used.
     """
     try:
         with opened(path) as file:
@@ -281,8 +281,8 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
         EOFError,
         KeyError,
         ValueError,
-        MemoryError,  # a damaged header can ask for any size,
-        RuntimeError,  # a damaged zip for any compression or a password
+        MemoryError,  # a damaged header can claim any size
+        RuntimeError,  # a damaged zip can claim any compression or a password
         zipfile.BadZipFile,
         zlib.error,
     ):
@@ -295,7 +295,7 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
 
 
 def _mapped(file: BinaryIO, begin: int, size: int) -> np.ndarray:
-    """A row of int32 in a record of a zip file, mapped; raises ValueError for anything else."""
+    """Map the row of int32 in a record of a zip file; raises ValueError for anything else."""
     file.seek(begin)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not an array")
@@ -312,12 +312,12 @@ def _array(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
 
 
 def _write_cache(path: Path, key: str, encoded: Encoded) -> bool:
-    """Write the cache in one step, and say whether that worked: a cache is only a convenience."""
+    """Write the cache in one step; return whether that worked, since no run needs a cache."""
     words = "\n".join(encoded.words).encode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.stat().st_mode & 0o222:
-            return False  # marked read-only: root could write there all the same, and must not
+            return False  # root could write to a folder marked read-only, but must not
         if path.exists() and not path.is_file():
             return False
         with replacing(path) as file:

@@ -1,4 +1,4 @@
-"""Files that are read: plain ones, and zip files of uncompressed records."""
+"""Reading plain files, and zip files of uncompressed records."""
 
 import errno
 import os
@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 
 def opened(path: str | os.PathLike[str]) -> BinaryIO:
-    """A plain file, opened to be read as bytes.
+    """Open a plain file for reading bytes.
 
-    Raises OSError, also for a pipe or a device: one that nothing writes to would never end.
+    Raises OSError, also for a pipe or a device: a pipe without a writer would never end.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -21,10 +21,10 @@ def opened(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def records(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Where each record of a zip file begins, and its size, in bytes, by its name.
+    """The first byte and the size in bytes of each record of a zip file, by name.
 
-    Every byte is read and compared with the checksums. Raises zipfile.BadZipFile for a record that
-    is changed, compressed, or overlaps another, and as zipfile does for what is no zip file.
+    The bytes are checked against the checksums. Raises zipfile.BadZipFile for a record that is
+    changed, compressed, or overlaps another, and zipfile's errors for a file that is not a zip.
     """
     places, end = {}, 0
     with zipfile.ZipFile(file) as archive:

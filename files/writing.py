@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files completely or not at all."""
 
 import contextlib
 import fcntl
@@ -14,13 +14,13 @@ from utils import ToolkitError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], keep: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` at once, when it is whole and on the disk.
+    """A file to write that replaces `path` in one step once it is complete and on the disk.
 
-    If anything fails, the old file stays as it was and no other is left behind; what a killed run
-    left behind goes with the next call. With `keep`, an old file stays as `previous(path)`. What is
-    not a plain file, a terminal or a pipe, is written directly. Raises OSError.
+    After a failure the old file is unchanged and no other file is left; the next call removes the
+    temporary file of a killed run. With `keep`, the old file is kept as `previous(path)`. A path
+    that is not a plain file, such as a terminal or a pipe, is written directly. Raises OSError.
     """
-    # Through a link to the file it names, which is what a plain write would do.
+    # A link is followed to the file it names, as a plain write would do.
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         with open(target, "wb") as file:
@@ -43,16 +43,16 @@ def replacing(path: str | os.PathLike[str], keep: bool = False) -> Iterator[IO[b
 
 
 def previous(path: str | os.PathLike[str]) -> Path:
-    """Where `replacing` keeps the old file, beside the one that a link names."""
+    """The path at which `replacing` keeps the old file; for a link, beside its target."""
     return Path(f"{os.path.realpath(path)}.previous")
 
 
 @contextlib.contextmanager
 def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within this context no other process can be in it for the same `path`.
+    """A context that only one process at a time can be in for the same `path`.
 
-    A file beside `path` is locked, which ends with the process, whatever ends that. Raises
-    ToolkitError if another process is in the context, and OSError.
+    A file beside `path` is locked; the lock ends with the process, however the process ends.
+    Raises ToolkitError if another process is in the context, and OSError.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -67,7 +67,7 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 same = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
             except FileNotFoundError:
-                continue  # a run that ended just now has removed it
+                continue  # a run that ended just now has removed the lock file
             except BlockingIOError:
                 file.seek(0)
                 raise ToolkitError(
@@ -84,7 +84,7 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], flag: str) -> Iterator[IO[bytes]]:
-    """As `replacing`, for a result whose place the user names with `flag`: raises ToolkitError."""
+    """As `replacing`, for a path that the user gives with `flag`; raises ToolkitError."""
     try:
         with replacing(path) as file:
             yield file
@@ -99,17 +99,17 @@ def _temporary(target: Path) -> Path:
 
 
 def _host() -> str:
-    """This machine's name for a file name: process numbers mean something on one machine only."""
+    """This machine's name, for a file name: a process number is valid on one machine only."""
     return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove what runs that are dead by now left half written beside `target`."""
+    """Remove the temporary files that dead runs left beside `target`."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.tmp")
     for name in os.listdir(target.parent):
         match = pattern.fullmatch(name)
         if match and not _alive(int(match[1])):
-            # Another run may have been faster; what cannot be removed is no reason to stop.
+            # Another run may have removed the file first; one that cannot be removed is harmless.
             with contextlib.suppress(OSError):
                 (target.parent / name).unlink()
 
@@ -125,7 +125,7 @@ def _alive(pid: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a rename on the disk, where the file system can do that for a folder."""
+    """Write a rename to the disk, if the file system can do that for a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -135,7 +135,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def unwritable(path: str | os.PathLike[str]) -> str | None:
-    """Why `replacing(path)` would fail, as far as can be told now; None if nothing is wrong."""
+    """The reason why `replacing(path)` would fail, or None if no reason is visible now."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         return "it is a folder"

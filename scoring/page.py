@@ -32,19 +32,19 @@ _LEVELS = 15
 
 
 def full_bits(ntoken: int) -> int:
-    """The surprisal, in bits, that gets the strongest colour: a guess among all words."""
+    """The surprisal, in bits, with the strongest colour: that of a uniform guess of the word."""
     return max(1, math.ceil(math.log2(ntoken)))
 
 
 def level_of(surprisal: float, full: float) -> int:
-    """Which of the colours, from 0 for the pale one, a surprisal in bits gets."""
+    """The index, from 0 for the palest, of the colour of a surprisal; both arguments are bits."""
     if not math.isfinite(surprisal):
         return _LEVELS - 1
     return min(_LEVELS - 1, max(0, int(surprisal / full * _LEVELS)))
 
 
 def _colour(level: int) -> str:
-    """From white by way of yellow to red: lighter and darker also without colours, in print."""
+    """From white through yellow to red, getting darker, so that a print without colours works."""
     x = level / (_LEVELS - 1)
     stops = [(255, 255, 255), (255, 224, 130), (250, 130, 70), (200, 30, 45)]
     at = min(x * (len(stops) - 1), len(stops) - 1 - 1e-9)
@@ -58,7 +58,7 @@ def to_html(
 ) -> str:
     """A page with the text, each token coloured by its surprisal; it needs no other file.
 
-    `ntoken` is the size of the vocabulary; with `characters` nothing stands between two tokens.
+    `ntoken` is the size of the vocabulary; with `characters` no space separates the tokens.
     """
     full = full_bits(ntoken)
     ink = ["#111" if level < 0.8 * _LEVELS else "#fff" for level in range(_LEVELS)]
@@ -101,7 +101,7 @@ def to_html(
 <h1>{html.escape(title)}</h1>
 <table><tr>{cells}</tr></table>
 <div>Surprisal of each token in bits, <code>-log2 p</code>; {full} bits is a blind guess among
-{ntoken} words. Point at a token for its number; &crarr; is the end of a line.</div>
+{ntoken} words. Point at a token to see its surprisal; &crarr; is the end of a line.</div>
 <div class="legend">{legend}</div>
 </header>
 <main>

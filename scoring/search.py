@@ -1,8 +1,8 @@
-"""The continuous cache at many settings at once, over outputs that were stored.
+"""The continuous cache at many settings at once, over stored outputs.
 
-The attention scores of a block of positions are made once. Each theta is an exponential of them;
-windows are nested, so each is a sum of rings of ages; and the best lambda of a theta and a window
-is the root of a decreasing function of per-token probabilities.
+The attention scores of a block of positions are computed once, and their exponentials once for each
+theta. Windows are nested, so each window's sum is a sum over rings of ages. The best lambda of a
+theta and a window is the root of a decreasing function of per-token probabilities.
 """
 
 import math
@@ -17,7 +17,7 @@ from scoring.stream import Piece, with_cache
 
 # A block of b positions needs a few times b * (b + window) numbers at a time.
 _BLOCK = 256
-# A sum of exponentials below this has lost its digits and is made anew for its window alone.
+# A sum of exponentials below this has lost its digits; it is recomputed for its window alone.
 _TINY = 1e-30
 
 WINDOWS = (100, 250, 500, 1000, 2000, 3785)
@@ -44,14 +44,14 @@ def target_probs(
     """The cache's probability of each of `words` at every window and theta, from the start on.
 
     `outputs` (n, size) and `words` (n,) are as for ContinuousCache.target_prob. Returns
-    (windows, thetas, n); at the first position, which has no history, 0. `tick` is told how many
-    positions are done.
+    (windows, thetas, n); the first position, which has no history, has 0. `tick` gets the number of
+    positions of each block done.
     """
     n, device = len(words), outputs.device
     ascending = sorted(set(windows))
     width = min(ascending[-1], max(1, n - 1))
-    # A position's history, oldest first, in columns 0 to width - 1; ring r are the columns from
-    # starts[r] to starts[r - 1]: the ages that window r has and window r - 1 has not.
+    # Columns 0 to width - 1 hold a position's history, oldest first. Ring r is the columns from
+    # starts[r] to starts[r - 1]: the ages in window r but not in window r - 1.
     starts = [max(0, width - window) for window in ascending]
     ends = [width, *starts[:-1]]
     edges = torch.tensor([width - start for start in starts], device=device)
@@ -60,7 +60,7 @@ def target_probs(
     for first in range(0, n, _BLOCK):
         rows = min(_BLOCK, n - first)
         columns = width + rows - 1
-        # How many of the columns would lie before the stream's start.
+        # The number of columns before the stream's start.
         missing = max(0, width - first)
         history = slice(first - width + missing, first + rows - 1)
         queries = slice(first, first + rows)
@@ -69,7 +69,7 @@ def target_probs(
         if missing < columns:
             torch.matmul(outputs[queries], outputs[history].t(), out=scores[:, missing:])
             same[:, missing:] = words[queries].unsqueeze(1) == words[history]
-        # Row i's history starts i columns further right: one step more a row lines them up.
+        # Row i's history starts i columns further right; a stride one larger aligns the rows.
         band = scores.as_strided((rows, width), (columns + 1, 1))
         row, col = same.as_strided((rows, width), (columns + 1, 1)).nonzero(as_tuple=True)
         there = None
@@ -79,9 +79,9 @@ def target_probs(
         top = band.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
         band = band - top
         if there is not None:
-            band.masked_fill_(~there, 0.0)  # whatever is finite at every theta
+            band.masked_fill_(~there, 0.0)  # any number that is finite at every theta
         matches = band[row, col]
-        # The first window that reaches back to a match.
+        # The cell of a match: its row, and the smallest window that reaches back to it.
         cell = row * len(ascending) + torch.bucketize(width - col, edges)
         powers = torch.empty_like(band)
         for k, theta in enumerate(thetas):
@@ -106,18 +106,18 @@ def target_probs(
 
 
 def _anew(scores: Tensor, match: Tensor) -> Tensor:
-    """The cache's probability where the largest score stood outside a window by far.
+    """The cache's probability if the largest score was outside the window and far larger.
 
-    `scores` and `match` are those inside it: nothing of them was left beside the largest one.
+    `scores` and `match` are those inside the window; relative to the largest score they vanished.
     """
     return scores.softmax(dim=0)[match].sum()
 
 
 def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
-    """The lambda in [0, 0.999] at which the mixture's loss is lowest, and how much it takes off.
+    """The lambda in [0, 0.999] at which the mixture's loss is lowest, and the gain in log p.
 
     `logprob` (n,) is the model's log p in nats, `p_cache` (n,) the cache's p, both at the positions
-    where the cache speaks. The second number is the sum of `log(mixture) - logprob`, 0 or more.
+    where the cache speaks. The gain is the sum of `log(mixture) - logprob`, 0 or more.
     """
     # With r = p_cache / p - 1 the gain is the sum of log(1 + lambda r), which is concave.
     r = (p_cache.double() * logprob.double().clamp(min=-700).neg().exp()).sub_(1)
@@ -155,7 +155,7 @@ def grid(
     from_start: bool,
     tick: Callable[[int], None] = lambda n: None,
 ) -> list[Setting]:
-    """Every window with every theta, each at its best lambda."""
+    """The settings of every window with every theta, each at its best lambda."""
     probs = target_probs(piece.outputs, piece.words, windows, thetas, tick)
     n = len(piece.words)
     total = piece.logprob.double().sum().item()
@@ -169,7 +169,7 @@ def grid(
 
 
 def around(values: Sequence[float], best: float) -> list[float]:
-    """Values to try between `best` and its neighbours in `values`, beyond it where it has none."""
+    """Values to try between `best` and its neighbours in `values`; without one, beyond `best`."""
     values = sorted(set(values))
     at = values.index(best)
     if best == 0:  # a uniform cache: nothing below, and no logarithm
@@ -189,11 +189,11 @@ def around(values: Sequence[float], best: float) -> list[float]:
 def search(
     piece: Piece, given: Setting, from_start: bool, tick: Callable[[int], None] = lambda n: None
 ) -> tuple[list[Setting], Setting]:
-    """The settings of the grid, and the best one found there, around it, or given.
+    """The settings of the grid, and the best setting: of the grid, near its best, or `given`.
 
-    `given.loss` is not looked at: the loss at the given setting is computed. The grid holds its
-    window and theta and the published ones, so the best is at least as good. `tick` is told of each
-    position done, of twice as many as there are.
+    `given.loss` is ignored; the loss at the given setting is computed. `given` is one of the
+    candidates, so the best setting is at least as good. `tick` gets the number of positions of each
+    block done; two grids go over all positions.
     """
     windows = sorted({*WINDOWS, given.window})
     thetas = sorted({*THETAS, given.theta})

@@ -14,7 +14,7 @@ from utils import get_batch
 
 
 class Piece(NamedTuple):
-    """What the model says of some successive positions of a stream."""
+    """The model's results at successive positions of a stream."""
 
     outputs: Tensor  # (n, size): the last layer's raw outputs
     words: Tensor  # (n,): the words that follow
@@ -31,8 +31,8 @@ def pieces(
 ) -> Iterator[Piece]:
     """Run the model once over `source` (rows, 1), `bptt` positions at a time.
 
-    The hidden state is carried, so `bptt` changes nothing but the size of the pieces. Together they
-    hold the `rows - 1` words that have one before them. `max_batches` stops early.
+    The hidden state is carried, so `bptt` changes only the size of the pieces. Together they hold
+    every word but the first, `rows - 1` in all. `max_batches` stops early.
     """
     model.eval()
     hidden = model.init_hidden(1)
@@ -53,17 +53,16 @@ def joined(parts: Iterable[Piece]) -> Piece:
 def mixture(logprob: Tensor, p_cache: Tensor, lambdasm: float) -> Tensor:
     """`log(lambdasm * p_cache + (1 - lambdasm) * exp(logprob))`, in nats, for any shape.
 
-    In the logarithm, so that a word to which the model gives next to nothing stays finite.
+    Computed with logarithms, so that the result is finite for words of tiny model probability.
     """
     log_lambda = math.log(lambdasm) if lambdasm else -math.inf
     return torch.logaddexp(p_cache.log() + log_lambda, logprob + math.log1p(-lambdasm))
 
 
 def with_cache(piece: Piece, cache: ContinuousCache, lambdasm: float) -> tuple[Tensor, Tensor]:
-    """`log p` (n,) of the words under the mixture with `cache`, and where that speaks (n,).
+    """`log p` (n,) of the words under the mixture with `cache`, and where the cache speaks (n,).
 
-    Where it does not speak yet, the vocabulary's softmax counts alone. The cache remembers the
-    piece.
+    Where the cache does not speak yet, p is the model's alone. The piece is added to the cache.
     """
     p_cache, speaks = cache.target_prob(piece.outputs, piece.words)
     return torch.where(speaks, mixture(piece.logprob, p_cache, lambdasm), piece.logprob), speaks

@@ -44,7 +44,7 @@ class Summary:
         )
 
     def numbers(self) -> dict[str, float | None]:
-        """What is reported, by name; None where nothing was scored or a number is infinite."""
+        """The reported numbers by name; None if nothing was scored or a number is infinite."""
         loss = -self.logprob / self.tokens if self.tokens else math.nan
         values = {
             "tokens": self.tokens,
@@ -60,7 +60,7 @@ class Summary:
 
 
 def is_character_level(dictionary: Dictionary) -> bool:
-    """Whether each word is a character, or a byte as a decimal number; <...> are not looked at."""
+    """Whether each word is a character, or a byte as a decimal number; <...> are ignored."""
     words = [word for word in dictionary.idx2word if not re.fullmatch("<.*>", word)]
     single = all(len(word) == 1 for word in words)
     return single or all(word.isascii() and word.isdigit() and int(word) < 256 for word in words)
@@ -69,8 +69,8 @@ def is_character_level(dictionary: Dictionary) -> bool:
 def tokenize(text: str, dictionary: Dictionary) -> tuple[list[Token], Tensor]:
     """The tokens of `text` and their ids (n,); every line ends in one <eos>.
 
-    A word that the vocabulary lacks gets the id of <unk>. Raises ToolkitError if that is lacking
-    too, or if <eos> is.
+    A word that the vocabulary lacks gets the id of <unk>. Raises ToolkitError if the vocabulary
+    lacks the <unk> that such a word needs, or <eos>.
     """
     if EOS not in dictionary.word2idx:
         raise ToolkitError(f"the model's vocabulary has no {EOS}: it cannot score lines of text")

@@ -10,7 +10,7 @@ from cli import plotting
 
 
 class Change(NamedTuple):
-    """What the cache changed for a word over all of its occurrences."""
+    """The cache's effect on a word over all of its occurrences."""
 
     word: str
     total: float  # the sum of the changes of log p, in nats
@@ -18,7 +18,7 @@ class Change(NamedTuple):
 
 
 def changes(gain: Tensor, words: Tensor, names: Sequence[str]) -> list[Change]:
-    """The change of every word that occurs, those the cache helps most first.
+    """The change of every word that occurs; the words the cache helps most come first.
 
     `gain` (n,) is the change of log p at each position, in nats, `words` (n,) the words there.
     """
@@ -32,30 +32,30 @@ def changes(gain: Tensor, words: Tensor, names: Sequence[str]) -> list[Change]:
 
 
 def extremes(found: Sequence[Change], n: int) -> tuple[list[Change], list[Change]]:
-    """The `n` words helped most and the `n` hurt most, the most first; a word is in one only."""
+    """The `n` words helped most and the `n` hurt most, strongest first; no word is in both."""
     helped = [change for change in found if change.total > 0]
     hurt = [change for change in reversed(found) if change.total < 0]
     return helped[:n], hurt[:n]
 
 
 def print_words(found: Sequence[Change], n: int) -> None:
-    """The table of --by-word."""
+    """Print the table of --by-word."""
     for what, some in zip(("helps", "hurts"), extremes(found, n), strict=True):
-        print(f"| words of valid.txt that the cache {what} most, log p with it less log p without")
+        print(f"| words of valid.txt that the cache {what} most: log p with it minus log p without")
         print("|        sum |     mean |   count | word")
         for word, total, count in some:
             print(f"| {total:10.2f} | {total / count:8.3f} | {count:7d} | {word}")
 
 
 def draw_words(found: Sequence[Change], n: int, path: str) -> None:
-    """The figure of --plot, after arXiv 1708.02182: left what the cache hurts, right what it helps.
+    """Draw the figure of --plot, after arXiv 1708.02182: hurt words left, helped words right.
 
     Raises ToolkitError if it cannot be drawn.
     """
     helped, hurt = extremes(found, n)
     rows = max(len(helped), len(hurt), 1)
     figure = plotting.figure_class()(figsize=(9, 1.4 + 0.24 * rows), layout="constrained")
-    # One scale: the two sides are to be compared.
+    # One scale makes the two sides comparable.
     axes = figure.subplots(1, 2, sharex=True)
     for ax, some, colour, what, unit in (
         (axes[0], hurt, "#c0392b", "hurts", "lost"),

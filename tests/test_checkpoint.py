@@ -223,7 +223,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
     (tmp_path / "m.pt").touch()
     monkeypatch.setattr(model_file, "opened", refused)
-    with pytest.raises(CheckpointError, match=r"cannot read .*m\.pt \(Permission denied\): let"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*m\.pt \(Permission denied\): ch"):
         checkpoint.load(tmp_path / "m.pt")
 
 

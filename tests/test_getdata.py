@@ -261,7 +261,7 @@ def test_wrong_checksum_tells_what_to_do(server, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("archive", "said"),
     [
-        (zipped({**TEXTS, "test": b"other words"}), "test.txt has not the checksum"),
+        (zipped({**TEXTS, "test": b"other words"}), "test.txt does not have the checksum"),
         (zipped({"train": TEXTS["train"]}), "0 files wiki.valid.tokens"),
         (PAGE, "cannot be unpacked"),
         (ZIP[:-30], "cannot be unpacked"),
@@ -306,7 +306,7 @@ def test_wrong_files_in_place_are_kept_aside(server, tmp_path, capsys):
     (folder / "train.txt").write_text("mine")
     (folder / "notes").write_text("mine too")
     assert run(toy(zip_source(f"{server.url}/toy.zip")), tmp_path) == 0
-    assert "train.txt has not the checksum" in capsys.readouterr().out
+    assert "train.txt does not have the checksum" in capsys.readouterr().out
     assert (folder / "train.txt").read_bytes() == TEXTS["train"]
     assert (folder / "train.txt.old").read_text() == "mine"
     assert (folder / "notes").read_text() == "mine too"
@@ -380,14 +380,14 @@ def test_derived_corpus_without_its_base(server, tmp_path, capsys):
     specs["chars"] = Spec("chars", TOY_TEXTS, base="toy", derive=getdata.words_to_characters)
     assert run(specs, tmp_path, "chars") == 1
     error = capsys.readouterr().err
-    assert error.startswith("chars: not to be made from toy\ntoy: no source worked\n")
+    assert error.startswith("chars: cannot be made from toy\ntoy: no source worked\n")
     assert_nothing_in_place(tmp_path)
 
 
 def test_parquet_needs_pyarrow(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
     assert run(toy(getdata.parquet("wikitext-2-v1", 1)), tmp_path) == 1
-    assert "not tried, it takes the Python package pyarrow" in capsys.readouterr().err
+    assert "not tried, it needs the Python package pyarrow" in capsys.readouterr().err
 
 
 def test_text_from_parquet(server, tmp_path):

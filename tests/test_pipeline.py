@@ -299,7 +299,7 @@ def test_finetuning_that_was_done_goes_on_with_another_nonmono(script, corpus_di
     state.training["done"] = True
     checkpoint.save(path, state)
     _, out, _ = script("finetune", "--resume", path, "--epochs", 2)
-    assert "Done before: the validation loss no longer fell" in out
+    assert "Already done: the validation loss no longer fell" in out
     assert "end of epoch" not in out
     _, out, _ = script("finetune", "--resume", path, "--epochs", 2, "--nonmono", 9)
     assert "end of epoch   2" in out
@@ -748,7 +748,7 @@ def test_a_new_run_keeps_the_file_of_another(script, corpus_dir, tmp_path):
     assert not kept.exists()
     first = path.read_bytes()
     out = train(script, corpus_dir, path, "--epochs", 2, "--seed", 8)
-    assert out.count(f"Keeping the model file that is at {path} as {kept}") == 1
+    assert out.count(f"Keeping the old model file {path} as {kept}") == 1
     assert kept.read_bytes() == first
     second = path.read_bytes()
     assert second != first
@@ -880,7 +880,7 @@ def test_training_whose_output_nothing_takes(at, corpus_dir, tmp_path):
         # There is nothing to save yet, so no file is written.
         assert not model.exists()
     else:
-        assert error.endswith(f"; --resume {model} goes on from here\n")
+        assert error.endswith(f"; --resume {model} continues from here\n")
         assert checkpoint.load(model).training["position"]["batches"] > 0
 
 

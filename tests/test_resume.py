@@ -175,7 +175,7 @@ def test_a_damaged_state_cannot_be_resumed_but_its_model_stays(
     path, damaged = tmp_path / "m.pt", copy.deepcopy(within_an_epoch)
     DAMAGE[case](damaged.training)
     checkpoint.save(path, damaged)
-    message = r"m\.pt cannot be resumed \(.*its model can be used"
+    message = r"m\.pt cannot be resumed \(.*its model can still be used"
     with (
         pytest.raises(ToolkitError, match=message),
         a_session(path, corpus_dir, "LSTM", "NT-ASGD, averaging"),

@@ -207,7 +207,7 @@ def test_a_rank_without_others_says_what_it_waits_for(tmp_path):
     environment = {**os.environ, **meeting}
     first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert first.returncode == 1
-    assert f"Rank 0 waits at 127.0.0.1:{port} for the others of 2" in first.stdout
+    assert f"Rank 0 of 2 waits at 127.0.0.1:{port} for the others" in first.stdout
     assert re.fullmatch(
         r".*error: rank 0 of 2 does not meet the others .*: start .*\n", first.stderr
     )

@@ -168,7 +168,7 @@ def test_how_many_words_are_left_out_where_unk_is_new(script, tmp_path):
     argv = ["--data", folder, *TINY, "--epochs", 1, "--max-batches", 1, "--min-count", 2]
     status, out, _ = script("main", *argv, "--save", tmp_path / "m.pt")
     assert status == 0
-    assert "| vocabulary of 4 words, 4 rarer ones left out" in out
+    assert "| vocabulary of 4 words, 4 rarer words left out" in out
 
 
 def test_finetuning_on_another_corpus(script, long_texts, corpus_dir, trained, tmp_path):

@@ -35,7 +35,7 @@ def tokens(split: str) -> list[str]:
 
 
 def unigram_perplexity(split: str) -> float:
-    """What word frequencies counted in train.txt score."""
+    """The perplexity of a split under the word frequencies of train.txt."""
     counts = Counter(tokens("train"))
     total = sum(counts.values())
     words = tokens(split)

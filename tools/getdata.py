@@ -1,7 +1,7 @@
 """Fetch corpora, check them, and put them in place as train.txt, valid.txt, test.txt.
 
-Only the standard library is used. `./getdata.sh NAME...` is the way to call it. Nothing counts
-that does not have the right checksum, and no half-made file is ever seen under data/NAME.
+Only the standard library is used. Call it as `./getdata.sh NAME...`. Files without the right
+checksum are rejected, and no incomplete file ever appears under data/NAME.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "valid", "test")
-# Some servers turn away what says that it is Python's urllib.
+# Some servers reject the user agent of Python's urllib.
 USER_AGENT = "Mozilla/5.0 (compatible; awd-lstm-lm getdata)"
 TIMEOUT = 30  # seconds without a byte
-TRIES = 5  # how often a connection that breaks, but brought something, is taken up again
+TRIES = 5  # connections for one file, as long as each of them brings some bytes
 CHUNK = 1 << 18
 
 
 def say(line: str) -> None:
-    print(line, flush=True)  # in order with what goes to standard error
+    print(line, flush=True)  # to keep the order with standard error
 
 
 class SourceError(Exception):
@@ -41,12 +41,12 @@ class SourceError(Exception):
 
 
 class FetchError(Exception):
-    """A corpus cannot be had: the message says what to do."""
+    """A corpus cannot be fetched: the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """One of the three files: its checksum (`sha256:...` or `sha1:...`), tokens with `<eos>`."""
+    """One of the three files: checksum (`sha256:...` or `sha1:...`), tokens including `<eos>`."""
 
     checksum: str
     tokens: int | None = None
@@ -66,11 +66,11 @@ class Remote:
 
 @dataclass(frozen=True)
 class Source:
-    """One way to a corpus: downloads, and how to make the three files in a folder from them."""
+    """A source of a corpus: downloads, and how to make the three files in a folder from them."""
 
     remotes: tuple[Remote, ...]
     unpack: Callable[[list[Path], Path], None]
-    needs: str | None = None  # a package that unpacking takes
+    needs: str | None = None  # a package that unpacking needs
 
     @property
     def where(self) -> str:
@@ -86,9 +86,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Spec:
-    """A corpus: what its files must be, where to get them, or what other corpus to derive it from.
+    """A corpus: its files, and their sources or the corpus that they are derived from.
 
-    With neither sources nor a `derive` it comes with the repository.
+    A corpus with neither sources nor a `derive` is part of the repository.
     """
 
     name: str
@@ -109,7 +109,7 @@ def copy_texts(paths: list[Path], folder: Path) -> None:
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open an archive; whatever is wrong with it is a SourceError."""
+    """Open an archive; any fault in it raises SourceError."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -130,16 +130,16 @@ def unzip_wikitext(paths: list[Path], folder: Path) -> None:
 
 
 def rows_to_texts(paths: list[Path], folder: Path) -> None:
-    """Put WikiText together again from Parquet files, a line a row, blank lines as empty rows."""
+    """Rebuild WikiText from Parquet files, one row a line; an empty row is a blank line."""
     reader = importlib.import_module("pyarrow.parquet")
     for split in SPLITS:
         with (folder / f"{split}.txt").open("w", encoding="utf-8", newline="\n") as file:
-            # "valid" is called "validation" there.
+            # The Parquet files call "valid" "validation".
             for path in sorted(p for p in paths if p.name.startswith(split)):
                 try:
                     for batch in reader.ParquetFile(path).iter_batches(columns=["text"]):
                         file.writelines(row or " \n" for row in batch.column(0).to_pylist())
-                except (ValueError, KeyError, OSError) as error:  # pyarrow's errors are these
+                except (ValueError, KeyError, OSError) as error:  # pyarrow raises these
                     raise SourceError(f"{describe(path)}, which is no Parquet: {error}") from None
 
 
@@ -178,7 +178,7 @@ def words_to_characters(words: Path, folder: Path) -> None:
                 file.write("".join(f"{symbol} " for symbol in symbols))
 
 
-# What is known of the corpora
+# The known corpora
 
 
 def texts(train: Text, valid: Text, test: Text) -> Mapping[str, Text]:
@@ -186,7 +186,7 @@ def texts(train: Text, valid: Text, test: Text) -> Mapping[str, Text]:
 
 
 def plain(base: str, names: str, files: Mapping[str, Text]) -> Source:
-    """The three files themselves, under `base`; `names` says how they are called there."""
+    """A source of the three files themselves, under `base`; `names` is their name there."""
     remotes = (
         Remote(f"{base}/{names.format(split)}", text.checksum) for split, text in files.items()
     )
@@ -317,7 +317,7 @@ def count_tokens(path: Path) -> int:
 
 
 def describe(path: Path) -> str:
-    """Say what came instead of what was wanted; error pages are often saved as archives."""
+    """Describe a wrong download; it is often an error page saved as an archive."""
     with path.open("rb") as file:
         start = file.read(300).lstrip().lower()
     is_page = start.startswith((b"<!doctype", b"<html", b"<?xml"))
@@ -326,14 +326,14 @@ def describe(path: Path) -> str:
 
 
 def wrong_files(spec: Spec, folder: Path) -> list[str]:
-    """Return what is wrong with the corpus in `folder`: a phrase a file, none if all is right."""
+    """Return the faults of the corpus in `folder`, one phrase for each wrong file."""
     wrong = []
     for split, text in spec.texts.items():
         path = folder / f"{split}.txt"
         if not path.is_file():
             wrong.append(f"{path.name} is missing")
         elif not matches(path, text.checksum):
-            wrong.append(f"{path.name} has not the checksum {text.checksum}")
+            wrong.append(f"{path.name} does not have the checksum {text.checksum}")
     return wrong
 
 
@@ -341,7 +341,7 @@ def check_made(spec: Spec, folder: Path) -> None:
     """Raise SourceError unless the files just made are the corpus."""
     wrong = wrong_files(spec, folder)
     if wrong:
-        raise SourceError(f"made of what came, {'; '.join(wrong)}")
+        raise SourceError(f"after unpacking, {'; '.join(wrong)}")
     for split, text in spec.texts.items():
         tokens = count_tokens(folder / f"{split}.txt")
         if text.tokens not in (None, tokens):
@@ -358,14 +358,15 @@ def show_progress(name: str, done: int, total: int | None) -> None:
 
 
 def download(remote: Remote, part: Path) -> bool:
-    """Fetch a file into `part`, going on after what is there already; say if that was made use of.
+    """Fetch a file into `part`, continuing an earlier download; return whether it was continued.
 
-    A part that is whole and right is taken as it is. Raises SourceError; what came is then kept.
+    A complete part with the right checksum is not fetched again. Raises SourceError; the bytes
+    received are then kept.
     """
     if remote.checksum and part.exists() and matches(part, remote.checksum):
         return False
     resumed = False
-    broken = "no whole answer came"
+    broken = "no complete answer came"
     for _ in range(TRIES):
         have = part.stat().st_size if part.exists() else 0
         headers = {"User-Agent": USER_AGENT}
@@ -377,19 +378,19 @@ def download(remote: Remote, part: Path) -> bool:
             )
         except urllib.error.HTTPError as error:
             error.close()
-            if have and error.code == 416:  # no such range: what is there is too long, or whole
+            if have and error.code == 416:  # no such range: the part is too long, or complete
                 part.unlink()
                 continue
             raise SourceError(f"{remote.name}: HTTP status {error.code} {error.reason}") from None
         except urllib.error.URLError as error:
             raise SourceError(f"{remote.name}: no connection ({error.reason})") from None
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: no URL at all
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
             reason = error or type(error).__name__
             raise SourceError(f"{remote.name}: no answer ({reason})") from None
         with answer:
             partial = answer.status == 206
             if partial and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                part.unlink(missing_ok=True)  # not the rest that was asked for
+                part.unlink(missing_ok=True)  # the answer is not the requested range
                 continue
             resumed = partial
             broken = _receive(answer, part, have if partial else 0)
@@ -397,17 +398,17 @@ def download(remote: Remote, part: Path) -> bool:
             return resumed
         if part.stat().st_size <= have:
             break
-    raise SourceError(f"{remote.name}: {broken}; a later try goes on from there")
+    raise SourceError(f"{remote.name}: {broken}; the next run continues from there")
 
 
 def _receive(answer: HTTPResponse, part: Path, done: int) -> str | None:
-    """Write the answer's body to `part` after its first `done` bytes; say what broke it, if so."""
+    """Append the answer's body to the first `done` bytes of `part`; return the fault, if any."""
     length = answer.headers.get("Content-Length")
     total = done + int(length) if length and length.isdigit() else None
     broken = None
     with part.open("ab" if done else "wb") as file:
         while True:
-            # Only the network is the mirror's fault: a full disk, below, is another matter.
+            # Only network errors are the source's fault; a full disk raises below.
             try:
                 chunk = answer.read(CHUNK)
             except (OSError, HTTPException) as error:
@@ -431,7 +432,7 @@ def make_from(spec: Spec, source: Source, parts_folder: Path, folder: Path) -> N
         try:
             importlib.import_module(source.needs)
         except ImportError:
-            raise SourceError(f"not tried, it takes the Python package {source.needs}") from None
+            raise SourceError(f"not tried, it needs the Python package {source.needs}") from None
     parts = [parts_folder / f"{remote.name}.part" for remote in source.remotes]
     for last in (False, True):
         resumed = [download(*pair) for pair in zip(source.remotes, parts, strict=True)]
@@ -444,7 +445,7 @@ def make_from(spec: Spec, source: Source, parts_folder: Path, folder: Path) -> N
             for remote, part in zip(source.remotes, parts, strict=True):
                 if not (remote.checksum and matches(part, remote.checksum)):
                     part.unlink()
-            # The two halves of a resumed file may not belong together: once more from nothing.
+            # The parts of a resumed file may not belong together: try once more from the start.
             if last or not any(resumed):
                 raise
 
@@ -459,7 +460,7 @@ def _check_parts(source: Source, parts: list[Path]) -> None:
 
 
 def place(spec: Spec, made: Path, folder: Path) -> None:
-    """Move the finished corpus to `folder` by renaming; files it takes the place of become .old."""
+    """Move the finished corpus to `folder` by renaming; files that it replaces become .old."""
     if not folder.exists():
         made.rename(folder)
         return
@@ -472,7 +473,7 @@ def place(spec: Spec, made: Path, folder: Path) -> None:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """A fresh folder that is gone afterwards, unless it was renamed."""
+    """A fresh folder that is removed afterwards, unless it was renamed."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     try:
@@ -482,14 +483,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def by_hand(spec: Spec, folder: Path) -> str:
-    """Say what to fetch by other means, where to put it, and which checksums it must have."""
-    lines = ["What to do by hand: save the files of any one place in a folder DIR,"]
+    """Instructions to fetch a corpus by hand: the files, their checksums, where to put them."""
+    lines = ["To fetch it by hand, save all files of one of these places in a folder DIR,"]
     for source in spec.sources:
         if not source.needs:
             lines.append(f"  from {source.where}:")
             lines += [f"    {remote.name}  {remote.checksum or ''}" for remote in source.remotes]
     lines.append(f"and run  BASE_URL=file://DIR ./getdata.sh {spec.name}")
-    lines.append("or put the three files themselves, however you come by them, at")
+    lines.append("or put the three files, from any other source, at")
     lines += [f"    {folder / split}.txt  {text.checksum}" for split, text in spec.texts.items()]
     return "\n".join(lines)
 
@@ -497,9 +498,9 @@ def by_hand(spec: Spec, folder: Path) -> str:
 def get(
     name: str, data_dir: Path, base_url: str | None = None, specs: Mapping[str, Spec] = SPECS
 ) -> None:
-    """Have corpus `name` in `data_dir`/`name`, whole and right, or raise FetchError.
+    """Put corpus `name`, complete and checked, in `data_dir`/`name`, or raise FetchError.
 
-    With `base_url` the files are asked for there and nowhere else.
+    With `base_url` the files are fetched from there only.
     """
     spec = specs[name]
     shipped = not spec.sources and spec.derive is None
@@ -523,7 +524,7 @@ def get(
                 spec.derive(data_dir / spec.base, made)
                 check_made(spec, made)
             except (FetchError, SourceError) as error:
-                raise FetchError(f"{name}: not to be made from {spec.base}\n{error}") from None
+                raise FetchError(f"{name}: cannot be made from {spec.base}\n{error}") from None
         else:
             _make_from_any(spec, data_dir, base_url, made)
         place(spec, made, folder)
@@ -533,8 +534,8 @@ def get(
 def _make_from_any(spec: Spec, data_dir: Path, base_url: str | None, made: Path) -> None:
     sources = spec.sources
     if base_url:
-        # A mirror has the corpus itself; Parquet is one host's own form of it. Several sources
-        # of the same file become one.
+        # A mirror has the original files; the Parquet files are one host's own. Several sources of
+        # the same file become one.
         mirrored = (source.mirrored(base_url) for source in sources if not source.needs)
         sources = tuple(dict.fromkeys(mirrored))
     parts_folder = data_dir / f".{spec.name}.download"
@@ -557,7 +558,7 @@ def _make_from_any(spec: Spec, data_dir: Path, base_url: str | None, made: Path)
 
 @contextmanager
 def alone_in(data_dir: Path) -> Iterator[None]:
-    """Keep a second run from writing to the same files; the system lets go when this one ends."""
+    """Keep a second run from writing to the same files; the lock ends with this process."""
     handle = os.open(data_dir, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -573,12 +574,12 @@ def main(
     environ: Mapping[str, str] = os.environ,
     specs: Mapping[str, Spec] = SPECS,
 ) -> int:
-    """Get each corpus named; return 0 if all are there, 1 if not. Wrong usage exits with 2."""
+    """Get each named corpus; return 0 if all succeed, else 1. Wrong usage exits with 2."""
     parser = argparse.ArgumentParser(
         prog="getdata.sh",
         description="Fetch corpora into data/NAME, each as train.txt, valid.txt and test.txt.",
         epilog="DATA_DIR=... is the folder to put them in instead of data; BASE_URL=... (http:// "
-        "or file://) is where to fetch the files from instead of the usual places.",
+        "or file://) is the place to fetch the files from instead of the usual ones.",
     )
     parser.add_argument("names", nargs="+", metavar="NAME", choices=[*specs, "all"])
     names = parser.parse_args(argv).names
@@ -599,7 +600,7 @@ def main(
         print(f"getdata.sh: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ngetdata.sh: stopped; the next run goes on where this one was", file=sys.stderr)
+        print("\ngetdata.sh: stopped; the next run continues from here", file=sys.stderr)
         return 130
     return int(failed)
 

@@ -1,12 +1,12 @@
-"""Make a model.pt of the weights of a model that was trained with the original toolkit.
+"""Make a model.pt from a model that was trained with the original toolkit.
 
-The original pickles whole objects, which only its own code can read. Export plain tensors there,
-where `MODEL.pt` is the file it saved (README.md, "Weights trained with the original"), then:
+The original pickles whole objects, which only its own code can read. Export plain tensors with it
+from the file it saved (docs/model-file.md, "Weights trained with the original"), then:
 
     python tools/import_original.py exported.pt --data data/penn --save model.pt
 
-The architecture is read off the tensors' names and shapes, the vocabulary is that of the corpus, by
-order of first appearance, as the original numbers it.
+The architecture follows from the tensors' names and shapes. The vocabulary is that of the corpus,
+in order of first appearance, as in the original.
 """
 
 import math
@@ -43,18 +43,19 @@ def build_parser() -> Parser:
 
 
 def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state dicts of model and criterion in an exported file, as float32; nothing is run.
+    """The state dicts of model and criterion in an exported file, as float32; no code in it runs.
 
     Raises ToolkitError if the file holds anything but named tensors.
     """
     if not Path(path).is_file():
-        raise ToolkitError(f"there is no file {path}: export one as the README says")
+        raise ToolkitError(f"there is no file {path}: export one as docs/model-file.md says")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch.load raises many kinds; whichever it is, these are not plain tensors.
+        # torch.load raises many kinds of error; each means that these are not plain tensors.
         raise ToolkitError(
-            f"{path} does not hold plain tensors alone: export the state dict as the README says"
+            f"{path} does not hold plain tensors alone: export the state dict as "
+            "docs/model-file.md says"
         ) from error
     if isinstance(content, dict) and set(content) == {"model", "criterion"}:
         states = [content["model"], content["criterion"]]
@@ -66,16 +67,16 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             for name, value in state.items()
         ):
             raise ToolkitError(
-                f"{path} holds something else than named weights: export the state dict as the "
-                "README says"
+                f"{path} holds something other than named weights: export the state dict as "
+                "docs/model-file.md says"
             )
     model, criterion = ({k: v.float().contiguous() for k, v in s.items()} for s in states)
-    # Some versions of the original also name the dropped copy of a weight: the raw one is trained.
+    # Some versions of the original also store a weight's dropped copy: only the raw one counts.
     return {name: t for name, t in model.items() if f"{name}_raw" not in model}, criterion
 
 
 def architecture(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of RNNModel but the dropouts, off names and shapes; raises KeyError if odd."""
+    """RNNModel's arguments except dropouts, from names and shapes; raises KeyError if odd."""
     plain = {name.replace(".module.", ".").removesuffix("_raw"): t for name, t in state.items()}
     ntoken, ninp = plain["encoder.weight"].shape
     numbers = {int(m[1]) for name in plain if (m := re.match(r"rnns\.(\d+)\.", name))}
@@ -96,7 +97,7 @@ def architecture(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Import; raises ToolkitError for what the user can mend."""
+    """Import; raises ToolkitError for problems the user can fix."""
     args = build_parser().parse_args(argv)
     state, criterion_state = read(args.exported)
     checkpoint.check_writable(args.save)
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{args.exported} has {config['ntoken']} words and the corpus {args.data} {words}: "
                 "bring the corpus it was trained on"
             )
-        # The default dropouts of main.py; finetune.py takes others.
+        # The default dropouts of main.py; finetune.py can be given others.
         wdrop = 0.5 if any(name.endswith("_raw") for name in state) else 0.0
         model = RNNModel(**config, dropout=0.4, dropouth=0.3, dropouti=0.65, wdrop=wdrop)
         splits = default_splits(words) if criterion_state else []
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.load_state(criterion, criterion_state)
     except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ToolkitError(
-            f"the weights in {args.exported} are not those of a model of the original "
+            f"the weights in {args.exported} do not fit a model of the original "
             f"({type(error).__name__}: {str(error).splitlines()[0]}): export it again"
         ) from error
     if not criterion_state and default_splits(words):
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             valid_loss=math.inf,
         ),
     )
-    # Reads what was written, which checks it.
+    # Loading the written file also checks it.
     config = checkpoint.load(args.save).config
     print(
         f"{args.save}: {config['rnn_type']}, {config['nlayers']} layers, emsize {config['ninp']}, "

@@ -1,8 +1,8 @@
 """Make data/sample from the King James Bible: `python tools/make_sample.py [TEXT] [--out DIR]`.
 
-TEXT is a file with what `bible -f gen1:1-rev22:21` prints (Debian's package bible-kjv: one verse
+TEXT is a file with the output of `bible -f gen1:1-rev22:21` (Debian's package bible-kjv: one verse
 a line, such as `Ge1:3 And God said, ...`); without it the command itself is run. The three files
-go to DIR (data/sample by default) and their figures are printed as they stand in its README.
+go to DIR (data/sample by default), and their figures are printed as rows for its README.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 COMMAND = ["bible", "-f", "gen1:1-rev22:21"]
-# Narrative prose, so that the text is of one kind; the laws, lists and poems are left out.
+# Only narrative prose, so that the text is of one kind: no laws, lists or poems.
 BOOKS = ["Ge", "Exo", "Jdgs", "Ruth", "1Sm", "2Sm", "1Ki", "2Ki", "Est"]
 VERSE = re.compile(r"(\d?[A-Za-z]+)(\d+):\d+ (.*)")
 WORD = re.compile(r"[a-z]+(?:-[a-z]+)*|'s\b")
@@ -29,7 +29,7 @@ def words_of(verse: str) -> list[str]:
 
 
 def split_by_chapter(text: str) -> dict[str, list[list[str]]]:
-    """Deal out the chosen books: of every ten chapters the ninth is valid, the tenth test."""
+    """Split the chosen books: of every ten chapters the ninth is valid, the tenth test."""
     verses: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     chapters: dict[tuple[str, str], int] = {}
     for line in text.splitlines():
@@ -48,7 +48,7 @@ def split_by_chapter(text: str) -> dict[str, list[list[str]]]:
 
 
 def replace_rare(verses: dict[str, list[list[str]]]) -> None:
-    """Put <unk> for every word, in any file, that train has fewer than MIN_COUNT times."""
+    """Replace the words that train has fewer than MIN_COUNT times by <unk>, in every file."""
     counts = Counter(word for verse in verses["train"] for word in verse)
     for split in SPLITS:
         verses[split] = [
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=default, help="folder for the three files")
     args = parser.parse_args(argv)
     if args.text is None:
-        # Its input is closed off: with a terminal there it would start to ask questions.
+        # The command gets no input: on a terminal it would start to ask questions.
         try:
             text = subprocess.run(
                 COMMAND, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL

@@ -1,10 +1,12 @@
 """Write the pages' tables from results/ and the presets alone, or check that they agree.
 
-Between the markers `<!-- NAME: written by tools/results_table.py -->` and `<!-- end of NAME -->`:
-`published` in README.md is the published table with ours beside it, from results/ROW.metrics.jsonl,
-which bench/reproduce.py writes; `study` in docs/reproducing.md the small-scale study's tables, from
-results/study.jsonl, which bench/study.py writes; `commands` in docs/commands.md the published
-commands, from cli/presets.py. `--check` changes nothing and ends with exit status 1 if they differ.
+Tables stand between `<!-- NAME: written by tools/results_table.py -->` and `<!-- end of NAME -->`:
+
+published  in README.md: published figures and ours, from bench/reproduce.py's ROW.metrics.jsonl
+study      in docs/reproducing.md: the small-scale study, from bench/study.py's study.jsonl
+commands   in docs/commands.md: the published commands, from cli/presets.py
+
+`--check` changes nothing and ends with exit status 1 if they differ.
 """
 
 import argparse
@@ -35,7 +37,7 @@ def published_cell(row: Row, stage: str) -> str:
 
 
 def our_cell(row: Row, known: dict[str, Any] | None) -> str:
-    """Ours, and how far it came where it is not finished; empty where nothing has been run."""
+    """Our figures, or the progress of an unfinished run; empty if nothing has been run."""
     if not known or known.get("valid") is None:
         return ""
     digits = 3 if row.unit == BITS else 2
@@ -48,7 +50,7 @@ def our_cell(row: Row, known: dict[str, Any] | None) -> str:
 
 
 def published_table(results: Path) -> str:
-    """The published table with ours from the files in `results`."""
+    """The published table with our figures from the files in `results`."""
     lines = [
         "| corpus, cell | published: main | finetune | pointer | ours: main | finetune | pointer |",
         "|---|---|---|---|---|---|---|",
@@ -88,7 +90,7 @@ def commands() -> str:
 
 
 def pages(results: Path) -> dict[str, tuple[str, str]]:
-    """By page: the name of the part that is written, and its content."""
+    """The table of each page: its name and its content."""
     return {
         "README.md": ("published", published_table(results)),
         "docs/reproducing.md": ("study", study.tables(study.read(results))),

@@ -1,1 +1,1 @@
-"""Training: the session of a run, an epoch, a step, and what a run resumes from."""
+"""Training: the session of a run, an epoch, a step, and the state a run resumes from."""

@@ -20,7 +20,7 @@ TEST_BATCH_SIZE = 1
 def in_columns(
     corpus: Corpus, batch_size: int, device: torch.device, ranks: Ranks = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Train, valid and test of `corpus` in columns on `device`, of several `ranks` this one's.
+    """Train, valid and test of `corpus` in columns on `device`; with `ranks`, this rank's columns.
 
     Raises ToolkitError if one of them is too short for its columns.
     """
@@ -39,9 +39,9 @@ def in_columns(
 
 
 def draw_seq_len(rng: np.random.RandomState, bptt: int, max_seq_len: int | None = None) -> int:
-    """A random sequence length: about `bptt`, one time in twenty about half of it.
+    """A random sequence length: about `bptt`, or one time in twenty about half of that.
 
-    arXiv 1708.02182, section 4.1. At least 5 and, if given, at most `max_seq_len`.
+    arXiv 1708.02182, section 4.1. The length is at least 5 and, if given, at most `max_seq_len`.
     """
     base = bptt if rng.random() < 0.95 else bptt / 2
     seq_len = max(5, int(rng.normal(base, 5)))
@@ -56,7 +56,7 @@ def train_epoch(
     fixed_length: bool = False,
     max_batches: int | None = None,
 ) -> Iterator[None]:
-    """Train from where `step` stands to the end of its text, and yield after every batch.
+    """Train from the position of `step` to the end of its text, and yield after every batch.
 
     With `fixed_length` every sequence is the step's `bptt` long, and `rng` is not used;
     `max_batches` ends the epoch early.
@@ -83,9 +83,9 @@ def evaluate(
     """Mean cross-entropy, nats a predicted token, over `source` (rows, bsz) in chunks of `bptt`.
 
     The hidden state is carried from chunk to chunk. The mean is over the `rows - 1` positions that
-    have a next word. `max_batches` stops early. `after_chunk` may end it by raising. Among several
-    `ranks`, `source` is this rank's columns, and the mean is over those of all. On a terminal a bar
-    is shown if `what`, a name for the source, is given.
+    have a next word. `max_batches` stops early; `after_chunk` may raise to end the evaluation. With
+    several `ranks`, `source` has this rank's columns, and the mean is over all columns. If `what`,
+    a name for the source, is given, a terminal shows a progress bar.
     """
     model.eval()
     hidden = model.init_hidden(source.size(1))

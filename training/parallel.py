@@ -1,8 +1,8 @@
 """Several processes that train one model, each on its share of a batch's columns.
 
-Started by torchrun, which tells each process its rank. PyTorch's DistributedDataParallel averages
-the gradients; here is what a language model needs beside it: who has which columns, sums of losses,
-agreement on when to save and stop, and a plain end when another process dies.
+torchrun starts the processes and tells each its rank. PyTorch's DistributedDataParallel averages
+the gradients. This module adds the split of the columns, sums of losses, agreement on when to save
+and stop, and a clear error when another process dies.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from utils import ToolkitError
 class Ranks:
     """This process among `world` processes; `rank` 0 writes and logs.
 
-    With a world of one every method does nothing, or returns what it is given.
+    With a world of one every method does nothing, or returns its argument.
     """
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
@@ -36,9 +36,9 @@ class Ranks:
         return self.rank == 0
 
     def span(self, columns: int) -> tuple[int, int]:
-        """This rank's columns, from the first to before the second; ranks differ by one at most.
+        """This rank's columns, as (first, end); the numbers of columns differ by one at most.
 
-        Where there are fewer columns than ranks, every rank has them all.
+        If there are fewer columns than ranks, every rank has all columns.
         """
         if columns < self.world:
             return 0, columns
@@ -58,7 +58,7 @@ class Ranks:
         return DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def seed_masks(self, seed: int) -> None:
-        """Give each rank random numbers of its own; the first one's stay as they are."""
+        """Give each rank its own random numbers; those of the first rank do not change."""
         if not self.first:
             torch.manual_seed((seed + self.rank) % 2**63)
 
@@ -72,7 +72,7 @@ class Ranks:
         return float(sum(everyones))
 
     def mean(self, value: float, weight: int) -> float:
-        """The mean of every rank's `value` by `weight`, the same number on each."""
+        """The mean of every rank's `value`, weighted by `weight`, the same number on each."""
         if self.world == 1:
             return value
         return self.total(value * weight) / self.total(weight)
@@ -86,11 +86,11 @@ class Ranks:
         return int(number)
 
     def decided(self, choice: bool) -> bool:
-        """What the first rank chose: clocks differ, and all must do the same."""
+        """The first rank's choice, on every rank: clocks differ, but all must do the same."""
         return bool(self.largest(int(choice and self.first)))
 
     def gathered(self, value: Any) -> list[Any] | None:
-        """On the first rank every rank's `value` in order, elsewhere None."""
+        """Every rank's `value` in order on the first rank, None on the others."""
         if self.world == 1:
             return [value]
         values = [None] * self.world if self.first else None
@@ -99,7 +99,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Within this context only the first rank prints, and a dead rank is a ToolkitError."""
+        """Within this context only the first rank prints, and a dead rank raises ToolkitError."""
         if self.world == 1:
             yield
             return
@@ -110,14 +110,14 @@ class Ranks:
             try:
                 yield
             except RuntimeError as error:
-                # Gloo raises plain RuntimeErrors, NCCL a kind of it.
+                # Gloo raises plain RuntimeErrors, NCCL a subclass.
                 if not isinstance(error, dist.DistError) and not re.search(
                     "gloo|NCCL|[Cc]onnection", str(error)
                 ):
                     raise
                 raise ToolkitError(
                     f"rank {self.rank} lost touch with another rank, which has died or was "
-                    "stopped: go on from the last saved state with --resume"
+                    "stopped: continue from the last saved state with --resume"
                 ) from error
             # No rank exits while another still expects its messages.
             dist.barrier()
@@ -125,17 +125,17 @@ class Ranks:
 
 ALONE = Ranks()
 
-# Set by torchrun, or by whoever starts the processes without it.
+# The environment variables that torchrun, or another launcher, sets.
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-# How long the processes of a run wait for one another as it starts.
+# The processes wait this long for each other at the start of a run.
 _MINUTES = 5
 
 
 def join(device: torch.device) -> Ranks:
-    """Meet the other processes that torchrun started, if it started any, each with its own GPU.
+    """Connect to the other processes that torchrun started, if any, each with its own GPU.
 
-    Raises ToolkitError if this machine has fewer GPUs than processes, if what torchrun sets is
-    missing or no number, or if the others do not come.
+    Raises ToolkitError if this machine has fewer GPUs than processes, if a variable of torchrun is
+    missing or not a number, or if the others do not connect.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return Ranks()
@@ -144,7 +144,7 @@ def join(device: torch.device) -> Ranks:
     if wrong or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
         said = " ".join(f"{name}={number}" for name, number in numbers.items())
         raise ToolkitError(
-            f"the environment has {said}, where all must be numbers, RANK below WORLD_SIZE: start "
+            f"the environment has {said}, but all must be numbers, RANK below WORLD_SIZE: start "
             "with torchrun, or unset WORLD_SIZE"
         )
     world, rank, local, port = map(int, numbers.values())
@@ -158,9 +158,9 @@ def join(device: torch.device) -> Ranks:
             )
         torch.cuda.set_device(local)
     where = f"{os.environ.get('MASTER_ADDR')}:{port}"
-    # torchrun's agents have met already.
+    # torchrun's agents have already connected.
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        print(f"Rank {rank} waits at {where} for the others of {world}, {_MINUTES} minutes at most")
+        print(f"Rank {rank} of {world} waits at {where} for the others, {_MINUTES} minutes at most")
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=_MINUTES)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -173,7 +173,7 @@ def join(device: torch.device) -> Ranks:
 
 
 def check_columns(ranks: Ranks, batch_size: int) -> None:
-    """Raise ToolkitError if there is not a column of the batch for every rank."""
+    """Raise ToolkitError if the batch has fewer columns than there are ranks."""
     if batch_size < ranks.world:
         raise ToolkitError(
             f"--batch_size {batch_size} is less than the {ranks.world} processes that share its "

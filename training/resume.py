@@ -1,11 +1,11 @@
-"""What a model file holds beside the model for `--resume`: written, checked and taken up again.
+"""The training state in a model file, for `--resume`: written, checked and restored.
 
 stage, args       the script, and the flags of the run
 data              `fingerprint` of the text it trains on
 epoch             the last epoch that has ended
-position          where the next one stands, None for its start: see training/step.py
-model, criterion  the weights that are trained on, raw where the best ones are averages
-optimizer         its state, and in `parameters` the weights' names in its order
+position          the position within the next epoch, None at its start: see training/step.py
+model, criterion  the weights in training: the raw ones if the best ones are averages
+optimizer         its state; `parameters` has the names of the weights in its order
 valid_losses      the validation losses so far
 best_loss, done   the lowest of them, and whether finetuning is over
 rng               the generator of sequence lengths
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 def training_state(session: Session) -> dict[str, Any]:
     """Everything that `restore` needs: plain values and tensors.
 
-    The optimiser's tensors are the live ones: write them before the next step. To be called by
-    every rank at once; only the first one's result is whole.
+    The optimiser's tensors are not copied: write them before the next step. Every rank must call
+    this at once; only the first rank's result is complete.
 
-    Raises ToolkitError, rather than let it be written over a good state, if a weight, the loss, or
-    that of the next batch is not finite.
+    Raises ToolkitError if a weight, the loss, or the loss of the next batch is not finite, so that
+    such a state never replaces a good one.
     """
     position = session.step.position() if session.underway else None
     if session.underway:
@@ -111,26 +111,26 @@ def read(args: argparse.Namespace, parser: Parser, stage: str) -> Checkpoint:
 
 
 def restore(session: Session, loaded: Checkpoint, path: str) -> Mapping[str, Any] | None:
-    """Put a session where the run stood whose file `loaded` is; return the position in its epoch.
+    """Restore a session from the file `loaded` of its run; return the position in the epoch.
 
-    The optimiser's weight decay is the new run's, its learning rate the old one's. Weight drop may
-    be on in one of the two runs and off in the other. Raises CheckpointError for another text, and
-    for a state that the model or the optimiser does not accept.
+    The weight decay is the new run's, the learning rate the old run's. Weight drop may be on in one
+    of the two runs and off in the other. Raises CheckpointError for another text, and for a state
+    that the model or the optimiser does not accept.
     """
     state = loaded.training
     ranks = session.ranks
     if ranks.decided(state["data"] != session.fingerprint):
         raise CheckpointError(
             f"{path} goes on with another text than that in {session.args.data}: bring back the "
-            "corpus it was trained on, or begin on this one with main.py --init, or finetune.py "
-            "without --resume"
+            "corpus it was trained on, or start a new run on this one with main.py --init, or with "
+            "finetune.py without --resume"
         )
     try:
         checkpoint.load_state(session.model, state["model"])
         checkpoint.load_state(session.criterion, state["criterion"])
         _restore_optimizer(session, state)
         _set_rng_state(session.rng, state["rng"])
-        # With another number of processes there are none to go on from: they keep fresh seeds.
+        # With another number of processes no saved states fit: the ranks keep fresh seeds.
         if len(state["random_states"]) == session.ranks.world:
             _set_random_states(state["random_states"][session.ranks.rank])
         position = _position(session, state["position"])
@@ -146,7 +146,7 @@ def restore(session: Session, loaded: Checkpoint, path: str) -> Mapping[str, Any
 
 
 def fingerprint(corpus: Corpus) -> str:
-    """A digest of the ids of train.txt, as hex digits: whether it is the text trained on so far."""
+    """A digest of the ids of train.txt, as hex digits, to recognise the text of a run."""
     digest, size = hashlib.blake2b(digest_size=16), 2**24
     for first in range(0, len(corpus), size):
         digest.update(corpus.part("train", first, first + size).numpy())
@@ -155,13 +155,13 @@ def fingerprint(corpus: Corpus) -> str:
 
 def _cannot_resume(path: str, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be resumed ({problem}): its model can be used still, and main.py --init or "
-        "finetune.py begins anew from it"
+        f"{path} cannot be resumed ({problem}): its model can still be used, and main.py --init or "
+        "finetune.py starts a new run from it"
     )
 
 
 def _problem(loaded: Checkpoint) -> str | None:
-    """What can be told to be wrong with a training state without the run that goes on from it."""
+    """The fault in a training state that can be found before the run continues, or None."""
     training = loaded.training
     kinds = {"args": dict, "data": str, "epoch": int, "rng": str, "valid_losses": list}
     typed = all(isinstance(training[name], kind) for name, kind in kinds.items())
@@ -169,7 +169,7 @@ def _problem(loaded: Checkpoint) -> str | None:
         return "its training state has a field of the wrong type"
     losses = [*training["valid_losses"], training.get("best_loss", 0.0)]
     if not all(type(loss) is float and not math.isnan(loss) for loss in losses):
-        return "its history holds what is no loss"
+        return "its history holds something that is no loss"
     with torch.device("meta"):
         modules = checkpoint.made_of(loaded.config)
     for module, name in zip(modules, ("model", "criterion"), strict=True):
@@ -200,8 +200,8 @@ def _parameter_names(session: Session) -> list[str]:
 def _restore_optimizer(session: Session, state: Mapping[str, Any]) -> None:
     """Load the optimiser's state; raises ValueError if it does not fit the weights.
 
-    The weights are numbered in the order of the state dict, which is another one with weight drop
-    than without.
+    The state numbers the weights in the order of the state dict, which differs with and without
+    weight drop.
     """
     optimizer, saved = session.optimizer, state["optimizer"]
     here = _parameter_names(session)
@@ -221,7 +221,7 @@ def _restore_optimizer(session: Session, state: Mapping[str, Any]) -> None:
     }
     own = optimizer.state_dict()["param_groups"]
     groups = [
-        # What an older PyTorch did not know is as in the run that goes on.
+        # Settings that an older PyTorch did not have come from the new run.
         {**mine, **theirs, "params": mine["params"], "weight_decay": mine["weight_decay"]}
         for mine, theirs in zip(own, saved["param_groups"], strict=True)
     ]
@@ -243,7 +243,7 @@ def _fits(part: Tensor, p: Tensor) -> bool:
 
 
 def _try_out(optimizer: torch.optim.Optimizer) -> None:
-    """Step on weights of one number each, with a state of the same form: what is missing raises."""
+    """Step on weights of one number each, with a state of the same form; a missing part raises."""
     small = copy.copy(optimizer)
     small.state, small.param_groups = defaultdict(dict), []
     for group in optimizer.param_groups:
@@ -293,9 +293,10 @@ def _rng_state(rng: np.random.RandomState) -> str:
 
 
 def _set_rng_state(rng: np.random.RandomState, state: str) -> None:
-    """Go on from what `_rng_state` returned; raises ValueError for anything else."""
+    """Restore the result of `_rng_state`; raises ValueError for anything else."""
     name, key, position, *rest = json.loads(state)
-    # numpy checks neither: it reads beyond its memory, or never comes to an end.
+    # numpy checks neither: with a bad position it reads beyond its memory, with a key of zeros
+    # it never ends.
     if type(position) is not int or not 0 <= position <= 624 or not any(key):
         raise ValueError("its generator of sequence lengths is damaged")
     rng.set_state((name, np.array(key, dtype=np.uint32), position, *rest))
@@ -308,7 +309,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def _set_random_states(states: Mapping[str, Any]) -> None:
-    """Go on from `_random_states`, as far as this machine has the same devices."""
+    """Restore `_random_states`, for CUDA only if this machine has as many devices."""
     torch.set_rng_state(states["cpu"].clone())
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.clone() for state in states["cuda"]])

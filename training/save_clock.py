@@ -1,4 +1,4 @@
-"""When the state of a run is written."""
+"""The times at which the state of a run is saved."""
 
 import contextlib
 import time
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 
 class SaveClock:
-    """Says when the state of a run is to be written; `clock` gives seconds.
+    """Decides when the state of a run is saved; `clock` returns seconds.
 
-    Within an epoch every `every` seconds. At an epoch's end sooner, if the time since the last
-    write is at least 49 times what that write took: short epochs then spend at most a fiftieth of
-    the time on writing. An epoch's end before which nothing was written is always worth a write.
+    Within an epoch the state is saved every `every` seconds. At an epoch's end it is saved sooner,
+    if the time since the last save is at least 49 times the duration of that save: short epochs
+    then spend at most 2 % of the time on saving. It is also saved if nothing was saved before.
     """
 
     def __init__(self, every: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -20,16 +20,16 @@ class SaveClock:
         self._took: float | None = None
 
     def due(self) -> bool:
-        """Whether it is time for a write, wherever the run stands."""
+        """Whether `every` seconds have passed since the last save."""
         return self._clock() - self._last >= self._every
 
     def due_at_epoch_end(self) -> bool:
-        """Whether an epoch's end is to be written."""
+        """Whether to save at an epoch's end."""
         return self._took is None or self.due() or self._clock() - self._last >= 49 * self._took
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """To be held during a write, to measure it."""
+        """A context that measures the duration of a save."""
         start = self._clock()
         yield
         self._last = self._clock()

@@ -1,4 +1,4 @@
-"""The session of a training run: what main.py and finetune.py share, whatever their policy."""
+"""The session of a training run: the parts that main.py and finetune.py share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from utils import ToolkitError, perplexity, seed_everything
 def open_session(stage: str, args: argparse.Namespace) -> Iterator[Session]:
     """A session of the script `stage`, such as "main.py", with its processes, signals and metrics.
 
-    Raises ToolkitError for what the user can mend.
+    Raises ToolkitError for problems the user can fix.
     """
     if args.deterministic:
         make_deterministic()
@@ -69,13 +69,13 @@ def open_session(stage: str, args: argparse.Namespace) -> Iterator[Session]:
 
 
 class Session:
-    """A run: what is trained, where it stands, the best model so far, and what it writes.
+    """A run: its model, its progress, the best model so far, and its files.
 
-    `finished` is the last epoch that has ended, `underway` whether one has begun since; `best` is
-    the model file's content at the lowest validation loss `best_loss` (nats a token), None before
-    there is one; `last_good` is the file that the run has written or started from, none for a new
-    one; `done` says that finetuning is over. `model`, `criterion`, `optimizer`, `trigger`
-    and `step` are there after `prepare`.
+    `finished` is the last epoch that has ended; `underway` tells whether another has begun. `best`
+    is the model file's content at the lowest validation loss `best_loss` (nats a token), None
+    before the first one. `last_good` is the file that the run has written or started from, empty
+    for a new run. `done` says that finetuning is over. `prepare` sets `model`, `criterion`,
+    `optimizer`, `trigger` and `step`.
     """
 
     model: RNNModel
@@ -105,7 +105,7 @@ class Session:
         self.underway = self.done = False
         self._position: Mapping[str, Any] | None = None
 
-    # What starts
+    # The start
 
     def load(self, source: Checkpoint) -> tuple[Corpus, RNNModel, SplitCrossEntropyLoss]:
         """The corpus in the vocabulary of a model file, and its model and criterion."""
@@ -121,7 +121,7 @@ class Session:
         criterion: SplitCrossEntropyLoss,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Set up what is trained on and with what."""
+        """Set up the model, the data in columns, and the training step."""
         args, ranks = self.args, self.ranks
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.flags = plain(args)
@@ -144,7 +144,7 @@ class Session:
         print("Model total parameters:", sum(p.numel() for p in self.step.params))
 
     def resume(self, source: Checkpoint) -> None:
-        """Go on where the run stood that wrote the file of --resume."""
+        """Continue the run that wrote the file of --resume."""
         self._position = resume.restore(self, source, self.args.resume)
         self.last_good = self.args.resume
         self.underway = self._position is not None
@@ -162,7 +162,7 @@ class Session:
     # An epoch
 
     def epochs(self, last: int) -> Iterator[int]:
-        """The numbers of the epochs to come, up to the `last`."""
+        """The numbers of the remaining epochs, up to `last`."""
         places = {os.path.realpath(path) for path in (self.args.resume, self.args.save)}
         if self.args.resume and self.finished >= last and len(places) == 2:
             self.save()
@@ -174,11 +174,11 @@ class Session:
         max_seq_len: int | None = None,
         reorder: Callable[[Tensor, np.random.RandomState], object] | None = None,
     ) -> None:
-        """Train for one epoch, or for the rest of one that a resumed run stopped in.
+        """Train for one epoch, or for the rest of the epoch in which the resumed run stopped.
 
-        Before it begins, `reorder(text, rng)` may change the text (rows, batch) in place, starting
-        from the corpus as it is. `rng` depends on the seed and the epoch alone, so that a run that
-        is resumed within the epoch has the same text. Raises ToolkitError if the loss is no number.
+        Before the epoch, `reorder(text, rng)` may change the text (rows, batch), always given in
+        the corpus's order, in place. `rng` depends only on the seed and the epoch, so that a run
+        resumed within the epoch has the same text. Raises ToolkitError if the loss is not finite.
         """
         step, args = self.step, self.args
         if reorder is not None:
@@ -205,9 +205,9 @@ class Session:
     def _report_batch(
         self, epoch: int, batches: int, timed: tuple[float, int, int], bar: Bar
     ) -> tuple[float, int, int]:
-        """Print and write the numbers since the last time; return time, batch and row of this."""
+        """Print and write the numbers since the last report; return its own time, batch and row."""
         step = self.step
-        # A run that was resumed may have had another interval.
+        # Divided by the batches counted: a resumed run may have had another interval.
         loss = self.ranks.total(step.interval.item()) / step.since
         self._check_finite(loss)
         now = time.perf_counter(), step.batches, step.row
@@ -230,7 +230,7 @@ class Session:
         return now
 
     def check_loss(self) -> None:
-        """Raise ToolkitError if the loss of any batch of this epoch was not a number."""
+        """Raise ToolkitError if the loss of any batch of this epoch was not finite."""
         self._check_finite(self.ranks.total(float(self.step.total)))
 
     def _check_finite(self, loss: float) -> None:
@@ -241,14 +241,14 @@ class Session:
             )
 
     def diverged(self, what: str) -> ToolkitError:
-        """The error for numbers that are none, which says what is left of the run."""
+        """The error for numbers that are not finite; it names the last good model."""
         left = f"{self.last_good} holds the last good model"
         return ToolkitError(
             f"{what} at the rate {self.rate:g}: lower --lr or set --clip; "
             f"{left if self.last_good else 'no model has been saved yet'}"
         )
 
-    # What happens after an epoch
+    # After an epoch
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the model has the averaged weights, if the optimiser averages."""
@@ -256,9 +256,9 @@ class Session:
         return lend()
 
     def evaluate(self, what: str, *network: nn.Module) -> float:
-        """The loss on valid.txt or test.txt, in nats a token, of another network if one is given.
+        """The loss on valid.txt or test.txt, in nats a token.
 
-        A network is a model and its criterion.
+        `network`, a model and its criterion, is by default the one in training.
         """
         return engine.evaluate(
             *(network or (self.model, self.criterion)),
@@ -271,7 +271,7 @@ class Session:
         )
 
     def validate(self, epoch: int) -> float:
-        """The validation loss after an epoch, printed; raises ToolkitError if it is no number."""
+        """Print and return an epoch's validation loss; raises ToolkitError if it is not finite."""
         loss = self.evaluate("valid.txt")
         if not math.isfinite(loss):
             raise self.diverged(f"the validation loss became {loss} in epoch {epoch}")
@@ -283,9 +283,9 @@ class Session:
         return loss
 
     def keep_if_best(self, epoch: int, loss: float, last: bool, what: str = "Model") -> None:
-        """Keep the weights in use if `loss` is the lowest so far, to be saved at the epoch's end.
+        """Keep the current weights if `loss` is the lowest so far, to save them at the epoch's end.
 
-        Short epochs are not all worth the time of a write; the `last` one is.
+        A save takes time, so not every short epoch is saved; the `last` one is.
         """
         self._saving = last or self.ranks.decided(self.clock.due_at_epoch_end())
         if loss < self.best_loss:
@@ -294,21 +294,21 @@ class Session:
             print(f"{said} (new best validation)")
 
     def end_epoch(self, epoch: int) -> None:
-        """Count the epoch, and save if it is time to."""
+        """Count the epoch, and save if a save is due."""
         self.finished, self.underway = epoch, False
         if self._saving:
             self.save()
 
-    # What it writes
+    # The files
 
     def write(self, kind: str, epoch: int, row: int | None = None, **numbers: Any) -> None:
-        """A line of metrics, `row` rows of the text into `epoch`, by default at its end."""
+        """Write a line of metrics, `row` rows of the text into `epoch`, by default at its end."""
         rows = self.step.source.size(0)
         done = (epoch - 1) * rows + (rows if row is None else row)
         self.metrics.write(kind, step=done, epoch=epoch, **numbers)
 
     def snapshot(self, epoch: int, loss: float) -> Checkpoint:
-        """A copy of the weights in use, as a model file; `loss` is that of validation."""
+        """A copy of the current weights, as a model file; `loss` is the validation loss."""
         return Checkpoint(
             config=checkpoint.config_of(self.model, self.criterion),
             model=checkpoint.snapshot(self.model),
@@ -321,23 +321,23 @@ class Session:
         )
 
     def save(self) -> None:
-        """Best weights and training state in one file: neither can be lost without the other."""
+        """Write best weights and training state in one file, so that the two always match."""
         with self.clock.writing():
             state = resume.training_state(self)
             if self.ranks.first:
                 best = self.snapshot(0, math.inf) if self.best is None else self.best
                 path, keep = self.args.save, not self.last_good
                 if keep and os.path.isfile(path):
-                    print(f"Keeping the model file that is at {path} as {previous(path)}")
+                    print(f"Keeping the old model file {path} as {previous(path)}")
                 checkpoint.save(path, dataclasses.replace(best, training=state), keep)
             self.last_good = self.args.save
 
     def save_copy(self, path: str, epoch: int, loss: float) -> None:
-        """Write the weights in use to a file of their own."""
+        """Write the current weights to a separate file."""
         if self.ranks.first:
             checkpoint.save(path, self.snapshot(epoch, loss))
 
-    # What ends
+    # The end
 
     @contextlib.contextmanager
     def until_stopped(self, what: str) -> Iterator[None]:
@@ -351,7 +351,7 @@ class Session:
         except Stopped as stopped:
             self.save()
             if stopped.signum != signal.SIGINT or self.best is None:
-                told = f"{stopped}; --resume {self.args.save} goes on from here"
+                told = f"{stopped}; --resume {self.args.save} continues from here"
                 raise Stopped(stopped.signum, told) from None
             print(RULE)
             print(f"Exiting from {what} early")
