@@ -23,6 +23,7 @@ def step(name: str, way: str) -> Row:
 
 
 LAYER = "qrnn_layer"
+FULL = step("PTB QRNN", "graphs tf32")
 QUESTIONS = [
     Question("CUDA graphs pay", step("PTB QRNN", "graphs tf32"), 1, step("PTB QRNN", "eager tf32")),
     Question(
@@ -30,6 +31,11 @@ QUESTIONS = [
         step("PTB LSTM", "graphs tf32"),
     ),
     Question("a PTB QRNN step takes at most 1.5 ms", step("PTB QRNN", "graphs tf32"), 1.5),
+    *(
+        Question(f"{name} pays in a PTB QRNN step", FULL, 1,
+                 step("PTB QRNN", f"graphs tf32 without {name}"))
+        for name in ("aligned", "cross_entropy", "update")
+    ),
     Question("rows of 1552 pay", ("alignment", "QRNN 1550 | tf32", "1552", 3), 0.97,
              ("alignment", "QRNN 1550 | tf32", "1550", 3)),
     Question("ForgetMult, PTB: 35 us", ("forget_mult", "(70, 20, 1550)", "ours", 2), 35),

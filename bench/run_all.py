@@ -44,7 +44,8 @@ class Task:
 
 # Tests of every kernel, without the large shapes: under the sanitizer an access takes far longer.
 CHECKED = (
-    "(forget_mult or test_layer) and (shape1 or shape2) or bidirectional or expanded or update"
+    "(forget_mult or test_layer) and (shape1 or shape2) or bidirectional or expanded or update or "
+    "cross_entropy"
 )
 # Each tensor an allocation of its own: within PyTorch's blocks, what lies past a tensor is allowed.
 SEPARATE = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1"
@@ -63,6 +64,7 @@ TASKS = {
     "alignment": Task("python bench/alignment.py"),
     "forget_mult": Task("python bench/forget_mult.py"),
     "qrnn_layer": Task("python bench/qrnn_layer.py"),
+    "cross_entropy": Task("python bench/cross_entropy.py", gpu=True),
     "update": Task("python bench/update.py", gpu=True),
     "train_step-ptb-qrnn": Task(f"{STEP} 'PTB QRNN'"),
     "train_step-ptb-lstm": Task(f"{STEP} 'PTB LSTM'"),

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench.common import copy_bandwidth, on_gpu, print_heading, spread
-from bench.train_step import SETTINGS
+from bench.train_step import SETTINGS, without
 from cli.device import keep_memory, select_device
 from kernels import cuda
 from kernels import update as kernel
@@ -31,13 +31,8 @@ def way(optimizer: NTASGD, use_kernel: bool) -> Callable[[int], None]:
     scale, share = torch.ones((), device=device), torch.full((), 1e-3, device=device)
 
     def call(_: int) -> None:
-        suits = kernel.suits
-        if not use_kernel:
-            kernel.suits = lambda params: False
-        try:
+        with without([] if use_kernel else ["update"]):
             optimizer.update(scale, share)
-        finally:
-            kernel.suits = suits
 
     return call
 

@@ -90,6 +90,22 @@ class ShimLauncher:
         self.launched.append(name)
 
 
+def check_bounds(
+    source: cuda.Source, program: str, options: tuple[str, ...], folder: Path, *more: str
+) -> None:
+    """Run a program whose buffers are exactly as large as they must be, under sanitizers."""
+    output = folder / "bounds"
+    sanitizers = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    try:
+        compile_shim(source, program, output, options, *sanitizers, *more)
+    except AssertionError as error:
+        if "cannot find" in str(error):
+            pytest.skip("this g++ has no sanitizer libraries")
+        raise
+    result = subprocess.run([output], capture_output=True, text=True)
+    assert result.stdout.strip() == "within bounds", result.stderr
+
+
 MARGIN = 72  # canary elements on each side: more than a block of threads, and whole vectors
 
 

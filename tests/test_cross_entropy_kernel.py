@@ -7,7 +7,14 @@ import shutil
 import pytest
 import torch
 from references import assert_near
-from shims import Canaries, ShimLauncher, check_nvrtc, check_registers, needs_compiler
+from shims import (
+    Canaries,
+    ShimLauncher,
+    check_bounds,
+    check_nvrtc,
+    check_registers,
+    needs_compiler,
+)
 
 from kernels import aligned, cuda
 from kernels import cross_entropy as kernel
@@ -263,6 +270,13 @@ class TestErrors:
         assert not kernel.suits(torch.device("cuda", 0), torch.int32)
         monkeypatch.setattr(kernel.SOURCE, "loads", lambda *key: False)
         assert not kernel.suits(torch.device("cuda", 1), torch.bfloat16)
+
+
+@needs_compiler
+def test_nothing_outside_a_buffer_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel, "THREADS", 64)
+    options = kernel.compile_options(torch.float32)
+    check_bounds(kernel.SOURCE, "cross_entropy_bounds.cpp", options, tmp_path, "-DFIBERS")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,9 +22,9 @@ from references import assert_near, eager_and_compiled, naive_forget_mult, naive
 from shims import (
     Canaries,
     ShimLauncher,
+    check_bounds,
     check_nvrtc,
     check_registers,
-    compile_shim,
     needs_compiler,
 )
 from torch import nn
@@ -819,19 +819,7 @@ class TestLaunch:
 
 @needs_compiler
 def test_nothing_outside_a_buffer_is_touched(tmp_path):
-    """Under the address sanitizer, with buffers of exactly the size they need."""
-    program = tmp_path / "bounds"
-    options = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    try:
-        compile_shim(
-            kernels.SOURCE, "bounds.cpp", program, kernels.compile_options(torch.float32), *options
-        )
-    except AssertionError as error:
-        if "cannot find" in str(error):
-            pytest.skip("this g++ has no sanitizer libraries")
-        raise
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.stdout.strip() == "within bounds", result.stderr
+    check_bounds(kernels.SOURCE, "bounds.cpp", kernels.compile_options(torch.float32), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

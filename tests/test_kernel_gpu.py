@@ -13,6 +13,7 @@ from references import (
     naive_update,
 )
 
+from kernels import aligned, cross_entropy
 from kernels import update as update_kernel
 from nt_asgd import NTASGD
 from qrnn import QRNNLayer, kernels, operators
@@ -247,6 +248,57 @@ def test_operators_for_torch_compile(gate):
     layer = QRNNLayer(5, 6, window=2, output_gate=gate).cuda()
     x = torch.randn(19, 3, 5, device="cuda", requires_grad=True)
     torch.testing.assert_close(*eager_and_compiled(layer, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(dtype):
+    torch.manual_seed(0)
+    loss_tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+    tolerance = {**TOLERANCE, torch.float32: 2e-6}[dtype]
+    for rows, columns in ((1, 2), (33, 1023), (7, 1025), (1400, 10_000), (5, 33_278), (3, 300_000)):
+        logits = torch.randn(rows, columns).mul_(3).to(dtype)
+        bias = torch.randn(columns, dtype=torch.float64)
+        targets = torch.randint(columns, (rows,))
+        given = aligned.empty((rows, columns), logits.cuda()).copy_(logits)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        losses, sums = cross_entropy.loss_and_gradient_(
+            given, targets.cuda(), bias.cuda().to(wide), bias_gradient=True
+        )
+        v = logits.double() + bias.to(wide).double()
+        shares = v.softmax(dim=1)
+        true = -v.log_softmax(dim=1)[torch.arange(rows), targets]
+        shares[torch.arange(rows), targets] -= 1
+        what = f"{rows} x {columns}"
+        assert_near(losses, true, loss_tolerance, f"losses, {what}")
+        assert_near(given, shares, tolerance, f"gradients, {what}")
+        assert_near(sums, shares.sum(dim=0), rows * tolerance, f"sums, {what}")
+
+
+def test_cross_entropy_in_a_graph():
+    """Recorded once, with new logits and targets at every replay."""
+    torch.manual_seed(0)
+    source, targets = torch.randn(40, 1000).cuda(), torch.randint(1000, (40,)).cuda()
+    logits = torch.empty_like(source)
+
+    def work():
+        logits.copy_(source)
+        return cross_entropy.loss_and_gradient_(logits, targets, bias_gradient=True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        losses, sums = work()
+    for _ in range(3):
+        source.normal_()
+        targets.random_(1000)
+        graph.replay()
+        replayed = [t.clone() for t in (losses, sums, logits)]
+        expected = [*work(), logits]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, expected, strict=True))
 
 
 @pytest.mark.parametrize("low", [None, torch.bfloat16])

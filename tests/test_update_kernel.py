@@ -8,7 +8,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +17,9 @@ from references import naive_update
 from shims import (
     Canaries,
     ShimLauncher,
+    check_bounds,
     check_nvrtc,
     check_registers,
-    compile_shim,
     needs_compiler,
 )
 
@@ -368,19 +367,7 @@ class TestSuits:
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_outside_a_buffer_is_touched(tmp_path, dtype):
-    """Under the address sanitizer, with buffers of exactly the size they need."""
-    program = tmp_path / "bounds"
-    options = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    try:
-        compile_shim(
-            kernel.SOURCE, "update_bounds.cpp", program, kernel.compile_options(dtype), *options
-        )
-    except AssertionError as error:
-        if "cannot find" in str(error):
-            pytest.skip("this g++ has no sanitizer libraries")
-        raise
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.stdout.strip() == "within bounds", result.stderr
+    check_bounds(kernel.SOURCE, "update_bounds.cpp", kernel.compile_options(dtype), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -105,13 +105,14 @@ static std::size_t shared_size, shared_capacity;
 
 template <typename Work>
 const char *run_block(unsigned threads, Work work) {
-    // NaN, so that what nobody has written shows in the result.
-    std::memset(shared_begin, 0xff, shared_capacity);
+    // NaN, so that what nobody has written shows in the result, and numbers beyond what was asked for.
+    std::memset(shared_begin, 0xff, shared_size);
+    std::memset(shared_begin + shared_size, 0x3f, shared_capacity - shared_size);
     const char *failure = fibers::run(threads, work, [](std::size_t t) {
         threadIdx = {(unsigned)t, 0, 0};
     });
     for (std::size_t i = shared_size; i < shared_capacity; ++i)
-        if (shared_begin[i] != 0xff) return "a write beyond the shared memory of the launch";
+        if (shared_begin[i] != 0x3f) return "a write beyond the shared memory of the launch";
     return failure;
 }
 

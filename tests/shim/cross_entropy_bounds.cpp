@@ -1,0 +1,37 @@
+// Runs the cross-entropy over awkward sizes with each buffer exactly as large as it must be. Built with
+// -DFIBERS and -fsanitize=address,undefined, so that one element read or written outside a buffer ends
+// it.
+#include <cstdio>
+#include <memory>
+
+#include "cuda_shim.h"
+#include SOURCE
+
+alignas(16) State shared_memory[1 << 12];
+
+int main() {
+    shared_begin = (unsigned char *)shared_memory;
+    shared_capacity = sizeof(shared_memory);
+    for (const long long columns : {2, 3, 4, 5, 255, 256, 257, 300, 511, 513})
+        for (int options = 0; options < 16; ++options) {
+            const long long rows = 3, shift = options % 4 == 3 ? 1 : 0, apart = options % 4;
+            const long long blocks = 2, distance = columns + apart;
+            const bool with_bias = options & 4, with_sums = options & 8;
+            // Nothing follows the last row.
+            const std::unique_ptr<Scalar[]> logits(new Scalar[shift + 2 * distance + columns]());
+            const std::unique_ptr<State[]> bias(new State[columns]()), losses(new State[rows]);
+            const std::unique_ptr<State[]> sums(new State[blocks * columns]);
+            const long long targets[] = {0, columns - 1, columns};
+            Scalar *logits_at = logits.get() + shift;
+            const State *bias_at = with_bias ? bias.get() : nullptr;
+            const long long *targets_at = targets;
+            State *losses_at = losses.get(), *sums_at = with_sums ? sums.get() : nullptr;
+            long long sizes[] = {distance, rows, columns, 1};
+            void *arguments[] = {&logits_at, &sizes[0], &bias_at,  &targets_at, &losses_at,
+                                 &sums_at,   &sizes[1], &sizes[2], &sizes[3]};
+            shared_size = (4 * WARPS + (with_sums ? columns : 0)) * sizeof(State);
+            const char *failure = launch(cross_entropy, (unsigned)blocks, THREADS, arguments);
+            if (failure) return std::puts(failure), 1;
+        }
+    std::puts("within bounds");
+}
