@@ -1,6 +1,6 @@
-// Threads of a block that wait for one another, as fibers: each runs to its next barrier or shuffle,
-// then the next one does, in turn from the first to the last and from the last to the first, so that a
-// barrier that is missing shows in the result. Warps move on by themselves.
+// Threads of a block that wait for one another, as fibers. Each warp runs as far as it can, to the next
+// barrier, before the next warp does, in turn from the first to the last and from the last to the first:
+// where a barrier is missing, a warp has written before the others have read, or the other way round.
 #pragma once
 
 #include <ucontext.h>
@@ -65,21 +65,27 @@ const char *run(std::size_t threads, const std::function<void()> &work, Enter en
         makecontext(&all[t].context, start, 0);
         all[t].waiting = READY;
     }
+    const auto at = [threads](std::size_t n, bool backwards) {
+        return backwards ? threads - 1 - n : n;
+    };
     for (bool backwards = false;; backwards = !backwards) {
-        for (std::size_t n = 0; n < threads; ++n) {
-            current = backwards ? threads - 1 - n : n;
-            if (all[current].waiting != READY) continue;
-            enter(current);
-            swapcontext(&scheduler, &all[current].context);
+        for (std::size_t n = 0; n < threads; n += 32) {
+            const std::size_t begin = at(n, backwards) & ~(std::size_t)31;
+            const std::size_t end = begin + 32 < threads ? begin + 32 : threads;
+            do {
+                for (std::size_t m = begin; m < end; ++m) {
+                    current = backwards ? end - 1 - (m - begin) : m;
+                    if (all[current].waiting != READY) continue;
+                    enter(current);
+                    swapcontext(&scheduler, &all[current].context);
+                }
+            } while (release(begin, end, AT_SHUFFLE));
         }
-        std::size_t done = 0;
-        for (std::size_t t = 0; t < threads; ++t) done += all[t].waiting == DONE;
-        if (done == threads) return nullptr;
-        bool moved = release(0, threads, AT_BARRIER);
-        for (std::size_t t = 0; t < threads; t += 32)
-            moved = release(t, t + 32 < threads ? t + 32 : threads, AT_SHUFFLE) || moved;
-        if (!moved) return "a barrier or a shuffle that not all threads reach";
+        if (!release(0, threads, AT_BARRIER)) break;
     }
+    for (std::size_t t = 0; t < threads; ++t)
+        if (all[t].waiting != DONE) return "a barrier or a shuffle that not all threads reach";
+    return nullptr;
 }
 
 }  // namespace fibers
