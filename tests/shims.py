@@ -67,6 +67,7 @@ class ShimLauncher:
     def __call__(self, name, options, device, grid, block, arguments, shared=0) -> None:
         assert device.type == "cpu"
         assert len(grid) == len(block) == 1
+        assert grid[0] >= 1, "an empty grid is an error of the driver's"
         library = self.libraries[options]
         kinds = library.kernel_parameters(name.encode()).decode()
         assert [type(argument) for argument in arguments] == [
