@@ -769,9 +769,9 @@ class TestLaunch:
                 log.append(("compile", *options))
 
             def get_function(self, name):
-                def kernel(grid, block, arguments):
+                def kernel(grid, block, arguments, shared_mem):
                     log.append(("launch", name))
-                    launcher(name, options, torch.device("cpu"), grid, block, arguments)
+                    launcher(name, options, torch.device("cpu"), grid, block, arguments, shared_mem)
 
                 return kernel
 
