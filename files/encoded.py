@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from files.reading import opened, records
-from files.writing import replacing
+from files.writing import remove_stale, replacing
 from utils import ToolkitError
 
 EOS, UNK = "<eos>", "<unk>"
@@ -247,6 +247,8 @@ def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
     """Read the encoded corpus from a cache that fits, else encode it and write a cache."""
     key = _hash_files(folder)
     for path in _cache_places(folder, key):
+        with suppress(OSError):
+            remove_stale(path.parent)
         encoded = _read_cache(path, key)
         if encoded is not None:
             return encoded

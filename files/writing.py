@@ -26,7 +26,7 @@ def replacing(path: str | os.PathLike[str], keep: bool = False) -> Iterator[IO[b
         with open(target, "wb") as file:
             yield file
         return
-    _remove_stale(target)
+    remove_stale(target.parent)
     temporary = _temporary(target)
     try:
         with open(temporary, "wb") as file:
@@ -103,15 +103,15 @@ def _host() -> str:
     return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove the temporary files that dead runs left beside `target`."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.{_host()}-(\d+)\.tmp")
-    for name in os.listdir(target.parent):
+def remove_stale(folder: Path) -> None:
+    """Remove the temporary files that dead runs left in `folder`; raises OSError without one."""
+    pattern = re.compile(rf"\..+\.{_host()}-(\d+)\.tmp")
+    for name in os.listdir(folder):
         match = pattern.fullmatch(name)
         if match and not _alive(int(match[1])):
             # Another run may have removed the file first; one that cannot be removed is harmless.
             with contextlib.suppress(OSError):
-                (target.parent / name).unlink()
+                (folder / name).unlink()
 
 
 def _alive(pid: int) -> bool:

@@ -81,8 +81,12 @@ class TestRowsForAGPU:
         monkeypatch.setattr(torch, "mm", watched)
         torch.manual_seed(0)
         layer = aligned.Linear(7, 5).double()
-        x = torch.randn(3, 2, 7, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda *_: layer(x, with_bias=False), (x, layer.weight))
+        contiguous = torch.randn(3, 2, 7, dtype=torch.float64)
+        # Its rows are as far apart as they should be, but begin 8 bytes late.
+        late = torch.randn(6, 8, dtype=torch.float64)[:, 1:]
+        for x in (contiguous.requires_grad_(), late.requires_grad_()):
+            inputs = (x, layer.weight)
+            assert torch.autograd.gradcheck(lambda x, _: layer(x, with_bias=False), inputs)
         assert len(seen) > 9
         for matrix in seen:
             rows = matrix if matrix.stride(1) == 1 else matrix.t()

@@ -20,6 +20,7 @@ import torch
 
 from data import Corpus, CorpusError, Dictionary, partial_shuffle
 from files import encoded as encoded_files
+from files import writing
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
@@ -268,6 +269,26 @@ def test_cache_gives_the_same_corpus(tmp_path, no_encoding):
     cached = Corpus(folder)
     assert_same(cached, *reference)
     cached.train[0] = 1  # is writable, like a fresh corpus; torch warns about read-only tensors
+
+
+def test_what_killed_runs_left_goes_although_the_cache_fits(tmp_path, user_cache, no_encoding):
+    folder = write(tmp_path / "c")
+    Corpus(folder)
+    no_encoding()
+    user_cache = user_cache / "awd-lstm-lm"
+    user_cache.mkdir(parents=True)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    for place, name in ((folder, encoded_files.CACHE_NAME), (user_cache, "another.npz")):
+        (place / f".{name}.{writing._host()}-{process.pid}.tmp").write_bytes(b"half")
+    (folder / ".notes.tmp").write_bytes(b"another's")
+    Corpus(folder)
+    assert leftovers(folder) == [encoded_files.CACHE_NAME, ".notes.tmp"]
+    # That folder is looked at where the corpus folder has no cache that fits.
+    (folder / encoded_files.CACHE_NAME).write_bytes(b"")
+    with pytest.raises(pytest.fail.Exception, match="encoded"):
+        Corpus(folder)
+    assert not leftovers(user_cache)
 
 
 def test_no_cache_when_not_asked(tmp_path, user_cache):

@@ -89,6 +89,15 @@ def test_a_first_line_that_was_cut_off(tmp_path):
 
 
 @pytest.mark.usefixtures("no_tensorboard")
+def test_a_disk_that_fills_up_is_reported_once_and_the_run_continues(tmp_path, capsys):
+    (tmp_path / metrics.NAME).symlink_to("/dev/full")
+    with metrics.MetricsWriter(tmp_path, command=["main.py"], flags={}, device="cpu") as log:
+        for step in range(3):
+            log.write("batch", step=step, loss=1.0)
+    out = capsys.readouterr().out
+    assert out == f"Cannot write to {tmp_path} (No space left on device): going on without it\n"
+
+
 def test_refusals(tmp_path):
     with writer(tmp_path) as metrics_writer, pytest.raises(ValueError, match="kind must be one"):
         metrics_writer.write("eopch", step=1)
