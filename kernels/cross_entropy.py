@@ -7,12 +7,6 @@ from torch import Tensor
 
 from kernels import cuda
 
-SCALARS = {
-    torch.float64: "double",
-    torch.float32: "float",
-    torch.float16: "Float16",
-    torch.bfloat16: "BFloat16",
-}
 SOURCE = cuda.Source(
     Path(__file__).with_name("cross_entropy.cu"), ("cross_entropy",), "the softmax's CUDA kernels"
 )
@@ -26,14 +20,14 @@ def suits(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `loss_and_gradient_` can take logits of `dtype` on `device`: on a GPU with CuPy."""
     return (
         device.type == "cuda"
-        and dtype in SCALARS
+        and dtype in cuda.SCALARS
         and SOURCE.loads(device.index, compile_options(dtype))
     )
 
 
 def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
     """What the source must be compiled with for logits of `dtype`."""
-    return f"-DSCALAR={SCALARS[dtype]}", f"-DTHREADS={THREADS}"
+    return f"-DSCALAR={cuda.SCALARS[dtype]}", f"-DTHREADS={THREADS}"
 
 
 def loss_and_gradient_(
@@ -50,7 +44,7 @@ def loss_and_gradient_(
     float64 of float64, and with `bias_gradient` the gradient's sum over rows (ntoken,).
     """
     rows, columns = logits.shape
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = cuda.wide(logits.dtype)
     # A row may have any distance to the next one, but its columns lie side by side.
     if logits.stride(1) != 1 and columns > 1:
         raise ValueError(f"the columns of logits must be contiguous, not {logits.stride()}")

@@ -14,6 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# The element types of scalars.cuh.
+SCALARS = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.float16: "Float16",
+    torch.bfloat16: "BFloat16",
+}
+
 
 class KernelUnavailable(RuntimeError):
     """CuPy is missing or unusable; the message says what to install."""
@@ -105,6 +113,11 @@ def available() -> bool:
 def requirement() -> str:
     """What to install where `available()` is False, and why it is not there now."""
     return f"pip install {_package()}, see requirements-gpu.txt ({import_cupy()})"
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a kernel's arithmetic for tensors of `dtype`: State of scalars.cuh."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def multiprocessors(device: torch.device) -> int:

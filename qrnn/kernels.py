@@ -15,14 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import aligned, cuda
-from kernels.cuda import KernelUnavailable, available, requirement  # noqa: F401
+from kernels.cuda import SCALARS, KernelUnavailable, available, requirement, wide  # noqa: F401
 
-SCALARS = {
-    torch.float64: "double",
-    torch.float32: "float",
-    torch.float16: "Float16",
-    torch.bfloat16: "BFloat16",
-}
 # Steps between the states that a forward kernel keeps for the backward kernel, which holds as many
 # of every stream in registers, twice. float64 is for checking gradients, not for speed.
 _CHUNK = {torch.float64: 4, torch.float32: 8, torch.float16: 8, torch.bfloat16: 8}
@@ -71,7 +65,7 @@ def kept_states(dtype: torch.dtype, sizes: torch.Size) -> tuple[torch.Size, torc
     batch, hidden), in float32, or in float64 if `dtype` is.
     """
     chunks = -(-sizes[0] // _CHUNK[dtype])
-    return torch.Size((chunks, *sizes[1:])), _wide(dtype)
+    return torch.Size((chunks, *sizes[1:])), wide(dtype)
 
 
 def forget_mult_forward(
@@ -341,7 +335,7 @@ def _layer_inputs(
                 f"bias must have the shape {tuple(y.shape[2:])} on {y.device}, "
                 f"not {tuple(bias.shape)} on {bias.device}"
             )
-        bias = bias.to(_wide(y.dtype)).contiguous()
+        bias = bias.to(wide(y.dtype)).contiguous()
     y, y_row = _rows(y)
     factors = (_contiguous(mask), 1.0 if scale is None else float(scale), lengths, bias)
     return y, sizes, (*_parts(y, sizes[2], gate), y_row, *factors)
@@ -409,11 +403,6 @@ def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     if even and row >= hidden and (stride == 1 or hidden == 1):
         return tensor, row
     return tensor.contiguous(), hidden
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the kernels' arithmetic for tensors of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _empty(shape: torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

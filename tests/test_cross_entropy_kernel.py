@@ -20,7 +20,7 @@ from kernels import aligned, cuda
 from kernels import cross_entropy as kernel
 from splitcross import SplitCrossEntropyLoss
 
-DTYPES = list(kernel.SCALARS)
+DTYPES = list(cuda.SCALARS)
 # Largest error, relative to 1 + |reference|: of the losses, and of gradients of at most 1.
 LOSS = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 5e-7, torch.bfloat16: 5e-7}
 GRADIENT = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -72,13 +72,13 @@ def check(canaries, rows, columns, dtype, *, bias=True, apart=0, shift=0, spread
     """One call; `apart` elements lie between rows, `shift` before the first."""
     what = f"{rows} x {columns} {dtype}, bias {bias}, apart {apart}, shift {shift}"
     logits = torch.randn(rows, columns, dtype=torch.float64).mul(spread).to(dtype)
-    added = torch.randn(columns, dtype=kernel_type(dtype)) if bias else None
+    added = torch.randn(columns, dtype=cuda.wide(dtype)) if bias else None
     targets = torch.randint(columns, (rows,))
     expected = reference(logits, targets, added)
     buffer = canaries.empty((rows, columns + apart), logits, shift=shift)
     given = buffer[:, :columns].copy_(logits)
     losses, sums = kernel.loss_and_gradient_(given, targets, canaries.copy(added), True, True)
-    assert losses.dtype == sums.dtype == kernel_type(dtype)
+    assert losses.dtype == sums.dtype == cuda.wide(dtype)
     assert_near(losses, expected[0], LOSS[dtype], f"losses, {what}")
     assert_near(given, expected[1], GRADIENT[dtype], f"gradients, {what}")
     # Where the sums do not fit in shared memory they are those of the rounded gradients.
@@ -86,10 +86,6 @@ def check(canaries, rows, columns, dtype, *, bias=True, apart=0, shift=0, spread
     assert_near(sums, expected[2], LOSS[dtype] * rows + rounded, f"sums, {what}")
     assert buffer[:, columns:].isnan().all(), f"written between rows, {what}"
     canaries.check()
-
-
-def kernel_type(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @needs_compiler

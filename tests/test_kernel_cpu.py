@@ -107,7 +107,7 @@ def check_qrnn(shim, case):
     options = (mask, scale, case.gate, case.reverse, lengths)
     weight_h, weight_last = draw(*size), draw(*size[1:])
     # A weight's bias is wider than what autocast makes of the product.
-    bias = torch.randn(parts * case.hidden, dtype=kernels._wide(dtype)).requires_grad_()
+    bias = torch.randn(parts * case.hidden, dtype=kernels.wide(dtype)).requires_grad_()
     bias = bias if case.bias else None
 
     inputs = (shim.copy(y), shim.copy(c0), shim.copy(bias))
@@ -134,9 +134,7 @@ def check_qrnn(shim, case):
             assert (grad[padding] == 0).all(), f"gradient in the padding, {case}"
             true_grad = true_grad.masked_fill(padding[..., None], 0)
         # The bias' is a sum over all steps and columns.
-        tolerance = (
-            GRAD_TOLERANCE[kernels._wide(dtype)] if name == "bias" else GRAD_TOLERANCE[dtype]
-        )
+        tolerance = GRAD_TOLERANCE[kernels.wide(dtype)] if name == "bias" else GRAD_TOLERANCE[dtype]
         assert_near(grad, true_grad, tolerance, f"gradient of {name}, {case}")
     shim.check()
 

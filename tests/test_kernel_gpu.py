@@ -260,7 +260,7 @@ def test_cross_entropy(dtype):
         bias = torch.randn(columns, dtype=torch.float64)
         targets = torch.randint(columns, (rows,))
         given = aligned.empty((rows, columns), logits.cuda()).copy_(logits)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = kernels.wide(dtype)
         losses, sums = cross_entropy.loss_and_gradient_(
             given, targets.cuda(), bias.cuda().to(wide), bias_gradient=True
         )
