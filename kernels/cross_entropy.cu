@@ -25,16 +25,22 @@
 #include "scalars.cuh"
 
 constexpr int PER_VECTOR = 16 / sizeof(Scalar);
+constexpr int PER_WIDE = 16 / sizeof(State);
 constexpr int WARPS = THREADS / 32;
 
 static_assert(WARPS * 32 == THREADS && WARPS <= 32, "a block is 1 to 32 whole warps");
 
-// One load or store of 16 bytes.
+// One load or store of 16 bytes, of logits and of numbers in State.
 struct alignas(16) Vector {
     Scalar values[PER_VECTOR];
 };
 
-// The warps' pairs of two rows in turn, 4 * WARPS numbers; then, if asked for, a sum for each column.
+struct alignas(16) Wide {
+    State values[PER_WIDE];
+};
+
+// The warps' pairs of two rows in turn, 4 * WARPS numbers; then, if asked for, a sum for each column,
+// up to a whole vector.
 extern __shared__ State shared_memory[];
 
 __device__ __forceinline__ float exp_of(float v) { return expf(v); }
@@ -67,12 +73,16 @@ struct Softmax {
     }
 };
 
+__device__ __forceinline__ bool aligned(const void *address) {
+    return (unsigned long long)address % sizeof(Vector) == 0;  // null is
+}
+
 // One row of logits and how its columns are read.
 struct RowOfLogits {
     Scalar *begin;
     const State *bias;  // or null
     int columns;
-    bool aligned;
+    bool aligned, bias_aligned;
 
     __device__ __forceinline__ bool whole(int at) const {
         return aligned && at + PER_VECTOR <= columns;
@@ -95,11 +105,24 @@ struct RowOfLogits {
             if (at + i < columns) begin[at + i] = vector.values[i];
     }
 
-    // Beyond the row's end -infinity, which adds nothing.
-    __device__ __forceinline__ State value(const Vector &vector, int at, int i) const {
-        if (at + i >= columns) return nothing();
-        const State v = widen(vector.values[i]);
-        return bias ? v + bias[at + i] : v;
+    // A vector's values with the bias; beyond the row's end -infinity, which adds nothing.
+    __device__ __forceinline__ void values(const Vector &vector, int at, State *v) const {
+        const bool inside = at + PER_VECTOR <= columns;
+#pragma unroll
+        for (int i = 0; i < PER_VECTOR; ++i)
+            v[i] = inside || at + i < columns ? widen(vector.values[i]) : nothing();
+        if (!bias) return;
+#pragma unroll
+        for (int n = 0; n < PER_VECTOR; n += PER_WIDE) {
+            Wide added = {};
+            if (inside && bias_aligned)
+                added = *(const Wide *)(bias + at + n);
+            else
+                for (int i = 0; i < PER_WIDE; ++i)
+                    if (at + n + i < columns) added.values[i] = bias[at + n + i];
+#pragma unroll
+            for (int i = 0; i < PER_WIDE; ++i) v[n + i] += added.values[i];
+        }
     }
 };
 
@@ -112,11 +135,9 @@ __device__ __forceinline__ Softmax softmax_of(const RowOfLogits &row, State *pai
         const Vector now = next;
         next = row.fetch(at + THREADS * PER_VECTOR);
         State values[PER_VECTOR], top = softmax.top;
+        row.values(now, at, values);
 #pragma unroll
-        for (int i = 0; i < PER_VECTOR; ++i) {
-            values[i] = row.value(now, at, i);
-            top = values[i] > top ? values[i] : top;
-        }
+        for (int i = 0; i < PER_VECTOR; ++i) top = values[i] > top ? values[i] : top;
         const State base = base_of(top);
         State mass = softmax.mass * exp_of(softmax.top - base);
 #pragma unroll
@@ -141,14 +162,23 @@ __device__ __forceinline__ void write_gradient(const RowOfLogits &row, const Sof
                                                long long target, State *sums) {
     const State base = base_of(softmax.top), inverse = State(1) / softmax.mass;
     for (int at = (int)threadIdx.x * PER_VECTOR; at < row.columns; at += THREADS * PER_VECTOR) {
-        const Vector logits = row.fetch(at);
+        State values[PER_VECTOR];
+        row.values(row.fetch(at), at, values);
         Vector gradients = {};
 #pragma unroll
         for (int i = 0; i < PER_VECTOR; ++i) {
-            const State share = exp_of(row.value(logits, at, i) - base) * inverse;
-            const State gradient = at + i == target ? share - State(1) : share;
-            narrow(gradient, gradients.values[i]);
-            if (sums && at + i < row.columns) sums[at + i] += gradient;
+            const State share = exp_of(values[i] - base) * inverse;
+            values[i] = at + i == target ? share - State(1) : share;
+            narrow(values[i], gradients.values[i]);
+        }
+        if (sums) {
+#pragma unroll
+            for (int n = 0; n < PER_VECTOR; n += PER_WIDE) {
+                Wide sum = *(Wide *)(sums + at + n);
+#pragma unroll
+                for (int i = 0; i < PER_WIDE; ++i) sum.values[i] += values[n + i];
+                *(Wide *)(sums + at + n) = sum;
+            }
         }
         row.store(at, gradients);
     }
@@ -156,22 +186,20 @@ __device__ __forceinline__ void write_gradient(const RowOfLogits &row, const Sof
 
 // Row r of the logits begins at r * row_distance. `bias` and `bias_sums` may be null; the latter is a
 // row for each block and needs the gradient. A target outside the row makes its loss NaN.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, sizeof(State) == 8 ? 1 : 2)
     cross_entropy(Scalar *logits, long long row_distance, const State *bias,
                   const long long *targets, State *losses, State *bias_sums, long long rows,
                   long long columns, long long with_gradient) {
     State *sums = bias_sums ? shared_memory + 4 * WARPS : nullptr;
-    const int first = (int)threadIdx.x * PER_VECTOR;
+    // Up to a whole vector; the first row's barrier lies before their first use.
+    const long long sums_end = (columns + PER_VECTOR - 1) / PER_VECTOR * PER_VECTOR;
     if (sums)
-        for (int at = first; at < columns; at += THREADS * PER_VECTOR)
-            for (int i = 0; i < PER_VECTOR; ++i)
-                if (at + i < columns) sums[at + i] = State(0);
+        for (long long j = threadIdx.x; j < sums_end; j += THREADS) sums[j] = State(0);
     // A warp that is one row ahead writes beside what the others still read; it cannot be two ahead.
     State *pairs = shared_memory, *other_pairs = shared_memory + 2 * WARPS;
     for (long long r = blockIdx.x; r < rows; r += gridDim.x) {
         Scalar *begin = logits + r * row_distance;
-        const bool aligned = (unsigned long long)begin % sizeof(Vector) == 0;
-        const RowOfLogits row = {begin, bias, (int)columns, aligned};
+        const RowOfLogits row = {begin, bias, (int)columns, aligned(begin), aligned(bias)};
         const long long target = targets[r];
         State chosen = State(0);
         // Before the barrier: behind it the gradient takes the logit's place.
@@ -187,8 +215,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         pairs = other_pairs;
         other_pairs = now;
     }
-    if (sums)
-        for (int at = first; at < columns; at += THREADS * PER_VECTOR)
-            for (int i = 0; i < PER_VECTOR; ++i)
-                if (at + i < columns) bias_sums[blockIdx.x * columns + at + i] = sums[at + i];
+    if (!sums) return;
+    __syncthreads();
+    for (long long j = threadIdx.x; j < columns; j += THREADS)
+        bias_sums[blockIdx.x * columns + j] = sums[j];
 }

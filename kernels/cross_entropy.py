@@ -53,7 +53,8 @@ def loss_and_gradient_(
     losses = _empty((rows,), logits, wide)
     blocks = min(rows, BLOCKS * cuda.multiprocessors(logits.device))
     shared = 4 * (THREADS // 32) * wide.itemsize
-    with_sums = shared + columns * wide.itemsize
+    per_vector = 16 // logits.dtype.itemsize
+    with_sums = shared + -(-columns // per_vector) * per_vector * wide.itemsize
     sums = None
     if bias_gradient and with_sums <= MOST_SHARED:
         shared, sums = with_sums, _empty((blocks, columns), logits, wide)

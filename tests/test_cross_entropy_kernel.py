@@ -77,7 +77,9 @@ def check(canaries, rows, columns, dtype, *, bias=True, apart=0, shift=0, spread
     expected = reference(logits, targets, added)
     buffer = canaries.empty((rows, columns + apart), logits, shift=shift)
     given = buffer[:, :columns].copy_(logits)
-    losses, sums = kernel.loss_and_gradient_(given, targets, canaries.copy(added), True, True)
+    if bias:
+        added = canaries.empty(added.shape, added, shift=shift).copy_(added)
+    losses, sums = kernel.loss_and_gradient_(given, targets, added, True, True)
     assert losses.dtype == sums.dtype == cuda.wide(dtype)
     assert_near(losses, expected[0], LOSS[dtype], f"losses, {what}")
     assert_near(given, expected[1], GRADIENT[dtype], f"gradients, {what}")
@@ -287,4 +289,6 @@ def test_nvrtc_compiles(architecture, dtype):
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_no_local_memory_or_spills(architecture, dtype, tmp_path):
     options = kernel.compile_options(dtype)
-    check_registers(kernel.SOURCE, architecture, options, 64, tmp_path)
+    # Two blocks on a multiprocessor, of float64 one.
+    most = 128 if dtype == torch.float64 else 64
+    check_registers(kernel.SOURCE, architecture, options, most, tmp_path)

@@ -29,7 +29,8 @@ int main() {
             long long sizes[] = {distance, rows, columns, 1};
             void *arguments[] = {&logits_at, &sizes[0], &bias_at,  &targets_at, &losses_at,
                                  &sums_at,   &sizes[1], &sizes[2], &sizes[3]};
-            shared_size = (4 * WARPS + (with_sums ? columns : 0)) * sizeof(State);
+            const long long sums_end = (columns + PER_VECTOR - 1) / PER_VECTOR * PER_VECTOR;
+            shared_size = (4 * WARPS + (with_sums ? sums_end : 0)) * sizeof(State);
             const char *failure = launch(cross_entropy, (unsigned)blocks, THREADS, arguments);
             if (failure) return std::puts(failure), 1;
         }
