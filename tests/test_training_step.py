@@ -8,8 +8,11 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from shims import ShimLauncher, needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import qrnn.kernels
+from kernels import aligned, cross_entropy, cuda, update
 from loss import TrainingLoss
 from model import CELLS, RNNModel
 from nt_asgd import NTASGD
@@ -17,6 +20,7 @@ from splitcross import SplitCrossEntropyLoss
 from training import cuda_graphs, engine
 from training.cuda_graphs import GraphedStep, make_step
 from training.step import TrainingStep
+from weight_drop import WeightDrop
 
 RATES = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.3, "dropoute": 0.1, "wdrop": 0.4}
 
@@ -258,6 +262,45 @@ def test_bf16_trains_float32_weights_close_to_float32():
     assert losses != expected
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in low.params)
     assert all(t.dtype == torch.float32 for t in flatten(low.hidden))
+
+
+@needs_compiler
+@pytest.mark.parametrize("rnn_type", ["QRNN", "LSTM"])
+def test_a_step_through_every_cuda_kernel(rnn_type, tmp_path, monkeypatch):
+    """As on a GPU, with the kernels as C++: the recurrence, the loss, the update, aligned rows."""
+
+    def losses():
+        step = make(rnn_type)
+        for module in step.network.modules():
+            # Weight drop draws its masks in another way on a GPU.
+            if isinstance(module, WeightDrop):
+                module.dropout = 0.0
+        return train(step, (1, 3)), step.params
+
+    expected, params = losses()
+    launchers = []
+    monkeypatch.setattr(cross_entropy, "THREADS", 64)
+    sources = {
+        qrnn.kernels: qrnn.kernels.compile_options(torch.float32),
+        cross_entropy: cross_entropy.compile_options(torch.float32),
+        update: update.compile_options(torch.float32),
+    }
+    for module, options in sources.items():
+        folder = tmp_path / module.__name__
+        folder.mkdir()
+        launchers.append(
+            ShimLauncher(module.SOURCE, folder, [options], fibers=module is cross_entropy)
+        )
+        monkeypatch.setattr(module.SOURCE, "launch", launchers[-1])
+    monkeypatch.setattr(qrnn.forget_mult, "_kernels_for", lambda x: qrnn.kernels)
+    for module in (aligned, cross_entropy, update):
+        monkeypatch.setattr(module, "suits", lambda *_: True)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
+    results, ours = losses()
+    assert results == pytest.approx(expected, rel=1e-5)
+    for p, q in zip(ours, params, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    assert [bool(launcher.launched) for launcher in launchers] == [rnn_type == "QRNN", True, True]
 
 
 def test_without_a_gpu_there_are_no_graphs_and_nothing_is_said():
