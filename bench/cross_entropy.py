@@ -26,11 +26,12 @@ WANTED = {"gradient": True, "bias_gradient": True}
 SHAPES = [(1400, 10_000, 400), (2800, 33_278, 400)]
 
 
-def plain(inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of the logits through autograd."""
+def plain(inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the logits and of the bias through autograd."""
     logits = functional.linear(inputs, matrix, bias.to(inputs.dtype)).float().requires_grad_()
     loss = functional.cross_entropy(logits, targets, reduction="sum")
-    return torch.autograd.grad(loss, logits)[0]
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return gradient, gradient.sum(dim=0)
 
 
 def main(argv: list[str] | None = None) -> None:

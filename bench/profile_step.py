@@ -23,9 +23,9 @@ KINDS = {
     "recurrent layers": ("rnn", "lstm", "gru", "qrnn", "forget_mult", "elemwiseforward"),
     "matrix products": ("mm", "gemm", "xmma", "cutlass", "addmm", "cublas", "nvjet"),
     "random numbers": ("bernoulli", "random", "dropout", "uniform", "distribution"),
-    "optimiser": ("update", "fused_sgd", "fused_adam", "lerp", "foreach", "multi_tensor"),
     "norm and sums": ("norm", "sum", "reduce", "mean", "amax"),
-    "softmax": ("exp", "gather", "scatter", "log"),
+    "optimiser": ("update", "fused_sgd", "fused_adam", "lerp", "foreach", "multi_tensor"),
+    "softmax": ("cross_entropy", "exp", "gather", "scatter", "log"),
     "copies": ("copy", "cat", "memcpy", "memset", "index", "embedding", "contiguous", "fill"),
 }
 

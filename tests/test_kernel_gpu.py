@@ -77,6 +77,8 @@ def test_layer(shape, gate, dtype):
             mask, mask_true = pair(torch.rand(shape).lt(0.6).to(dtype), requires_grad=False)
         scale = 0.7 if zoneout == 0.7 else None
         lengths = torch.randint(0, shape[0] + 1, shape[1:2]) if ragged else None
+        if ragged:
+            lengths[0].clamp_(min=1)  # so that something is left to differentiate
         on_gpu = lengths.cuda() if ragged else None
         weights = [torch.randn(shape).to(dtype), torch.randn(shape[1:]).to(dtype)]
         bias, bias_true = pair(torch.randn(y.size(2)) if zoneout is None else None)
@@ -271,7 +273,9 @@ def test_cross_entropy(dtype):
         what = f"{rows} x {columns}"
         assert_near(losses, true, loss_tolerance, f"losses, {what}")
         assert_near(given, shares, tolerance, f"gradients, {what}")
-        assert_near(sums, shares.sum(dim=0), rows * tolerance, f"sums, {what}")
+        # Where the sums do not fit in shared memory they are those of the rounded gradients.
+        of_sums = rows * (tolerance if columns > 12_000 else loss_tolerance)
+        assert_near(sums, shares.sum(dim=0), of_sums, f"sums, {what}")
 
 
 def test_cross_entropy_in_a_graph():
