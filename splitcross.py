@@ -21,11 +21,11 @@ _MAX_LOGITS = 2**24
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed softmax cross-entropy of `hiddens @ weight.t() + bias`, logits never kept.
+    """Summed softmax cross-entropy of `hiddens @ weight.t() + bias`; the logits are not kept.
 
-    The gradient of a softmax needs nothing but the softmax, so each block of logits is turned into
-    its own gradient in place and multiplied out at once. Three copies of all logits, which the
-    separate operations write and read, are saved. Under autocast the products are in its dtype;
+    The gradient of a softmax depends on the softmax alone, so the gradient of each block of logits
+    replaces the block and is multiplied out at once. This saves the three copies of all logits that
+    separate operations write and read. Under autocast the products are in its dtype;
     sums, and on the CPU logits, stay in that of `bias`.
     """
 
@@ -104,7 +104,7 @@ def _operations(
     else:
         logits = torch.addmm(bias, inputs, matrix.t())
     top = logits.amax(dim=1, keepdim=True)
-    # Before the exponentials take the logits' place.
+    # Read now: the exponentials replace the logits.
     chosen = logits.gather(1, target)
     mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
     loss = (mass.log() + top - chosen).sum()

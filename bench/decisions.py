@@ -1,10 +1,10 @@
-"""What the benchmarks decide: what is faster and kept, and which goal is reached."""
+"""Decisions from the benchmarks' tables: which way is faster, and which goals are reached."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-Row = tuple[str, str, str, int]  # a file, how two cells of a row begin, the figure's column
+Row = tuple[str, str, str, int]  # a file, the start of two cells of a row, the figure's column
 
 
 @dataclass

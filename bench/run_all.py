@@ -1,9 +1,9 @@
 """Run the benchmarks, each into a file of its own, and end with a table of decisions.
 
-`python bench/run_all.py` from the repository's root. What is finished in the folder, at this commit
-and on this device, is not run again: where it was cut, the same command goes on. On a GPU the tests
-marked `gpu` come first, and small ones of the kernels under compute-sanitizer: the time of a kernel
-that is wrong is worth nothing. The exit status is 1 if anything failed, was cut or is not there.
+Run as `python bench/run_all.py` from the repository's root. A task that has finished at this commit
+on this device is not run again, so the same command continues a run that was cut. On a GPU the
+tests marked `gpu` run first, and small tests of the kernels under compute-sanitizer, because the
+time of a wrong kernel is worthless. The exit status is 1 if a task failed, was cut or is missing.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from files.writing import writing
 from qrnn import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-# A machine with a GPU is often lent for ten minutes at a time.
+# Short enough for a queue that ends jobs after ten minutes.
 GPU_MINUTES = 9.0
 
 
@@ -123,7 +123,7 @@ def read(folder: Path, name: str) -> str:
 
 
 def attempt(task: Task, left: float | None) -> tuple[str, str]:
-    """Run a task unless something stands in its way: its output, and what went wrong, if any."""
+    """Run a task if its program is there and time is left; return its output and any failure."""
     if task.needs and shutil.which(task.needs) is None:
         return "", f"not run: {task.needs} is not installed"
     if left is not None and left <= 0:
@@ -164,11 +164,11 @@ def main(argv: list[str] | None = None) -> int:
         if end:
             failures.append(f"{name}: {end}")
         print(f"# `{task.command}`\n\n{output}\n{end}", flush=True)
-        # What is not run at all replaces nothing.
+        # A task that did not run keeps its old file.
         if output or not file.exists():
             with writing(file, "--out") as stream:
                 stream.write(f"{head(task)}{end or 'whole'}\n\n{output}".encode())
-    # Those of this device and commit alone can be compared.
+    # Only figures of this device and commit can be compared.
     texts = {name: read(out, name) for name in TASKS}
     table = decisions({n: text for n, text in texts.items() if text.startswith(head(TASKS[n]))})
     with writing(out / "decisions.md", "--out") as stream:

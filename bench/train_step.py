@@ -68,7 +68,7 @@ SETTINGS = {
         "QRNN", 267_735, 400, 2500, 4, 60, 140, (0.1, 0.1, 0.1, 0.0, 0.0), adam=True
     ),
 }
-# What can be left out, by its module in kernels/.
+# Our own operations that a row can leave out, as modules of kernels/.
 SWITCHES = {"aligned": aligned, "cross_entropy": cross_entropy, "update": update}
 # PTB, on which the ratios are claimed, is at its full size on the CPU too.
 CPU_COLUMNS = {"WT2 LSTM": 8, "WT2 QRNN": 8, "WT103 QRNN": 2}
@@ -263,7 +263,7 @@ def peak_memory(call: Callable[[], None], device: torch.device) -> float:
 
 @contextlib.contextmanager
 def without(names: Iterable[str]) -> Iterator[None]:
-    """Within this context PyTorch's own operations stand in for these of ours on a GPU."""
+    """Within this context PyTorch's operations replace those of `names` on a GPU."""
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch.object(SWITCHES[name], "suits", return_value=False))
@@ -284,7 +284,7 @@ def ways_of(
             set_precision(precision, device)
             call, graphed = our_step(setting, source, True, precision)
             yield f"{recorded(call, graphed)} {precision}", precision, call
-            # What is recorded stays as it was recorded.
+            # A recorded step keeps the operations that it was recorded with.
             for names in [[name] for name in left_out] + [left_out] * (len(left_out) > 1):
                 if precision == "tf32":
                     with without(names):

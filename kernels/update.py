@@ -60,9 +60,10 @@ def update(
 ) -> None:
     """`p -= lr * (scale * gradient + decay * p)`, then `average += share * (p - average)`.
 
-    That is for `params` that `suits` accepts, with the gradients that they hold; one without stays
-    as it is. `averages` has a tensor like it for each of them, or is None. Numbers that are tensors
-    of one element are read on the device, as float32: a recorded CUDA graph takes their new values.
+    `params` are parameters that `suits` accepts; one without a gradient keeps its value. `averages`
+    has a tensor of the same shape for each parameter, or is None. `lr`, `scale` and `share` may be
+    tensors of one element: the kernel reads them on the device as float32, so a recorded CUDA graph
+    takes their new values.
     """
     device, dtype = params[0].device, params[0].dtype
     grads = [None if p.grad is None else p.grad.contiguous() for p in params]

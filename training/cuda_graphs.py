@@ -19,8 +19,8 @@ from training.step import TrainingStep
 
 # Graphs kept at once. Lengths around a bptt of 70 take 44 in an epoch, the rarest once.
 MOST_GRAPHS = 64
-# Settings of an optimiser that are no part of a recording, or are read from the device, and what
-# every module has for its own ends.
+# Names left out of a graph's key: settings of an optimiser that a replay reads from the device or
+# does not use, and the attributes of nn.Module itself.
 _NOT_FROZEN = {"lr", "params", "averaged_steps", "capturable", *vars(nn.Module())} - {"training"}
 _PLAIN = (int, float, str, type(None))
 
@@ -55,7 +55,7 @@ class GraphedStep(TrainingStep):
         device = self.source.device
         self._lr = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._averaging_weight = torch.zeros((), device=device)
-        # A kernel that eager steps do without: loading it could fail while a step is recorded.
+        # Eager steps do not use this kernel. Load it now: loading could fail during a recording.
         torch.zeros(4, device=device).lerp_(torch.ones(4, device=device), self._averaging_weight)
 
     def _compute(self, rows: int, seq_len: int) -> None:
@@ -94,7 +94,7 @@ class GraphedStep(TrainingStep):
         except RuntimeError as error:
             self.recording = False
             self._replays.clear()
-            # Ending the recording fails as well, and says less than the error that made it fail.
+            # Ending the recording fails too; the first error is the one that explains it.
             first: BaseException = error
             while first.__context__ is not None:
                 first = first.__context__
@@ -102,7 +102,7 @@ class GraphedStep(TrainingStep):
             self.say(f"CUDA graphs are off, this step cannot be recorded: {reason}")
             return False
         finally:
-            # They lie in memory that belongs to all graphs in turn.
+            # The gradients lie in memory that all graphs share.
             self.optimizer.zero_grad(set_to_none=True)
         return True
 
@@ -128,7 +128,7 @@ class GraphedStep(TrainingStep):
 
     @contextlib.contextmanager
     def _on_one_stream(self) -> Iterator[None]:
-        """Eager steps on the stream that records: parts of autograd remember where they ran."""
+        """Run eager steps on the recording stream too: autograd remembers the stream of a node."""
         stream = getattr(self._record, "stream", None)
         if stream is None:
             yield
@@ -182,11 +182,11 @@ class _CUDARecorder:
                 work()
         except RuntimeError:
             device = self.stream.device.index
-            # Before PyTorch 2.11 or so the generator still takes itself for one that is recorded.
+            # Before PyTorch 2.11 or so the generator stays in the state for recording.
             generator = torch.cuda.default_generators[device]
             generator.graphsafe_set_state(generator.clone_state())
-            # Before PyTorch 2.12 the allocator still serves this stream from the graphs' pool, and
-            # later recordings and empty_cache() can fail. From 2.12 on it says that it does not.
+            # Before PyTorch 2.12 the allocator keeps serving this stream from the graphs' pool, and
+            # later recordings and empty_cache() can fail. From 2.12 on this call raises instead.
             with contextlib.suppress(RuntimeError):
                 _stop_allocating(device, self.pool)
             raise
