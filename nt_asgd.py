@@ -13,9 +13,9 @@ from kernels import update as update_kernel
 
 
 class NonMonotonicTrigger:
-    """Fires when a validation loss is worse than the best of all but the last `nonmono` before it.
+    """Fires if a validation loss exceeds the best earlier loss, the last `nonmono` left out.
 
-    That needs more than `nonmono` earlier losses. `losses` is the history, in nats.
+    It never fires before `nonmono` + 1 earlier losses. `losses` is the history, in nats.
     """
 
     def __init__(self, nonmono: int, losses: Iterable[float] = ()) -> None:
@@ -30,16 +30,15 @@ class NonMonotonicTrigger:
 
 
 class NTASGD(torch.optim.Optimizer):
-    """SGD with weight decay, and a running average of its iterates after `start_averaging`.
+    """SGD with weight decay, and a running average of the iterates after `start_averaging`.
 
     A step is `p -= lr * (gradient + weight_decay * p)`. The average after n averaged steps is the
     mean of the n iterates since the switch; torch.optim.ASGD with t0 = 0 and lambd = 0 leaves out
-    the first of them. The parameters themselves stay the raw iterates; `averaged()` lends them the
-    average.
+    the first of them. The parameters hold the raw iterates, and the average within `averaged()`.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> None:
-        # Steps averaged so far, None before the switch; kept in the group so that it is saved.
+        # averaged_steps is None before the switch; a group's entries are saved in checkpoints.
         defaults = {"lr": lr, "weight_decay": weight_decay, "averaged_steps": None}
         super().__init__(params, defaults)
 
@@ -56,12 +55,12 @@ class NTASGD(torch.optim.Optimizer):
                 self.state[p]["average"] = p.detach().clone()
 
     def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient, then the average of all."""
+        """Update every parameter that has a gradient, then the average of every parameter."""
         self.count()
         self.update()
 
     def count(self) -> None:
-        """Count one step of the average: `update` does not, so that it can be recorded once."""
+        """Count one step of the average; separate from `update`, which a CUDA graph can record."""
         for group in self.param_groups:
             if group["averaged_steps"] is not None:
                 group["averaged_steps"] += 1
@@ -72,9 +71,8 @@ class NTASGD(torch.optim.Optimizer):
     ) -> None:
         """A step without counting it, on gradients times `gradient_scale`.
 
-        Clipping by that scale costs no pass of its own over the gradients. With `average_share`,
-        which holds one over the steps counted, and a rate that is a tensor, all numbers stay on the
-        device.
+        Clipping through this scale saves a pass over the gradients. With a rate that is a tensor
+        and `average_share`, a tensor of 1 / counted steps, all numbers stay on the device.
         """
         for group in self.param_groups:
             params, count = group["params"], group["averaged_steps"]
@@ -101,16 +99,16 @@ class NTASGD(torch.optim.Optimizer):
     ) -> None:
         """`p -= lr * (scale * gradient + decay * p)` in one pass.
 
-        With a rate on the device, and on a GPU, the gradients come out scaled.
+        If the rate is a tensor, or on a GPU, this also scales the gradients in place.
         """
         grads = [p.grad for p in params]
         if params[0].device.type == "cpu" and not isinstance(lr, Tensor):
             scale, divisor = float(scale), None
             if not scale:
-                # The gradient's norm is infinite. That must show, as nan, and not be passed over.
+                # The gradient's norm is infinite: the parameters must become nan, not stay.
                 torch._foreach_add_(params, grads, alpha=0.0)
                 return
-            # `grad_scale` would write the scaled gradients: here it goes into the other factors.
+            # `grad_scale` would also write the scaled gradients; scaling the factors does not.
             lr, decay = lr * scale, decay / scale
         else:
             divisor = (1 / scale).float() if isinstance(scale, Tensor) else None
@@ -131,7 +129,7 @@ class NTASGD(torch.optim.Optimizer):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this context the parameters hold the average, if there is one."""
+        """A context in which the parameters hold the average, if there is one."""
         if not self.averaging:
             yield
             return

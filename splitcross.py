@@ -14,9 +14,8 @@ from torch.nn import functional
 
 from kernels import aligned, cross_entropy
 
-# Rows of logits are made in blocks of at most so many numbers: a long evaluation chunk over a large
-# vocabulary would otherwise need gigabytes at once. Still smaller ones, that stay in the cache,
-# measured no faster.
+# The most logits in one block of rows: a long evaluation chunk over a large vocabulary would
+# otherwise need gigabytes at once. Smaller blocks, which fit the cache, were measured no faster.
 _MAX_LOGITS = 2**24
 
 
@@ -77,8 +76,8 @@ def _one_kernel(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Summed loss, gradient of the logits `inputs @ matrix.t() + bias`, and its sum over rows.
 
-    `inputs` (n, hidden_size) and `matrix` (ntoken, hidden_size) are of one dtype, in which the
-    gradient (n, ntoken) comes out; the loss and the sum (ntoken,) are in that of `bias`.
+    `inputs` (n, hidden_size), `matrix` (ntoken, hidden_size) and the gradient (n, ntoken) have one
+    dtype; the loss and the sum (ntoken,) have the dtype of `bias`.
     """
     logits = aligned.matmul(inputs, matrix.t())
     losses, sums = cross_entropy.loss_and_gradient_(logits, targets, bias, gradient, bias_gradient)
@@ -202,13 +201,13 @@ class SplitCrossEntropyLoss(nn.Module):
         return result
 
     def _buckets(self, targets: Tensor) -> Tensor:
-        """The bucket of each of `targets`, as an integer: summing boolean masks stops at one."""
+        """The bucket of each target: 0 for the head, k for tail k."""
         cuts = torch.tensor(self.splits[1:], device=targets.device)
         return torch.bucketize(targets, cuts, right=True)
 
     @staticmethod
     def _in_head(targets: Tensor, bucket: Tensor, size: int) -> Tensor:
-        """Where in a head of `size` each word stands; one of tail k as its tombstone."""
+        """Each word's index in a head of `size`; a word of tail k has its tombstone's index."""
         return torch.where(bucket == 0, targets, size - bucket)
 
     def _words(self, k: int, ntoken: int) -> slice:
@@ -223,7 +222,7 @@ class SplitCrossEntropyLoss(nn.Module):
             raise ValueError(
                 f"the split at {self.splits[-1]} leaves no word of {weight.size(0)} in its tail"
             )
-        # Against the two concatenations: they copy the head's rows only, not the vocabulary.
+        # These concatenations copy the head's rows only, not the whole vocabulary.
         weight = torch.cat([weight[: self.splits[1]], self.tail_vectors])
         return weight, torch.cat([bias[: self.splits[1]], self.tail_bias])
 
@@ -239,7 +238,7 @@ class SplitCrossEntropyLoss(nn.Module):
 
 
 def default_splits(ntoken: int) -> list[int]:
-    """Where a vocabulary of `ntoken` words is cut; cuts beyond its end are left out."""
+    """The cuts of a vocabulary of `ntoken` words, without cuts beyond its end."""
     if ntoken > 500_000:
         splits = [4200, 35_000, 180_000]
     elif ntoken > 75_000:

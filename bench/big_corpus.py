@@ -1,8 +1,8 @@
-"""Memory and time of a corpus of WikiText-103's size, made up: encoding it, and a process's part.
+"""Time and memory of a made-up corpus of WikiText-103's size: encoding it, and one rank's columns.
 
 Run as `python bench/big_corpus.py` from the repository's root; it needs 1.2 GB under --scratch.
-Memory is what the process holds by itself (RssAnon) beyond an import of torch, at its highest; the
-encoded file is mapped, and its pages belong to all processes.
+Memory is the peak of the process's private pages (RssAnon) above an import of torch; the encoded
+file is mapped, and its pages belong to all processes.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def own_memory() -> int:
 
 
 def load(folder: Path, rank: int, world: int) -> None:
-    """Load as one of several processes, and print what it took, as JSON."""
+    """Load as one of several processes, and print its time and memory as JSON."""
     before, highest, done = own_memory(), 0, threading.Event()
 
     def watch() -> None:
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         load(Path(args.load[0]), int(args.load[1]), int(args.load[2]))
         return
     print_heading(f"{args.tokens:,} tokens, {args.words:,} words, {COLUMNS} columns")
-    print("| process | s | MB at its highest | MB kept | train (rows, columns) |")
+    print("| process | s | peak MB | MB kept | train (rows, columns) |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         make(Path(scratch), args.tokens, args.words)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the heading, and timing in turns, fair on a drifting machine."""
+"""Shared by benchmarks: the heading, and timing in turns, fair if the machine's speed drifts."""
 
 import math
 import platform
@@ -32,7 +32,7 @@ def read_stage(folder: Path) -> list[dict[str, Any]]:
 
 
 def print_heading(settings: str, device: torch.device | None = None) -> None:
-    """Device, versions and settings: what a figure is worth nothing without."""
+    """Print device, versions and settings, without which a figure means nothing."""
     if device is not None and device.type == "cuda":
         print(f"device {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
     print(
@@ -45,7 +45,7 @@ def print_heading(settings: str, device: torch.device | None = None) -> None:
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Seconds of every run of every way, taken in turn after one round that is not counted."""
+    """Seconds of each run of each variant, run in turn after one uncounted round."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for run in range(runs + 1):
         for way, call in ways.items():
@@ -59,11 +59,11 @@ def in_turns(ways: Mapping[str, Callable[[], object]], runs: int) -> dict[str, l
 def on_gpu(
     ways: Mapping[str, Callable[[int], object]], sets: int, runs: int
 ) -> dict[str, list[float]]:
-    """Seconds of device time of every way, in turn: `call(k)` works on the k-th set of inputs.
+    """Seconds of device time of each variant, in turn: `call(k)` works on the k-th set of inputs.
 
-    Each way is captured in a CUDA graph that goes through all sets, again and again for a
-    millisecond or more, so that neither the host's time nor a cache that still holds the last
-    inputs is measured; a replay's time is shared out evenly.
+    Each variant is captured in a CUDA graph that goes through all sets again and again for at least
+    a millisecond, which excludes the host's time and keeps inputs out of the caches. A replay's
+    time is divided by its number of calls.
     """
     graphs = {}
     for way, call in ways.items():
@@ -99,7 +99,7 @@ def _captured(call: Callable[[int], object], sets: int, calls: int) -> torch.cud
 
 def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Keeps the device busy while the host queues the replay that is timed.
+    # Keeps the device busy while the host queues the timed replay.
     graph.replay()
     start.record()
     graph.replay()
@@ -109,7 +109,7 @@ def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def need_kernels(device: torch.device) -> None:
-    """On a GPU, compile the QRNN's kernels; without them, end: the times would be another's."""
+    """On a GPU, compile the QRNN's kernels; exit if there are none, as the times would mislead."""
     if device.type == "cuda":
         if not kernels.available():
             sys.exit(f"the QRNN's CUDA kernels are not there: {kernels.requirement()}")
@@ -128,9 +128,9 @@ def copy_bandwidth(device: torch.device, runs: int = 10) -> float:
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:
-    """How many sets of inputs of `nbytes` it takes to leave nothing in the GPU's L2 cache.
+    """How many sets of inputs of `nbytes` fill the GPU's L2 cache twice.
 
-    Count only what each set has of its own: results lie in the same memory for all sets.
+    Count only the inputs: the results of all sets share their memory.
     """
     if device.type != "cuda":
         return 1

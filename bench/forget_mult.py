@@ -30,12 +30,12 @@ from kernels import cuda
 from qrnn.forget_mult import forget_mult, forget_mult_loop
 
 SHAPES = [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 1, 1550)]
-# What our kernels move: forward reads f and x and writes h, backward reads f, x and the gradient
-# and writes two; one state in eight steps is written and read again.
+# The tensors that our kernels move: forward reads f and x and writes h, backward reads f, x and the
+# gradient and writes two; one state in eight steps is written and read again.
 TENSORS = 8.25
 
-# A thread a column and nothing else: the state goes through memory at every step, and each step's
-# loads wait for the one before. The shape of the first kernels for this recurrence.
+# One thread per column, without prefetching: the state goes through memory at every step, and each
+# step's loads wait for the step before, as in the first kernels for this recurrence.
 NAIVE = r"""
 extern "C" __global__ void forward(const float* f, const float* x, float* h,
                                    long long steps, long long columns) {

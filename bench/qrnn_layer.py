@@ -1,4 +1,4 @@
-"""Time a QRNN layer, forward and backward: its element-wise part, and the whole beside an LSTM.
+"""Time a QRNN layer, forward and backward: its element-wise part, and all of it beside an LSTM.
 
 Run as `python bench/qrnn_layer.py` from the repository's root: on the GPU if there is one, else, at
 fewer shapes, on the CPU.
@@ -38,7 +38,7 @@ WINDOWS = {
     "cuda": [(70, 20, 400, 1550), (140, 60, 400, 2500), (140, 60, 2500, 2500)],
     "cpu": [(70, 20, 400, 1550)],
 }
-# In tf32, too, as PyTorch's own default makes an LSTM of it and float32 of a QRNN.
+# Also tf32: PyTorch's default is tf32 for an LSTM and float32 for a QRNN's matrix products.
 PRECISIONS = {"cuda": ["fp32", "tf32"], "cpu": ["fp32"]}
 # Fused: forward reads Z, F, O and writes h; backward reads Z, F, O and a gradient and writes three;
 # one state in eight steps is written and read again.

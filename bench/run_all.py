@@ -35,20 +35,20 @@ GPU_MINUTES = 9.0
 
 @dataclass
 class Task:
-    """A command to run; `gpu` if it makes no sense without one, `needs` a program it calls."""
+    """A command to run; `gpu` if it needs one, `needs` the program that it calls."""
 
     command: str
     gpu: bool = False
     needs: str = ""
 
 
-# Tests of every kernel, without the large shapes: under the sanitizer an access takes far longer.
-# A graph cannot be captured without the caching that SEPARATE switches off.
+# Tests of every kernel, without the large shapes, which take too long under the sanitizer, and
+# without graphs, whose capture needs the caching that SEPARATE switches off.
 CHECKED = (
     "((forget_mult or test_layer) and (shape1 or shape2) or bidirectional or expanded or update or "
     "cross_entropy) and not in_a_graph"
 )
-# Each tensor an allocation of its own: within PyTorch's blocks, what lies past a tensor is allowed.
+# One allocation per tensor: in PyTorch's shared blocks an access past a tensor's end is valid.
 SEPARATE = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1"
 PYTEST = "python -m pytest -m gpu -q -rs"
 STEP = "python bench/train_step.py --only"
@@ -56,7 +56,7 @@ TASKS = {
     "tests-kernels": Task(f"{PYTEST} tests/test_kernel_gpu.py", gpu=True),
     "tests-steps": Task(f"{PYTEST} --ignore tests/test_kernel_gpu.py", gpu=True),
     "sanitizer": Task(
-        # Libraries ask the driver for what it may not have; that is no error of ours.
+        # Libraries query the driver for features that it may lack: no error of the kernels.
         f"{SEPARATE} compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 "
         f"python -m pytest -q tests/test_kernel_gpu.py -k '{CHECKED}'",
         gpu=True,
@@ -81,12 +81,12 @@ TASKS = {
 
 
 def run(task: Task, seconds: float | None) -> tuple[str, str]:
-    """A task's output, and what ended it: "" if it went well, else in words."""
+    """A task's output, and its failure in words, "" if it succeeded."""
     words = [sys.executable if word == "python" else word for word in shlex.split(task.command)]
-    # What it printed stays when it is cut.
+    # Unbuffered, so that a task that is cut keeps its output.
     unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile() as output:
-        # A group of its own, so that what it has started ends with it.
+        # In its own process group, so that its child processes end with it.
         process = subprocess.Popen(
             words,
             stdout=output,
@@ -134,7 +134,7 @@ def attempt(task: Task, left: float | None) -> tuple[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the tasks; returns the exit status."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        # So that what it has started ends with it.
+        # An exit, unlike a signal, also ends the running task.
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     failures = []
     if cuda and not kernels.available():
         failures.append(f"the tests of the QRNN's kernels are skipped: {kernels.requirement()}")
-    # What failed before is tried again last: it must not take the time of the rest.
+    # Tasks that failed before run last: they must not take the time of the others.
     for name in sorted(TASKS, key=lambda name: f"{head(TASKS[name])}failed" in read(out, name)):
         task = TASKS[name]
         if name not in (args.only or TASKS) or (task.gpu and not cuda):

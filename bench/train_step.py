@@ -68,14 +68,14 @@ SETTINGS = {
         "QRNN", 267_735, 400, 2500, 4, 60, 140, (0.1, 0.1, 0.1, 0.0, 0.0), adam=True
     ),
 }
-# Our own operations that a row can leave out, as modules of kernels/.
+# Modules of kernels/ that a row can switch off.
 SWITCHES = {"aligned": aligned, "cross_entropy": cross_entropy, "update": update}
 # PTB, on which the ratios are claimed, is at its full size on the CPU too.
 CPU_COLUMNS = {"WT2 LSTM": 8, "WT2 QRNN": 8, "WT103 QRNN": 2}
 
 
 class PlainLSTM(nn.Module):
-    """What one writes with PyTorch alone: functional dropout on the weights, cross-entropy."""
+    """The LSTM as written with PyTorch alone: functional dropout on the weights, cross-entropy."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class PlainLSTM(nn.Module):
                 layer.bias_hh_l0,
             ]
             with warnings.catch_warnings():
-                # On a GPU PyTorch says that it copies these weights at every call.
+                # On a GPU PyTorch warns that it copies these weights at every call.
                 warnings.simplefilter("ignore")
                 raw, h, c = torch.lstm(output, hidden[i], flat, True, 1, 0.0, True, False, False)
             states.append((h.detach(), c.detach()))
@@ -171,7 +171,7 @@ def our_step(
 
 
 def recorded(call: Callable[[], None], step: TrainingStep) -> str:
-    """How a step that is to be recorded runs: "graphs", unless recording it failed."""
+    """How a step with CUDA graphs really runs: "graphs", unless its recording failed."""
     for _ in range(3):  # eager, recorded, replayed
         call()
     return "graphs" if step.recording and step._replays else "eager (recording failed)"
@@ -180,7 +180,7 @@ def recorded(call: Callable[[], None], step: TrainingStep) -> str:
 def products(
     sizes: list[tuple[int, int, int]], device: torch.device, precision: str
 ) -> Callable[[], None]:
-    """The step's matrix products: forward, for the input's gradient and for the weight's."""
+    """The step's matrix products: forward, the input's gradient and the weight's gradient."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     operands = [
         [torch.randn(size, device=device).to(dtype) for size in ((n, k), (m, k), (n, m))]
@@ -197,7 +197,7 @@ def products(
 
 
 def counts(setting: Setting, step: TrainingStep) -> list[tuple[int, int, int]]:
-    """Rows, inputs and outputs of every product of a forward pass, the softmax's as they fall."""
+    """Rows, inputs and outputs of each forward product; the softmax's depend on the targets."""
     rows = setting.bptt * setting.batch
     result = []
     for i, (n_in, n_out) in enumerate(setting.sizes()):
@@ -226,7 +226,7 @@ def ids(setting: Setting, device: torch.device) -> Tensor:
 
 
 def on_gpu(ways: dict[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
-    """Seconds a step of each way, host and device: of `runs` rounds of 20 steps in a row."""
+    """Seconds per step of each variant, on host and device: `runs` rounds of 20 steps."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for call in ways.values():
         for _ in range(3):  # eager, recorded, replayed
@@ -243,7 +243,7 @@ def on_gpu(ways: dict[str, Callable[[], None]], runs: int) -> dict[str, list[flo
 
 
 def peak_memory(call: Callable[[], None], device: torch.device) -> float:
-    """Megabytes that one more step allocates at its highest, beyond what is there before it."""
+    """Peak megabytes that one more step allocates beyond those in use before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -273,7 +273,7 @@ def without(names: Iterable[str]) -> Iterator[None]:
 def ways_of(
     name: str, setting: Setting, device: torch.device, left_out: Sequence[str]
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """What is timed: its name, its precision and the call."""
+    """The timed variants: name, precision and call."""
     source = ids(setting, device)
     cuda = device.type == "cuda"
     precisions = ["fp32"] + ["tf32"] * cuda + ["bf16"] * has_bf16(device)
@@ -320,8 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     need_kernels(device)
     print_heading(
         f"a training step of bptt tokens and all columns; median of {args.runs} runs in turn; "
-        "memory is what a step allocates at its highest beside weights and what it keeps (that of "
-        "graphs is their pool's, not counted)",
+        "memory is the peak of a step's temporary tensors (without the graphs' pool)",
         device,
     )
     print("| setting | way | ms a step | fastest to slowest | tokens/s | products' share | MB |")

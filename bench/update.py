@@ -27,7 +27,7 @@ from nt_asgd import NTASGD
 def way(optimizer: NTASGD, use_kernel: bool) -> Callable[[int], None]:
     """An update as a recorded step makes it: every number that changes is on the device."""
     device = optimizer.param_groups[0]["params"][0].device
-    # The torch path scales the gradients themselves: by 1 they stay what they are.
+    # PyTorch's operations scale the gradients in place; a scale of 1 leaves them unchanged.
     scale, share = torch.ones((), device=device), torch.full((), 1e-3, device=device)
 
     def call(_: int) -> None:

@@ -104,12 +104,12 @@ def _host() -> str:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove the temporary files that dead runs left in `folder`; raises OSError without one."""
+    """Remove temporary files of dead runs from `folder`; raises OSError if it does not exist."""
     pattern = re.compile(rf"\..+\.{_host()}-(\d+)\.tmp")
     for name in os.listdir(folder):
         match = pattern.fullmatch(name)
         if match and not _alive(int(match[1])):
-            # Another run may have removed the file first; one that cannot be removed is harmless.
+            # Another run may have removed the file already; a file that stays is harmless.
             with contextlib.suppress(OSError):
                 (folder / name).unlink()
 

@@ -1,9 +1,9 @@
-"""Matrix products whose rows are aligned: the same numbers, sooner.
+"""Matrix products with aligned rows: the same results, faster.
 
-Where rows of a result do not begin on cache lines, as with 1150 or 1550 columns of float32, the
-product on a CPU takes up to a third longer (bench/alignment.py). On a GPU the fastest products take
-operands and results only in rows that begin at multiples of 16 bytes. The sizes stay what they are:
-only the distance from row to row is rounded up.
+On a CPU a product takes up to a third longer if the result's rows do not begin on cache lines, as
+with 1150 or 1550 columns of float32 (bench/alignment.py). On a GPU the fastest products require
+rows of operands and results that begin at multiples of 16 bytes. Shapes stay unchanged: only the
+row stride is rounded up.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def suits(tensor: Tensor) -> bool:
 
 
 def row(columns: int, like: Tensor, dtype: torch.dtype | None = None) -> int:
-    """How far apart aligned rows of so many elements are, in elements.
+    """The stride of aligned rows of `columns` elements, in elements.
 
     Rows are aligned at 64 bytes on the CPU, a cache line, and at 16 on a GPU.
     """
@@ -30,14 +30,14 @@ def row(columns: int, like: Tensor, dtype: torch.dtype | None = None) -> int:
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of that shape with aligned rows, on the device of `like` and by default as wide."""
+    """An uninitialised tensor with aligned rows; device and default dtype are those of `like`."""
     columns = shape[-1]
     padded = (*shape[:-1], row(columns, like, dtype))
     return like.new_empty(padded, dtype=dtype)[..., :columns]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of two matrices, its rows aligned; on a GPU unaligned operands are copied first."""
+    """`a @ b` of two matrices, with aligned rows; on a GPU unaligned operands are copied first."""
     if suits(a):
         a, b = _operand(a), _operand(b)
     return torch.mm(a, b, out=empty((a.size(0), b.size(1)), a))
@@ -49,7 +49,7 @@ def dropout(weight: Tensor, p: float) -> Tensor:
 
 
 def _operand(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`matrix` for a product on a GPU: itself if its rows, or columns, are aligned, else a copy."""
+    """`matrix` itself if its rows or columns are aligned for a GPU, else an aligned copy."""
     if matrix.stride(0) == 1 < matrix.stride(1):
         return _operand(matrix.t(), dtype).t()
     dtype = dtype or matrix.dtype
@@ -103,12 +103,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     `weight` is (n_out, n_in), `bias` (n_out,). Under torch.compile, on a GPU with a bias, and on
     the CPU in narrower types than float32, it is `functional.linear` itself.
     """
-    # With a bias, PyTorch's own product on a GPU adds it on the way, and an aligned one would not.
+    # On a GPU PyTorch's own product adds the bias itself; an aligned one needs another pass.
     plain = bias is not None
     if not suits(x):
         narrow = x.dtype not in (torch.float32, torch.float64)
         plain = x.device.type != "cpu" or narrow or torch.is_autocast_enabled("cpu")
-    # A compiler lays out its results itself.
+    # torch.compile chooses the layout of its results itself.
     if plain or torch.compiler.is_compiling():
         return functional.linear(x, weight, bias)
     y = _AlignedLinear.apply(x.reshape(-1, x.size(-1)), weight, bias)
@@ -119,5 +119,5 @@ class Linear(nn.Linear):
     """`nn.Linear` with the same parameters, through `linear`."""
 
     def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
-        """From (..., in_features) to (..., out_features), on demand without the bias."""
+        """From (..., in_features) to (..., out_features); `with_bias=False` omits the bias."""
         return linear(input, self.weight, self.bias if with_bias else None)

@@ -1,21 +1,21 @@
-// Softmax cross-entropy of every row of a matrix of logits, and its gradient in their place:
+// Softmax cross-entropy of every row of a matrix of logits, which its gradient overwrites:
 //
 //     v_j = logits_j + bias_j,   loss = log(sum_j exp(v_j)) - v_target,
 //     d loss / d v_j = exp(v_j) / sum_k exp(v_k) - (1 if j is the target, else 0).
 //
-// Traffic. A block reads a row once from memory; it reads it again for the gradient right away, when
-// it still lies in the caches, and writes the gradient. The separate operations read and write it nine
-// times. The gradient of the bias is the gradients' sum over rows: each block adds its own rows up in
+// Traffic. A block reads each row from memory once. For the gradient it reads the row again at once,
+// from the caches, and writes the gradient. The separate operations read and write the row nine
+// times. The gradient of the bias is the sum of the gradients over rows: each block sums its rows in
 // shared memory and writes one row of sums.
 //
-// Softmax. Each thread keeps the largest of the values it has seen and the sum of exp(v - largest),
-// and scales the sum where a larger one comes. Pairs of both are combined across a warp by shuffles,
-// and across warps through shared memory.
+// Softmax. Each thread keeps the largest value so far and the sum of exp(v - largest), and rescales
+// the sum when a larger value comes. These pairs are combined across a warp by shuffles, and across
+// warps through shared memory.
 //
-// Work. A thread owns every THREADS-th vector of 16 bytes of a row, in both passes: no thread waits for
-// another's columns. A block takes every gridDim.x-th row, one barrier a row.
+// Work. In both passes a thread owns every THREADS-th vector of 16 bytes of a row, so no thread waits
+// for another's columns. A block takes every gridDim.x-th row, with one barrier per row.
 //
-// Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16 -DTHREADS=threads a
+// Compiled once per element type: -DSCALAR=double | float | Float16 | BFloat16 -DTHREADS=threads per
 // block. All arithmetic is in State: double for double, else float.
 
 #if !defined(SCALAR) || !defined(THREADS)
@@ -30,7 +30,7 @@ constexpr int WARPS = THREADS / 32;
 
 static_assert(WARPS * 32 == THREADS && WARPS <= 32, "a block is 1 to 32 whole warps");
 
-// One load or store of 16 bytes, of logits and of numbers in State.
+// One load or store of 16 bytes: of logits (Vector) and of numbers in State (Wide).
 struct alignas(16) Vector {
     Scalar values[PER_VECTOR];
 };
@@ -39,8 +39,8 @@ struct alignas(16) Wide {
     State values[PER_WIDE];
 };
 
-// The warps' pairs of two rows in turn, 4 * WARPS numbers; then, if asked for, a sum for each column,
-// up to a whole vector.
+// The warps' pairs for two alternating rows, 4 * WARPS numbers. With bias_sums one sum per column
+// follows, padded to a whole vector.
 extern __shared__ State shared_memory[];
 
 __device__ __forceinline__ float exp_of(float v) { return expf(v); }
@@ -53,7 +53,7 @@ __device__ __forceinline__ double log_of(double v) { return log(v); }
 
 __device__ __forceinline__ State nothing() { return State(bits_to_float(0xff800000u)); }
 
-// What is subtracted before exp: the largest value, or 0 if all are -infinity, whose exp is then 0.
+// The number subtracted before exp: the largest value, or 0 if all are -infinity, to avoid NaN.
 __device__ __forceinline__ State base_of(State top) { return top == nothing() ? State(0) : top; }
 
 struct Softmax {
@@ -77,7 +77,7 @@ __device__ __forceinline__ bool aligned(const void *address) {
     return (unsigned long long)address % sizeof(Vector) == 0;  // null is
 }
 
-// One row of logits and how its columns are read.
+// One row of logits; reads and writes its columns.
 struct RowOfLogits {
     Scalar *begin;
     const State *bias;  // or null
@@ -105,7 +105,7 @@ struct RowOfLogits {
             if (at + i < columns) begin[at + i] = vector.values[i];
     }
 
-    // A vector's values with the bias; beyond the row's end -infinity, which adds nothing.
+    // A vector's values plus the bias; -infinity, which adds nothing, beyond the row's end.
     __device__ __forceinline__ void values(const Vector &vector, int at, State *v) const {
         const bool inside = at + PER_VECTOR <= columns;
 #pragma unroll
@@ -126,7 +126,7 @@ struct RowOfLogits {
     }
 };
 
-// The softmax of a whole row, the same in every thread; `pairs` are the warps' places for this row.
+// The softmax of a whole row, the same in every thread; `pairs` holds the warps' results.
 __device__ __forceinline__ Softmax softmax_of(const RowOfLogits &row, State *pairs) {
     Softmax softmax = {nothing(), State(0)};
     int at = (int)threadIdx.x * PER_VECTOR;
@@ -184,25 +184,25 @@ __device__ __forceinline__ void write_gradient(const RowOfLogits &row, const Sof
     }
 }
 
-// Row r of the logits begins at r * row_distance. `bias` and `bias_sums` may be null; the latter is a
-// row for each block and needs the gradient. A target outside the row makes its loss NaN.
+// Row r of the logits begins at r * row_distance. `bias` and `bias_sums` may be null; `bias_sums` has
+// one row per block and needs with_gradient. A target outside the row makes its loss NaN.
 extern "C" __global__ void __launch_bounds__(THREADS, sizeof(State) == 8 ? 1 : 2)
     cross_entropy(Scalar *logits, long long row_distance, const State *bias,
                   const long long *targets, State *losses, State *bias_sums, long long rows,
                   long long columns, long long with_gradient) {
     State *sums = bias_sums ? shared_memory + 4 * WARPS : nullptr;
-    // Up to a whole vector; the first row's barrier lies before their first use.
+    // The barrier of the first row comes before the first use of the sums.
     const long long sums_end = (columns + PER_VECTOR - 1) / PER_VECTOR * PER_VECTOR;
     if (sums)
         for (long long j = threadIdx.x; j < sums_end; j += THREADS) sums[j] = State(0);
-    // A warp that is one row ahead writes beside what the others still read; it cannot be two ahead.
+    // A warp may be one row ahead of others, never two: it must not overwrite the pairs they read.
     State *pairs = shared_memory, *other_pairs = shared_memory + 2 * WARPS;
     for (long long r = blockIdx.x; r < rows; r += gridDim.x) {
         Scalar *begin = logits + r * row_distance;
         const RowOfLogits row = {begin, bias, (int)columns, aligned(begin), aligned(bias)};
         const long long target = targets[r];
         State chosen = State(0);
-        // Before the barrier: behind it the gradient takes the logit's place.
+        // Read before the barrier: after it the gradient overwrites the logit.
         if (threadIdx.x == 0) {
             const bool known = (unsigned long long)target < (unsigned long long)columns;
             chosen = known ? widen(begin[target]) : State(bits_to_float(0x7fc00000u));

@@ -12,12 +12,12 @@ SOURCE = cuda.Source(
 )
 THREADS = 512  # of a block
 BLOCKS = 2  # on each multiprocessor, at most
-# Shared memory that a launch gets without being asked: the bias' sums of 12,000 columns in float32.
+# The default limit of shared memory per block: bias gradients of 12,000 columns in float32.
 MOST_SHARED = 48 << 10
 
 
 def suits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `loss_and_gradient_` can take logits of `dtype` on `device`: on a GPU with CuPy."""
+    """Whether `loss_and_gradient_` supports `dtype` on `device`, which needs a GPU and CuPy."""
     return (
         device.type == "cuda"
         and dtype in cuda.SCALARS
@@ -26,7 +26,7 @@ def suits(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
-    """What the source must be compiled with for logits of `dtype`."""
+    """Compiler options for logits of `dtype`."""
     return f"-DSCALAR={cuda.SCALARS[dtype]}", f"-DTHREADS={THREADS}"
 
 
@@ -37,15 +37,15 @@ def loss_and_gradient_(
     gradient: bool = True,
     bias_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of each row of `logits + bias`; its gradient takes the place of `logits`.
+    """Cross-entropy of each row of `logits + bias`; its gradient overwrites `logits`.
 
-    `logits` (n, ntoken) may have rows apart, `targets` (n,) are int64, `bias` (ntoken,) is added on
-    the way. Without `gradient` the logits stay. Returns the losses (n,) in nats, float32, or
-    float64 of float64, and with `bias_gradient` the gradient's sum over rows (ntoken,).
+    `logits` (n, ntoken) may have any row stride, `targets` (n,) are int64, `bias` is (ntoken,).
+    Without `gradient` the logits stay unchanged. Returns the losses (n,) in nats, in float64 for
+    float64 logits and else float32. With `bias_gradient` it also returns the gradient's sum over
+    rows (ntoken,).
     """
     rows, columns = logits.shape
     wide = cuda.wide(logits.dtype)
-    # A row may have any distance to the next one, but its columns lie side by side.
     if logits.stride(1) != 1 and columns > 1:
         raise ValueError(f"the columns of logits must be contiguous, not {logits.stride()}")
     targets = targets.contiguous()

@@ -1,6 +1,6 @@
-"""CUDA sources compiled by CuPy at their first use, and launched on PyTorch's stream.
+"""CUDA sources: CuPy compiles them at first use and launches them on PyTorch's stream.
 
-Importing this module imports neither CuPy nor anything else of CUDA.
+Importing this module does not import CuPy.
 """
 
 import functools
@@ -28,9 +28,9 @@ class KernelUnavailable(RuntimeError):
 
 
 class Source:
-    """A CUDA source file; `names` are its kernels, and `what` they are called in messages.
+    """A CUDA source file; `names` are its kernels, `what` describes them in messages.
 
-    It is compiled, for each set of options on each device, when it is first used there.
+    It is compiled once for each set of options and each device, at first use.
     """
 
     def __init__(self, path: Path, names: Sequence[str], what: str) -> None:
@@ -40,7 +40,7 @@ class Source:
         self.loaded: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
 
     def code(self) -> str:
-        """The source with the files that it includes in their places: a compiler has no folder."""
+        """The source with its includes expanded, because NVRTC gets no include folder."""
         return re.sub(
             r'^#include "(.+)"$',
             lambda line: (self.path.parent / line[1]).read_text(encoding="utf-8"),
@@ -49,14 +49,14 @@ class Source:
         )
 
     def kernels(self, device_index: int, options: tuple[str, ...]) -> dict[str, Any]:
-        """The kernels by name, compiled and loaded; raises KernelUnavailable where CuPy is not."""
+        """The kernels by name, compiled and loaded; raises KernelUnavailable without CuPy."""
         if (device_index, options) not in self.loaded:
             self.loaded[device_index, options] = self._load(device_index, options)
         return self.loaded[device_index, options]
 
     @functools.cache  # noqa: B019, as many as there are sources
     def loads(self, device_index: int, options: tuple[str, ...]) -> bool:
-        """Whether the kernels are there; they are then loaded, before a recording needs them."""
+        """Load the kernels, since a CUDA graph cannot record that; whether it worked."""
         try:
             self.kernels(device_index, options)
         except KernelUnavailable:
@@ -72,8 +72,7 @@ class Source:
             with torch.cuda.device(device_index), cupy.cuda.Device(device_index):
                 return {name: module.get_function(name) for name in self.names}
         except (ImportError, OSError, RuntimeError) as error:
-            # What CuPy raises where it finds no NVRTC or no headers; an error in the source is
-            # another.
+            # CuPy raises these without NVRTC or headers; it has another error for a bad source.
             raise KernelUnavailable(
                 f"CuPy could not compile {self.what}; it needs NVRTC and CUDA's headers, from the "
                 f"CUDA toolkit or pip install '{_package()}[ctk]' ({error})"
@@ -89,12 +88,11 @@ class Source:
         arguments: Sequence[int | float | np.ndarray],
         shared: int = 0,
     ) -> None:
-        """Launch on PyTorch's current stream: looked up at every call, as it may have changed.
+        """Launch on PyTorch's current stream, with `shared` bytes of shared memory (at most 48 KB).
 
-        A block has `shared` bytes of shared memory, up to 48 KB.
-
-        Every argument is 64 bits wide: addresses and whole numbers as long long, others as double.
-        Only an array of one element is a struct by value. Raises ValueError if `device` is no GPU.
+        Arguments are 64 bits wide: addresses and integers as long long, floats as double. The
+        exception is an array of one element, passed as a struct by value. Raises ValueError if
+        `device` is not a GPU.
         """
         if device.type != "cuda":
             raise ValueError(f"{self.what} take CUDA tensors, not tensors on {device}")
@@ -106,22 +104,22 @@ class Source:
 
 
 def available() -> bool:
-    """Whether CuPy can be imported and sees a GPU; it is tried once."""
+    """Whether CuPy can be imported and sees a GPU; tested once."""
     return isinstance(import_cupy(), ModuleType)
 
 
 def requirement() -> str:
-    """What to install where `available()` is False, and why it is not there now."""
+    """The package to install if `available()` is False, and the reason why CuPy is unusable."""
     return f"pip install {_package()}, see requirements-gpu.txt ({import_cupy()})"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a kernel's arithmetic for tensors of `dtype`: State of scalars.cuh."""
+    """The dtype of a kernel's arithmetic for tensors of `dtype`: `State` in scalars.cuh."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has."""
+    """The GPU's number of multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -143,9 +141,9 @@ class _StreamHandle:
 
 
 def on_stream(handle: int) -> Any:
-    """A context within which CuPy launches on the CUDA stream `handle`; CuPy must be there."""
+    """A context in which CuPy launches on the CUDA stream `handle`; needs CuPy."""
     cupy = import_cupy()
-    # CuPy 14 brings from_external and warns that ExternalStream is deprecated.
+    # CuPy 14 adds from_external and deprecates ExternalStream.
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(_StreamHandle(handle))
     return cupy.cuda.ExternalStream(handle)
@@ -153,7 +151,7 @@ def on_stream(handle: int) -> Any:
 
 @functools.cache
 def import_cupy() -> ModuleType | Exception:
-    """CuPy, or the reason why there is none."""
+    """CuPy, or the reason why it is unusable."""
     try:
         import cupy
 

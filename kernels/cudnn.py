@@ -1,4 +1,4 @@
-"""cuDNN's LSTM and GRU, called so that weights that are fresh at every call cost one copy."""
+"""cuDNN's LSTM and GRU, at the cost of one copy for weights that change at every call."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class _OneBuffer(torch.autograd.Function):
-    """Copies of tensors as views of one buffer, end to end; their gradients pass as they come."""
+    """Copies tensors end to end into one buffer, returned as views; gradients pass unchanged."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -25,10 +25,10 @@ def run_from_one_buffer(
 ) -> tuple[Tensor, Any]:
     """`module(input, hidden)` for one layer in one direction, its weights copied to one buffer.
 
-    cuDNN wants them so. `module` itself would move its Parameters into a new buffer at every call,
-    since the dropped weight is another tensor each time, or warn and copy: both move the bytes too,
-    and the first also the addresses that a CUDA graph has recorded. In float32 under autocast too,
-    which would make float16 of everything for cuDNN, whatever it was asked for: gradients as small
+    cuDNN requires one buffer. The dropped weight is a new tensor at every call, so `module` itself
+    would move its Parameters to a new buffer each time, or warn and copy. Both copy as many bytes,
+    and moved Parameters lose the addresses that a CUDA graph has recorded. Autocast is disabled
+    here: for cuDNN it converts everything to float16, whatever dtype is set, and gradients as small
     as a language model's would lose most of their digits.
     """
     lstm = isinstance(module, nn.LSTM)
@@ -47,9 +47,9 @@ def run_from_one_buffer(
 
 
 def suits(module: nn.Module, input: Any) -> bool:
-    """Whether `run_from_one_buffer` can, and should, stand in for the call of `module`."""
+    """Whether `run_from_one_buffer` can, and should, replace the call of `module`."""
     return (
-        # A subclass with a forward of its own is called as it is.
+        # A subclass may have its own forward, which must run.
         type(module).forward in (nn.LSTM.forward, nn.GRU.forward)
         and isinstance(input, Tensor)
         and input.is_cuda

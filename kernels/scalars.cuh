@@ -1,6 +1,6 @@
-// The element types of the kernels, -DSCALAR=double | float | Float16 | BFloat16, and what they are
-// computed in: State, double for double and else float. kernels/cuda.py puts this text in the place of
-// the #include, so that NVRTC needs no headers at all.
+// The element type of the kernels, -DSCALAR=double | float | Float16 | BFloat16, and State, the type
+// of their arithmetic: double for double, else float. kernels/cuda.py replaces the #include by this
+// text, so that NVRTC needs no headers.
 
 struct Float16 {
     unsigned short bits;
@@ -28,7 +28,7 @@ __device__ __forceinline__ unsigned float_to_bits(float v) { return __float_as_u
 
 __device__ __forceinline__ float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
 
-#endif  // whoever compiles this as C++ supplies these four functions
+#endif  // a C++ build supplies these four functions
 
 __device__ __forceinline__ double widen(double v) { return v; }
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ void narrow(float wide, float &v) { v = wide; }
 
 __device__ __forceinline__ void narrow(float wide, Float16 &v) { v.bits = float_to_half(wide); }
 
-// By hand, to the nearest and ties to even, as the instruction for it begins with capability 8.0.
+// Rounds to nearest, ties to even; the instruction for it needs compute capability 8.0.
 __device__ __forceinline__ void narrow(float wide, BFloat16 &v) {
     const unsigned bits = float_to_bits(wide);
     const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

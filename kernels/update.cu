@@ -2,20 +2,20 @@
 //
 //     p -= lr * (scale * gradient + decay * p),        average += share * (p - average).
 //
-// Traffic. p and the gradient are read and p is written; with an average that is read and written
-// too. Nothing else moves: the gradients keep their values.
+// Traffic. p and the gradient are read, p is written, and an average is read and written. The
+// gradients keep their values.
 //
-// Work. The parameters, end to end, are cut into chunks of CHUNK elements, none of which spans two
-// parameters. A block takes every gridDim.x-th chunk, so that all blocks have as many to within one,
-// however unequal the parameters are. A thread fetches all that it has of a chunk, 32 bytes of each
-// tensor, before it computes.
+// Work. The parameters are cut into chunks of CHUNK elements; no chunk spans two parameters. A block
+// takes every gridDim.x-th chunk, so that the blocks' numbers of chunks differ by at most one,
+// however unequal the parameters are. A thread fetches its part of a chunk, 32 bytes of each tensor,
+// before it computes.
 //
-// Arithmetic. fmaf and fma fix what is rounded: each product within a sum is exact, as in PyTorch,
-// which computes in double and rounds once an operation. In float32 the result is PyTorch's to within
-// the last digit or two, without an instruction in double for each element.
+// Arithmetic. fmaf and fma fix the rounding: each product within a sum is exact. PyTorch computes in
+// double and rounds once per operation. In float32 the result agrees with PyTorch's except in the
+// last digit or two, without double arithmetic for each element.
 //
-// Compiled once per element type, -DSCALAR=float | double -DROWS=parameters a launch -DCHUNK=elements
-// -DTHREADS=threads a block, without any header, so that NVRTC needs no CUDA toolkit.
+// Compiled once per element type: -DSCALAR=float | double -DROWS=parameters per launch
+// -DCHUNK=elements -DTHREADS=threads per block. No header is included: NVRTC needs no CUDA toolkit.
 
 #if !defined(SCALAR) || !defined(ROWS) || !defined(CHUNK) || !defined(THREADS)
 #error "define SCALAR as float or double, and ROWS, CHUNK and THREADS as numbers"
@@ -24,7 +24,7 @@
 typedef SCALAR Scalar;
 
 constexpr int PER_VECTOR = 16 / sizeof(Scalar);
-constexpr int VECTORS = CHUNK / (THREADS * PER_VECTOR);  // a thread's of one chunk
+constexpr int VECTORS = CHUNK / (THREADS * PER_VECTOR);  // per thread and chunk
 
 static_assert(VECTORS * THREADS * PER_VECTOR == CHUNK, "a chunk is as many vectors for each thread");
 
@@ -35,12 +35,12 @@ struct alignas(16) Vector {
 
 struct Row {
     Scalar *p;
-    const Scalar *gradient;  // null: p stays as it is
-    Scalar *average;         // null: there is none
+    const Scalar *gradient;  // null: p keeps its value
+    Scalar *average;         // or null
     long long count;
 };
 
-// Handed over by value, as an argument of the launch.
+// Passed by value, as an argument of the launch.
 struct Table {
     Row rows[ROWS];
 };
@@ -59,7 +59,7 @@ __device__ __forceinline__ void step(Scalar &p, Scalar gradient, Scalar &average
     if (GRADIENT)
         p = multiply_add(-by.lr, multiply_add(by.decay, p, by.scale * gradient), p);
     if (AVERAGE) {
-        // From the nearer end, as torch.lerp does: a share of 1 gives p itself.
+        // As in torch.lerp, computed from the nearer end: a share of 1 gives p exactly.
         const Scalar way = p - average;
         average = by.share < Scalar(0.5) ? multiply_add(by.share, way, average)
                                          : multiply_add(by.share - Scalar(1), way, p);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void update_chunk(const Row &row, long long begin,
         if (GRADIENT) ((Vector *)p)[at] = ps[n];
         if (AVERAGE) ((Vector *)average)[at] = averages[n];
     }
-    // What is left of the last vector, or everything where an address is not aligned.
+    // The elements after the last whole vector, or all if an address is not aligned.
     for (int at = vectors * PER_VECTOR + (int)threadIdx.x; at < size; at += THREADS) {
         Scalar value = p[at], mean = AVERAGE ? average[at] : Scalar(0);
         step<GRADIENT, AVERAGE>(value, GRADIENT ? gradient[at] : Scalar(0), mean, by);
@@ -110,7 +110,7 @@ __device__ __forceinline__ void update_chunk(const Row &row, long long begin,
     }
 }
 
-// A number that lies on the device, where a recorded graph finds its new value, or else `value`.
+// The number at `address` (a replayed graph reads its current value), or `value` if that is null.
 __device__ __forceinline__ Scalar factor(const float *address, double value) {
     return address ? Scalar(*address) : Scalar(value);
 }
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
            double scale, const float *share_at, double share, double decay) {
     const Factors by = {factor(lr_at, lr), Scalar(decay), factor(scale_at, scale),
                         factor(share_at, share)};
-    long long chunk = blockIdx.x;  // counted from the first of the row
+    long long chunk = blockIdx.x;  // index within the row
     for (int n = 0; n < (int)rows; ++n) {
         const Row &row = table.rows[n];
         const long long chunks = (row.count + CHUNK - 1) / CHUNK;

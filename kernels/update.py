@@ -20,16 +20,16 @@ THREADS = 256  # of a block
 BLOCKS = 4  # on each multiprocessor, at most
 ROWS = 64  # parameters a launch
 CHUNK_BYTES = 32 * THREADS
-# The kernel's Table, of 2 KB: with the other arguments it must stay below the 4 KB of a launch.
-# CuPy 13 and 14 hand over a numpy.ndarray of one element by value: class CNumpyArray of their
-# cupy/cuda/function.pyx passes the address of its data to cuLaunchKernel, which reads as many bytes
-# as the kernel's parameter has. A scalar of the same dtype (numpy.void) is refused by CuPy 13.
+# The kernel's Table has 2 KB: a launch takes at most 4 KB of arguments in all. CuPy 13 and 14 pass
+# a numpy.ndarray of one element by value: class CNumpyArray in cupy/cuda/function.pyx gives the
+# address of its data to cuLaunchKernel, which reads as many bytes as the kernel's parameter has.
+# CuPy 13 refuses a scalar of the same dtype (numpy.void).
 _ROW = np.dtype([(name, np.int64) for name in ("p", "gradient", "average", "count")])
 TABLE = np.dtype([("rows", _ROW, ROWS)])
 
 
 def suits(params: Sequence[Tensor]) -> bool:
-    """Whether `update` can take `params`: contiguous, float32 or float64, on one GPU with CuPy."""
+    """Whether `update` supports `params`: contiguous, float32 or float64, on one GPU with CuPy."""
     first = params[0]
     return (
         first.is_cuda
@@ -41,7 +41,7 @@ def suits(params: Sequence[Tensor]) -> bool:
 
 
 def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
-    """What the source must be compiled with for parameters of `dtype`."""
+    """Compiler options for parameters of `dtype`."""
     return (
         f"-DSCALAR={_SCALARS[dtype]}",
         f"-DROWS={ROWS}",
@@ -73,7 +73,7 @@ def update(
         for tensors in zip(params, grads, means, strict=True)
         if tensors[0].numel() and (tensors[1] is not None or tensors[2] is not None)
     ]
-    # Of each pair the kernel takes the tensor, if there is one.
+    # The kernel takes each number as a pair and uses the tensor if there is one.
     numbers = [
         (x.to(device, torch.float32), 0.0) if isinstance(x, Tensor) else (None, float(x))
         for x in (lr, scale, share)
@@ -87,11 +87,11 @@ def update(
         grid = (min(chunks, BLOCKS * cuda.multiprocessors(device)),)
         arguments = (table, len(part), *factors, float(decay))
         SOURCE.launch("update", compile_options(dtype), device, grid, (THREADS,), arguments)
-    # Autograd refuses to go back through a step whose parameters have changed since.
+    # Lets autograd refuse a backward pass through parameters that have changed since.
     for tensor in (*params, *(averages or ())):
         torch.autograd.graph.increment_version(tensor)
 
 
 def _chunk(dtype: torch.dtype) -> int:
-    """Elements that a block of threads takes at once."""
+    """Elements of one chunk, which a block of threads processes at a time."""
     return CHUNK_BYTES // dtype.itemsize

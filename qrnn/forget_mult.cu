@@ -1,7 +1,7 @@
 // The QRNN recurrence (arXiv 1611.01576, section 2.1) forwards and backwards, alone (ForgetMult) or
 // fused with a layer's tanh, sigmoids, zoneout and output gate.
 //
-// With F here being one minus the paper's forget gate, a step of the walk is
+// F is one minus the paper's forget gate. A step of the walk is
 //
 //     c_s = f_s * z_s + (1 - f_s) * c_{s-1},        h_s = o_s * c_s   (o_s = 1 without a gate)
 //
@@ -16,20 +16,19 @@
 // time; neighbouring threads own neighbouring j, so every access is coalesced.
 //
 // Traffic. The layer reads Z, F, O and writes H (4 N), then reads Z, F, O, dH and writes dZ, dF, dO
-// (7 N): 11 N elements. Of the states c only one in CHUNK is written and read again, 2 N / CHUNK more:
-// the backward kernel walks each chunk forwards from there, with gates that it computes again anyway,
-// because special functions and multiplications cost less than loads. (Without a stored state,
-// c_{s-1} would come from c_s by dividing by 1 - f, or from h_s by o: both lose every digit as the
-// gate closes.)
+// (7 N): 11 N elements. Only one state c in CHUNK is written and read again, 2 N / CHUNK more. The
+// backward kernel recomputes the other states of a chunk from it, walking forwards; it recomputes the
+// gates anyway, because special functions and multiplications cost less than loads. (Without stored
+// states, c_{s-1} would need a division of c_s by 1 - f, or of h_s by o: both lose every digit as
+// the gate closes.)
 //
 // Latency. 31,000 columns (batch 20, 1550 wide) are 7 warps on each multiprocessor of a large GPU,
-// far too few to hide memory latency by switching between them, so each thread fetches a whole chunk
-// of steps, with no use of them in between, while it computes the chunk before. About
-// 3 TB/s * 700 ns = 2.1 MB must be in flight: 31,000 threads with 8 steps of three float
-// streams are 3 MB. That is the most there can be: the compiler has all loads of a chunk share one
-// scoreboard, and a thread waits for the whole chunk before it fetches the next.
+// far too few to hide memory latency by switching between them. So each thread fetches a whole chunk
+// of steps while it computes the chunk before. About 3 TB/s * 700 ns = 2.1 MB must be in flight:
+// 31,000 threads with 8 steps of three float streams are 3 MB. More is not possible: all loads of a
+// chunk share one scoreboard, so a thread waits for the whole chunk before it fetches the next.
 //
-// Compiled once per element type, -DSCALAR=double | float | Float16 | BFloat16 -DCHUNK=steps. All
+// Compiled once per element type: -DSCALAR=double | float | Float16 | BFloat16 -DCHUNK=steps. All
 // arithmetic is in State: double for double, else float.
 
 #if !defined(SCALAR) || !defined(CHUNK)
@@ -53,20 +52,20 @@ __device__ __forceinline__ float fast_reciprocal(float v) {
     return inverse;
 }
 
-#endif  // whoever compiles this file as C++ supplies these two functions
+#endif  // a C++ build supplies these two functions
 
-// 1 / (1 + 2^(-v log2 e)): two special functions. From the bounds above, the error is below 2.5e-7
-// for every v; where the power overflows, the reciprocal of infinity is the right answer, 0.
+// 1 / (1 + 2^(-v log2 e)): two special functions. By the bounds above the error is below 2.5e-7 for
+// every v. If the power overflows, the reciprocal of infinity is the correct result, 0.
 __device__ __forceinline__ float sigmoid(float v) {
     return fast_reciprocal(1.0f + fast_exp2(-1.4426950408889634f * v));
 }
 
 __device__ __forceinline__ double sigmoid(double v) { return 1.0 / (1.0 + exp(-v)); }
 
-// 1 - 2 / (1 + e^2|v|), also two special functions, would lose the relative precision of small
-// results; there an odd polynomial (a minimax fit to 4.4e-8 on |v| <= 0.5625) takes its place. Both
-// are computed and one is selected: a branch would keep the steps of a chunk from overlapping. The
-// error is below 3e-7. (The hardware's own tanh.approx is off by 5e-4.)
+// 1 - 2 / (1 + e^2|v|), also two special functions; for small v, where that loses relative precision,
+// an odd polynomial (a minimax fit to 4.4e-8 on |v| <= 0.5625). Both are computed and one is
+// selected, because a branch would keep the steps of a chunk from overlapping. The error is below
+// 3e-7. (The hardware's own tanh.approx has an error of 5e-4.)
 __device__ __forceinline__ float tanh_of(float v) {
     const float size = fabsf(v);
     const float large = 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(2.8853900817779268f * size));
@@ -77,10 +76,10 @@ __device__ __forceinline__ float tanh_of(float v) {
 
 __device__ __forceinline__ double tanh_of(double v) { return tanh(v); }
 
-// Steps that the forward kernel fetches at once, by the streams a step reads: 16 to 32 values.
+// Steps that the forward kernel fetches at once (16 to 32 values), given the streams per step.
 __device__ constexpr int forward_steps(int streams) { return streams <= 2 ? 2 * CHUNK : CHUNK; }
 
-// Where a thread stands in a stack of rows, in elements, and how far one step of its walk is.
+// A thread's position in a stack of rows, and the distance of one step of its walk, in elements.
 struct Cursor {
     long long at, step;
 
@@ -113,8 +112,8 @@ template <int STEPS>
 struct Chunk {
     Scalar values[STEPS];
 
-    // Outside `live` nothing is read and zeros are kept. With `back` the cursor walks from the last of
-    // these steps to the first.
+    // Steps outside `live` are not read and count as zeros. With `back` the cursor walks from the
+    // chunk's last step to its first.
     template <typename Live>
     __device__ __forceinline__ void fetch(const Scalar *__restrict__ source, Cursor &cursor,
                                           int first, Live live, bool back = false) {
@@ -129,9 +128,9 @@ struct Chunk {
     }
 };
 
-// What both directions take first: Z, F, O as streams of one row size (ForgetMult: its x and f),
-// the zoneout mask or scale, the lengths of the batch columns (or null), and the bias that is added to
-// Z | F | O first, one after the other (or null; ForgetMult has none).
+// The first parameters of both directions: Z, F, O with one row stride (ForgetMult: x and f), the
+// zoneout mask or scale, the lengths of the batch columns (or null), and the biases of Z, F and O end
+// to end (or null; ForgetMult has none).
 #define INPUTS                                                                                     \
     const Scalar *__restrict__ z, const Scalar *__restrict__ f, const Scalar *__restrict__ o,      \
         long long in_row, const Scalar *__restrict__ mask, double scale,                           \
@@ -139,15 +138,16 @@ struct Chunk {
 
 #define SIZES long long seq_len, long long batch, long long hidden, long long reverse
 
-// Writes every row of h, zeros beyond a column's length, and, where they are not null, the state
-// before each chunk of the walk, (chunks, batch, hidden), and the last one. c_init may be null.
+// Writes every row of h, with zeros beyond a column's length; to states, unless null, the state before
+// each chunk of the walk, (chunks, batch, hidden); to c_last, unless null, the last state. c_init may
+// be null.
 #define FORWARD_PARAMETERS                                                                         \
     INPUTS, const Scalar *__restrict__ c_init, Scalar *__restrict__ h, long long h_row,            \
         State *__restrict__ states, Scalar *__restrict__ c_last, SIZES
 
-// Takes the forward kernel's states. Both incoming gradients, grad_init and grad_bias may be null.
-// Writes every row of grad_z, grad_f and, with a gate, grad_o: zeros beyond a column's length; and
-// to grad_bias the sums of those over time, (batch, 3 * hidden) or without a gate (batch, 2 * hidden).
+// Takes the forward kernel's states. grad_h, grad_last, grad_init and grad_bias may be null. Writes
+// every row of grad_z, grad_f and, with a gate, grad_o, with zeros beyond a column's length; and to
+// grad_bias their sums over time, (batch, 3 * hidden) or without a gate (batch, 2 * hidden).
 #define BACKWARD_PARAMETERS                                                                        \
     INPUTS, const State *__restrict__ states, const Scalar *__restrict__ grad_h,                   \
         long long grad_h_row, const Scalar *__restrict__ grad_last, Scalar *__restrict__ grad_z,   \
@@ -165,14 +165,13 @@ __device__ __forceinline__ Gates bias_of(const State *__restrict__ bias, long lo
     return {bias[j], bias[hidden + j], gate ? bias[2 * hidden + j] : State(0)};
 }
 
-// What is fetched at once of every stream; what a kernel does not read stays untouched.
+// One chunk of every stream; a kernel leaves the streams that it does not need unused.
 template <int STEPS>
 struct Streams {
     Chunk<STEPS> z, f, o, mask, grad;
 };
 
-// WHOLE: none of these steps lies beyond the end, so none needs a branch around its stores, and the
-// steps overlap.
+// WHOLE: all of these steps lie before the end, so the stores need no branch and the steps overlap.
 template <bool WHOLE, bool FUSED, bool GATE, bool MASK, int STEPS>
 __device__ __forceinline__ void compute_forward(const Streams<STEPS> &now, int first, int steps,
                                                 const Window &window, State scale,
@@ -241,8 +240,8 @@ __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
     if (c_last) narrow(state, c_last[column]);
 }
 
-// One chunk: forwards from the state before it, to reduce each step to four numbers, and backwards
-// with those. `cursor` stands at the chunk's last step and walks to its first.
+// One chunk: a forward pass from the state before it reduces each step to four numbers, a backward
+// pass uses them. `cursor` starts at the chunk's last step and walks to its first.
 template <bool WHOLE, bool FUSED, bool GATE, bool MASK>
 __device__ __forceinline__ void compute_backward(const Streams<CHUNK> &now, State state, int first,
                                                  int steps, const Window &window, State scale,
@@ -308,7 +307,7 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
     const long long b = column / hidden, j = column - b * hidden;
     const int steps = (int)seq_len, direction = reverse ? 1 : -1;
     const int last = (steps - 1) / CHUNK * CHUNK;  // the first step of the last chunk
-    // Where the last chunk would end if it were whole.
+    // The last step of the last chunk, as if that chunk were whole.
     const long long t = reverse ? seq_len - CHUNK - last : last + CHUNK - 1;
     const Window window(lengths, b, steps, reverse != 0);
     const auto live = [&](int s) { return window.contains(s); };
@@ -360,10 +359,10 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
     }
 }
 
-// Blocks of at most 64 threads: 31,000 columns are 485 of them, work for every multiprocessor.
-// Six resident blocks leave a thread 168 registers: enough for two chunks of five streams and what a
-// chunk is reduced to, without spilling, and six blocks' chunks in flight are more than memory can
-// serve at once.
+// Blocks of at most 64 threads: 31,000 columns make 485 blocks, work for every multiprocessor. Six
+// resident blocks leave a thread 168 registers: enough, without spilling, for two chunks of five
+// streams and the numbers that a chunk is reduced to. Six blocks' chunks in flight saturate the
+// memory.
 #define KERNEL extern "C" __global__ void __launch_bounds__(64, 6)
 
 #define KERNELS(NAME, ...)                                                                         \

@@ -1,8 +1,8 @@
-"""The recurrence of the QRNN: its definition, and its fast form in PyTorch operations.
+"""The recurrence of the QRNN: its definition, and a fast form in PyTorch operations.
 
     h_t = f_t * x_t + (1 - f_t) * h_{t-1}
 
-"Quasi-Recurrent Neural Networks", arXiv 1611.01576, section 2.1; this `f` is one minus the paper's.
+"Quasi-Recurrent Neural Networks", arXiv 1611.01576, section 2.1; `f` is one minus the paper's.
 """
 
 import functools
@@ -42,8 +42,8 @@ def forget_mult(
     """ForgetMult of `f` and `x` (seq_len, batch, hidden): (seq_len, batch, hidden).
 
     `hidden_init` is (batch, hidden), (1, batch, hidden) or None for zeros. `reverse` walks time
-    from its end. On a GPU it is one kernel, unless `use_cuda` is False or CuPy is missing. Raises
-    ValueError if the shapes do not fit.
+    from its end. On a GPU it runs as one kernel, unless `use_cuda` is False or CuPy is missing.
+    Raises ValueError if the shapes do not fit.
     """
     if f.dim() != 3 or f.shape != x.shape:
         raise ValueError(
@@ -79,15 +79,15 @@ def qrnn_pool(
     use_cuda: bool = True,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From a QRNN layer's linear map to its output, in one autograd node.
+    """A QRNN layer after its linear map, as one autograd node.
 
     `y` (seq_len, batch, 3 * hidden) holds Z | F | O, or Z | F without `output_gate`; `bias`
     (3 * hidden,) or (2 * hidden,) is added to it first. With `f = sigmoid(F) * zoneout` (zeros and
     ones (seq_len, batch, hidden), a number, or None for 1) and
     `c = forget_mult(f, tanh(Z), c_init, reverse)` the result is `sigmoid(O) * c`
     (seq_len, batch, hidden) and the last `c` (1, batch, hidden). `c_init` is (batch, hidden),
-    (1, batch, hidden) or None for zeros. `lengths` (batch,), int64, ends columns early: beyond
-    its length a column's output is 0, and its last state is that of its last valid step.
+    (1, batch, hidden) or None for zeros. `lengths` (batch,), int64, ends columns early: a column's
+    output is 0 beyond its length, and its last state is the state at its last valid step.
     """
     hidden = y.size(2) // (3 if output_gate else 2)
     initial = initial_state(c_init, y[..., :hidden])
@@ -106,7 +106,7 @@ def qrnn_pool(
 
 
 def adds_bias(x: Tensor, use_cuda: bool = True) -> bool:
-    """Whether `qrnn_pool` of such a tensor adds a bias on its way, at no cost: a kernel does."""
+    """Whether `qrnn_pool` of `x` runs as a CUDA kernel, which adds a bias at no cost."""
     return use_cuda and not torch.compiler.is_compiling() and _kernels_for(x) is not None
 
 
@@ -144,7 +144,7 @@ def qrnn_pool_both_ways(
 
 
 def valid_steps(lengths: Tensor, like: Tensor) -> Tensor:
-    """Ones where a step is within its column's length, zeros beyond: (seq_len, batch, 1).
+    """Ones within each column's length, zeros beyond: (seq_len, batch, 1).
 
     `lengths` is (batch,), `like` (seq_len, batch, ...) gives dtype and device.
     """
@@ -163,22 +163,22 @@ def initial_state(hidden_init: Tensor | None, x: Tensor) -> Tensor | None:
             f"the initial state must have the shape {tuple(x.shape[1:])} (batch, hidden), "
             f"not {tuple(hidden_init.shape)}"
         )
-    # Under autocast the linear map comes out narrower than the state that was carried over.
+    # Under autocast the linear map's result has fewer bits than the carried-over state.
     return hidden_init.to(x.dtype)
 
 
 def _registered() -> ModuleType:
-    """The operators that a compiler takes as they are; registered when first asked for."""
+    """The operators for torch.compile, registered at first use."""
     from qrnn import operators  # it imports this module
 
     return operators
 
 
 def _kernels_for(x: Tensor) -> ModuleType | None:
-    """The CUDA kernels, where there are a GPU tensor and CuPy."""
+    """The CUDA kernels if `x` is on a GPU and CuPy is usable, else None."""
     if not x.is_cuda:
         return None
-    from qrnn import kernels  # only here: nothing on the CPU pays for it
+    from qrnn import kernels  # imported only for GPU tensors, to keep CPU runs fast
 
     if kernels.available():
         return kernels
@@ -195,9 +195,9 @@ def _warn_without_kernels(requirement: str) -> None:
 
 
 def _scan(f: Tensor, x: Tensor, hidden_init: Tensor | None, reverse: bool) -> Tensor:
-    """All states in the order of time, the initial one too: (seq_len + 1, batch, hidden)."""
+    """All states in order of time, with the initial one: (seq_len + 1, batch, hidden)."""
     states = x.new_empty(x.size(0) + 1, *x.shape[1:])
-    # Unbound once: indexing a tensor at every step would cost as much as the step itself.
+    # Indexing a tensor at every step would cost as much as the step itself.
     rows, fs, xs = states.unbind(), f.unbind(), x.unbind()
     if reverse:
         rows, fs, xs = rows[::-1], fs[::-1], xs[::-1]
@@ -243,11 +243,11 @@ class _ForgetMult(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         f, x, states = ctx.saved_tensors
         before, _ = _split(states, ctx.reverse)
-        # A copy: the incoming gradient may be expanded, and is not ours to change.
+        # A copy, because the incoming gradient may be expanded and must not change.
         grad = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_output)
         keep = 1 - f
         grad_init = _scan_backward(grad, keep, ctx.reverse)
-        # In the place of `keep`, which has served: fresh memory costs more than the arithmetic.
+        # Reuses the memory of `keep`: new memory costs more than the arithmetic.
         grad_f = torch.sub(x, before, out=keep).mul_(grad)
         return grad_f, grad.mul_(f), grad_init if ctx.needs_input_grad[2] else None, None
 
@@ -268,7 +268,7 @@ class _QRNNPool(torch.autograd.Function):
         torch.tanh(y[..., : z.size(2)], out=z)
         torch.sigmoid(y[..., z.size(2) :], out=gates[..., z.size(2) :])
         if valid is not None:
-            # Beyond its length a column keeps its state: zoneout with a mask of zeros.
+            # Zoneout with a mask of zeros keeps a column's state beyond its length.
             zoneout = valid if zoneout is None else valid * zoneout
         states = _scan(f if zoneout is None else f * zoneout, z, c_init, reverse)
         ctx.zoneout = None if isinstance(zoneout, Tensor) else zoneout
@@ -292,8 +292,8 @@ class _QRNNPool(torch.autograd.Function):
         grad_z, grad_f, *grad_o = grad_y.chunk(3 if ctx.output_gate else 2, dim=2)
         if valid is not None:
             grad_h = grad_h * valid
-        # Until their own values are due, the three parts of the result hold what is needed on the
-        # way: fresh memory costs more than the arithmetic.
+        # The three parts of the result first hold intermediate values: new memory costs more than
+        # the arithmetic.
         grad, keep = grad_z, grad_f
         if ctx.output_gate:
             torch.mul(grad_h, after, out=grad_o[0])

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the QRNN (`forget_mult.cu`): their arguments, and autograd.
+"""The CUDA kernels of the QRNN (`forget_mult.cu`): launching them, and autograd.
 
 "Quasi-Recurrent Neural Networks", arXiv 1611.01576, section 2.1.
 
@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from kernels import aligned, cuda
 from kernels.cuda import SCALARS, KernelUnavailable, available, requirement, wide  # noqa: F401
 
-# Steps between the states that a forward kernel keeps for the backward kernel, which holds as many
-# of every stream in registers, twice. float64 is for checking gradients, not for speed.
+# Steps per chunk. The forward kernel stores the state before each chunk; the backward kernel holds
+# two chunks of every stream in registers. float64 is for checking gradients, not for speed.
 _CHUNK = {torch.float64: 4, torch.float32: 8, torch.float16: 8, torch.bfloat16: 8}
 # By (output gate, mask given as a tensor).
 _STEMS = {
@@ -38,12 +38,12 @@ KERNEL_NAMES = (
 SOURCE = cuda.Source(
     Path(__file__).with_name("forget_mult.cu"), KERNEL_NAMES, "the QRNN's CUDA kernels"
 )
-BLOCK = 64  # threads, the kernels' launch bound
+BLOCK = 64  # threads per block, the kernels' launch bound
 _MAX_STEPS = 2**31 - 64  # the kernels count steps, and look two chunks ahead, in 32 bits
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile and load every kernel for `dtype` on `device` now, say before a graph capture.
+    """Compile and load every kernel for `dtype` on `device` now, such as before a graph capture.
 
     Raises TypeError for an unsupported dtype and KernelUnavailable without CuPy.
     """
@@ -54,15 +54,15 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
-    """What the source must be compiled with for tensors of `dtype`."""
+    """Compiler options for tensors of `dtype`."""
     return f"-DSCALAR={SCALARS[dtype]}", f"-DCHUNK={_CHUNK[dtype]}"
 
 
 def kept_states(dtype: torch.dtype, sizes: torch.Size) -> tuple[torch.Size, torch.dtype]:
     """Shape and dtype of the states that a forward pass over tensors of `dtype` keeps.
 
-    `sizes` are (seq_len, batch, hidden). The states are those before each chunk of steps, (chunks,
-    batch, hidden), in float32, or in float64 if `dtype` is.
+    `sizes` are (seq_len, batch, hidden). The state before each chunk of steps is kept: (chunks,
+    batch, hidden), in float64 if `dtype` is float64 and else in float32.
     """
     chunks = -(-sizes[0] // _CHUNK[dtype])
     return torch.Size((chunks, *sizes[1:])), wide(dtype)
@@ -95,7 +95,7 @@ def forget_mult_backward(
     reverse: bool = False,
     need_h0: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `f`, `x` and, if `need_h0`, the initial state, from that of `h`.
+    """Gradients of `f`, `x` and, if `need_h0`, the initial state, from the gradient of `h`.
 
     `states` is the second result of `forget_mult_forward`; `grad_h` is (seq_len, batch, hidden).
     """
@@ -123,7 +123,7 @@ def qrnn_forward(
     keep: bool = True,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A QRNN layer from its linear map's output on, in one pass over memory.
+    """A QRNN layer after its linear map, in one pass over memory.
 
     `y` is (seq_len, batch, 3 * hidden), Z | F | O, or without `gate` (seq_len, batch, 2 * hidden),
     Z | F; `bias` (3 * hidden,) or (2 * hidden,), in any dtype, is added to it first. `c0` is
@@ -132,7 +132,7 @@ def qrnn_forward(
 
         c_t = f_t * tanh(Z_t) + (1 - f_t) * c_{t-1},    h_t = sigmoid(O_t) * c_t,
 
-    without `gate` `h_t = c_t`. `reverse` walks time from the end. `lengths`, int64 or int32
+    or `h_t = c_t` without `gate`. `reverse` walks time from the end. `lengths`, int64 or int32
     (batch,), ends a batch column early: beyond its length `h` is 0 and nothing is read; a reverse
     walk starts at the last valid step. `out`, (seq_len, batch, hidden), receives `h`; it may be a
     slice of the columns of a wider tensor, as may `y`.
@@ -165,11 +165,12 @@ def qrnn_backward(
     need_c0: bool = True,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `y` and, if `need_c0`, the initial state, for `qrnn_forward`, and of the bias.
+    """Gradients of `qrnn_forward`: of `y`, the initial state (or None) and the bias (or None).
 
-    `grad_h` (seq_len, batch, hidden) and `grad_c_last` (batch, hidden) may be None, which stands
-    for zeros; `states` is the third result of `qrnn_forward`. The gradient of `y` has aligned rows
-    (`kernels.aligned.empty`), that of the bias is None without one.
+    `grad_h` (seq_len, batch, hidden) and `grad_c_last` (batch, hidden) may be None for zeros;
+    `states` is the third result of `qrnn_forward`. The initial state's gradient is computed if
+    `need_c0`, the bias's if there is a bias. The gradient of `y` has aligned rows
+    (`kernels.aligned.empty`).
     """
     y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths, bias)
     _check(y, ("grad_h", grad_h, sizes), ("grad_c_last", grad_c_last, sizes[1:]))
@@ -315,7 +316,7 @@ def _layer_inputs(
     lengths: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, torch.Size, tuple]:
-    """The checked `y`, (seq_len, batch, hidden), and the first arguments of both kernels."""
+    """The checked `y`, its (seq_len, batch, hidden), and the first arguments of both kernels."""
     sizes = _sizes(y, 3 if gate else 2)
     _check(y, ("mask", mask, sizes))
     if mask is not None and scale is not None:
@@ -342,7 +343,7 @@ def _layer_inputs(
 
 
 def _parts(y: Tensor, hidden: int, gate: bool) -> tuple[int, int, int | None]:
-    """Addresses of Z, F and O in `y`: cheaper than slices, but `y` must outlive their use."""
+    """Addresses of Z, F and O in `y`: cheaper than slices, but `y` must outlive them."""
     z, size = y.data_ptr(), hidden * y.element_size()
     return z, z + size, z + 2 * size if gate else None
 
@@ -359,7 +360,7 @@ def _sizes(y: Tensor, parts: int) -> torch.Size:
 
 
 def _check(like: Tensor, *tensors: tuple[str, Tensor | None, torch.Size]) -> None:
-    """Compare shape, dtype and device of named tensors, None aside, with what `like` implies."""
+    """Check dtype and device of the named tensors against `like`, and their shapes; skip None."""
     for name, tensor, shape in tensors:
         if tensor is None:
             continue
@@ -388,16 +389,16 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _rows(tensor: Tensor | None) -> tuple[Tensor | None, int]:
-    """A (seq_len, batch, hidden) tensor and the distance of its rows, in elements.
+    """A (seq_len, batch, hidden) tensor and its row stride, in elements.
 
-    The tensor itself if its rows are dense and evenly spaced, which a slice of columns is, and
-    otherwise a contiguous copy: an expanded gradient, for instance, has a row distance of 0.
+    The tensor itself if its rows are dense and evenly spaced, as in a slice of columns, and
+    otherwise a contiguous copy: an expanded gradient, for instance, has a row stride of 0.
     """
     if tensor is None:
         return None, 0
     seq_len, batch, hidden = tensor.shape
     time_stride, batch_stride, stride = tensor.stride()
-    # The stride of a dimension of size 1 means nothing.
+    # The stride of a dimension of size 1 is arbitrary.
     row = batch_stride if batch > 1 else time_stride if seq_len > 1 else hidden
     even = seq_len == 1 or time_stride == batch * row
     if even and row >= hidden and (stride == 1 or hidden == 1):
@@ -425,9 +426,9 @@ def _launch_columns(
 ) -> None:
     """Launch a kernel with one thread per batch column and feature.
 
-    Every argument reaches the kernel 64 bits wide, as its parameters are declared: tensors and
-    addresses as pointers, None as the null pointer, int as long long, float as double. `arguments`
-    keeps temporary tensors alive until the launch; from then on the stream's order protects them.
+    Every argument is passed 64 bits wide, as the kernel declares it: tensors and addresses as
+    pointers, None as the null pointer, int as long long, float as double. `arguments` keeps
+    temporary tensors alive until the launch; afterwards the stream's order protects their memory.
     """
     seq_len, batch, hidden = sizes
     values = [cuda.value(argument) for argument in arguments]

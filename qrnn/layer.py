@@ -20,9 +20,9 @@ class QRNNLayer(nn.Module):
     """One QRNN layer: a linear map of the last `window` inputs, then pooling over time.
 
     `hidden_size` defaults to `input_size`. `zoneout` is the probability that a unit keeps its last
-    state. `save_prev_x` keeps the inputs that the window needs from one call to the next, detached,
-    until `reset()`. `use_cuda=False` keeps to PyTorch operations also on a GPU. `reverse` walks
-    time from its end, and the window then looks ahead.
+    state. `save_prev_x` keeps the inputs that the window needs at the next call, detached, until
+    `reset()`. `use_cuda=False` uses PyTorch operations on a GPU too. `reverse` walks time from its
+    end, and the window then looks ahead.
 
     Raises ValueError for a window below 1, a zoneout outside [0, 1), or `save_prev_x` in reverse.
     """
@@ -66,12 +66,12 @@ class QRNNLayer(nn.Module):
         """From `X` (seq_len, batch, input_size) to the output and the last state.
 
         `hidden` is (batch, hidden_size), (1, batch, hidden_size) or None for zeros. `lengths`
-        (batch,), int64, ends columns early: their output is 0 from there on, their last state that
-        of their last step. Returns (seq_len, batch, hidden_size) and (1, batch, hidden_size).
-        Raises ValueError if the kept inputs are of another batch size, or with `save_prev_x` and
-        `lengths` together.
+        (batch,), int64, ends columns early: a column's output is 0 beyond its length, and its last
+        state is the state at its last valid step. Returns (seq_len, batch, hidden_size) and
+        (1, batch, hidden_size). Raises ValueError if the kept inputs have another batch size, or
+        for `save_prev_x` together with `lengths`.
         """
-        # The linear map itself, within a WeightDrop or not.
+        # A WeightDrop may wrap the linear map.
         linear = getattr(self.linear, "module", self.linear)
         bias = None
         if isinstance(linear, Linear) and adds_bias(X, self.use_cuda):
@@ -86,7 +86,7 @@ class QRNNLayer(nn.Module):
         return self.linear(self._windowed(X, lengths))
 
     def zoneout_factor(self, y: Tensor) -> Tensor | float | None:
-        """What the forget gate is multiplied by: a fresh mask in training, a number, or None."""
+        """The forget gate's factor: a new mask in training, a number in evaluation, or None."""
         if not self.zoneout:
             return None
         if not self.training:
@@ -100,8 +100,8 @@ class QRNNLayer(nn.Module):
     def _windowed(self, X: Tensor, lengths: Tensor | None) -> Tensor:
         """`[X_t, X_{t-1}, ...]` side by side: (seq_len, batch, window * input_size).
 
-        Side by side moves fewer bytes than one product for each place in the window: those would
-        read and write the three times wider result once more.
+        One product of the concatenation moves fewer bytes than one product for each place in the
+        window: every further product would read and write the three times wider result again.
         """
         if self.save_prev_x and lengths is not None:
             raise ValueError("save_prev_x carries whole columns on: it does not go with lengths")
@@ -109,14 +109,14 @@ class QRNNLayer(nn.Module):
             return X
         outside = X.new_zeros(self.window - 1, *X.shape[1:])
         if self.reverse:
-            # What lies beyond a column's end must look like nothing, as its padding may not.
+            # Inputs beyond a column's end must count as zeros; the padding may hold anything.
             padded = torch.cat([X if lengths is None else X * valid_steps(lengths, X), outside])
             shifts = range(self.window)
         else:
             padded = torch.cat([self._kept(X, outside), X])
             shifts = range(self.window - 1, -1, -1)
         if self.save_prev_x:
-            # A copy: a view would keep the whole batch in memory.
+            # A view instead of a copy would keep the whole batch in memory.
             self.prevX = padded[len(X) :].detach().clone()
         return torch.cat([padded[s : s + len(X)] for s in shifts], dim=2)
 
@@ -136,10 +136,10 @@ class QRNN(nn.Module):
     """A stack of QRNN layers with the call of `torch.nn.LSTM`.
 
     `dropout` acts between layers. `layers` replaces the layers that would be made; the remaining
-    options go to each QRNNLayer. `bidirectional` adds to each layer one that walks time from its
-    end, its output beside the other's; equal to two one-way stacks only if there is one layer,
-    since each layer sees both directions of the one below. `batch_first` is for input and output,
-    not for the states, as in `torch.nn.LSTM`.
+    options go to each QRNNLayer. `bidirectional` adds to each layer a second one that walks time
+    from its end, and concatenates their outputs. Each layer takes both directions of the layer
+    below, so only with one layer does this equal two one-way stacks. `batch_first` applies to input
+    and output, not to the states, as in `torch.nn.LSTM`.
 
     Raises ValueError if a given layer has another hidden size, or if `layers` or `save_prev_x` is
     given for a bidirectional stack.
@@ -191,10 +191,10 @@ class QRNN(nn.Module):
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """From (seq_len, batch, input_size) to the output and every layer's last state.
 
-        `hidden` is (num_layers * directions, batch, hidden_size), a layer's two directions next to
-        each other, or None for zeros; so is the state returned. The output is (seq_len, batch,
-        directions * hidden_size). Columns of several lengths come as a PackedSequence, and go as
-        one, or with `lengths` (batch,), as in QRNNLayer.
+        `hidden`, or None for zeros, and the returned state are (num_layers * directions, batch,
+        hidden_size), a layer's two directions next to each other. The output is (seq_len, batch,
+        directions * hidden_size). For columns of several lengths `input` is a PackedSequence, and
+        so is the output, or `lengths` (batch,) is given, as in QRNNLayer.
         """
         if isinstance(input, PackedSequence):
             padded, on_cpu = pad_packed_sequence(input)

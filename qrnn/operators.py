@@ -1,9 +1,9 @@
 """The recurrence and the fused layer as registered operators, for torch.compile.
 
-A compiler can trace neither CuPy's launches nor a loop over a thousand steps; it takes each of
-these as one operation. Outside compilation the autograd functions are called directly, which saves
-the dispatcher's time. Importing this module registers `awd_qrnn::forget_mult`, `awd_qrnn::pool` and
-their backward operators.
+torch.compile can trace neither CuPy's launches nor a loop over a thousand steps; it treats each
+operator as one operation. Outside compilation the autograd functions are called directly, which
+saves the dispatcher's time. Importing this module registers `awd_qrnn::forget_mult`,
+`awd_qrnn::pool` and their backward operators.
 """
 
 import torch
@@ -16,13 +16,13 @@ from qrnn import forget_mult as eager
 def forget_mult(f: Tensor, x: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` of `f` and `x` (seq_len, batch, hidden).
 
-    `h0` is (batch, hidden) or None for zeros. Returns `h` (seq_len, batch, hidden), and what the
-    backward operator needs beside the inputs: the kernels' states, or nothing.
+    `h0` is (batch, hidden) or None for zeros. Returns `h` (seq_len, batch, hidden), and the
+    kernels' states for the backward operator, empty without kernels.
     """
     kernels = eager._kernels_for(x)
     if kernels:
         return kernels.forget_mult_forward(f, x, h0, reverse)
-    # A copy: it is a part of a longer tensor, and an operator's result stands for itself.
+    # A copy, because an operator must not return a view of a longer tensor.
     return eager.forget_mult(f, x, h0, reverse, use_cuda=False).clone(), x.new_empty(0)
 
 
@@ -35,7 +35,7 @@ def _(f, x, h0, reverse):
 def forget_mult_backward(
     grad: Tensor, f: Tensor, x: Tensor, h0: Tensor | None, states: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `f`, `x` and `h0`; the last is empty where there is no `h0`."""
+    """Gradients of `f`, `x` and `h0`; the last is empty without `h0`."""
     kernels = eager._kernels_for(x)
     if kernels:
         need_h0 = h0 is not None
@@ -80,10 +80,10 @@ def pool(
     reverse: bool,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused layer, as `qrnn.forget_mult.qrnn_pool`, whose zoneout is `mask` or `scale`.
+    """The fused layer, as `qrnn.forget_mult.qrnn_pool` with `mask` or `scale` as its zoneout.
 
-    Returns the output (seq_len, batch, hidden), the last state (batch, hidden), and what the
-    backward operator needs beside the inputs: the kernels' states, or nothing.
+    Returns the output (seq_len, batch, hidden), the last state (batch, hidden), and the kernels'
+    states for the backward operator, empty without kernels.
     """
     kernels = eager._kernels_for(y)
     if kernels:
@@ -113,7 +113,7 @@ def pool_backward(
     reverse: bool,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `y` and `c0`; the second is empty where there is no `c0`."""
+    """Gradients of `y` and `c0`; the second is empty without `c0`."""
     kernels = eager._kernels_for(y)
     if kernels:
         options = (mask, scale, gate, reverse, lengths, c0 is not None)

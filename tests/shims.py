@@ -1,4 +1,4 @@
-"""CUDA sources without a GPU: run as C++ on the CPU, one thread after another, and compiled."""
+"""Tests of CUDA sources without a GPU: run as C++ on the CPU, and compiled for GPUs."""
 
 import ctypes
 import math
@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is 
 def compile_shim(
     source: cuda.Source, program: str, output: Path, options: tuple[str, ...], *more: str
 ) -> None:
-    """A program of tests/shim over a CUDA source, with the options that CuPy would have."""
+    """Compile a program of tests/shim with a CUDA source, with the options that CuPy would get."""
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += [*options, f'-DSOURCE="{source.path}"']
     command += ["-DENTRIES=" + " ".join(f"KERNEL_ENTRY({name})" for name in source.names)]
@@ -33,9 +33,9 @@ def compile_shim(
 
 
 class ShimLauncher:
-    """Takes the place of a source's `launch`, on CPU tensors; `options` are all it is called with.
+    """Replaces a source's `launch`, on CPU tensors; `options` lists every set of options it gets.
 
-    `launched` has the names of the kernels, in turn. With `fibers`, threads may wait for others.
+    `launched` lists the names of the launched kernels. With `fibers`, threads may synchronise.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class ShimLauncher:
         sizes = library.kernel_sizes(name.encode())[: len(kinds)]
         for kind, size, argument in zip(kinds, sizes, arguments, strict=True):
             if kind == "s":
-                # CuPy takes no other arrays, and the driver reads as much as the struct has.
+                # CuPy takes only arrays of one element; the driver reads the struct's size.
                 assert (argument.size, argument.nbytes) == (1, size), (name, argument.dtype)
                 values.append((ctypes.c_char * size).from_buffer(argument))
             else:
                 values.append((ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument))
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        # The driver gives a block no more without being asked.
+        # The driver's default limit per block.
         assert 0 <= shared <= 48 << 10
         size = ctypes.c_size_t(shared)
         failure = library.launch_kernel(name.encode(), grid[0], block[0], size, addresses)
@@ -94,7 +94,7 @@ class ShimLauncher:
 def check_bounds(
     source: cuda.Source, program: str, options: tuple[str, ...], folder: Path, *more: str
 ) -> None:
-    """Run a program whose buffers are exactly as large as they must be, under sanitizers."""
+    """Run a program whose buffers have exactly the needed size, under sanitizers."""
     output = folder / "bounds"
     sanitizers = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     try:
@@ -107,20 +107,20 @@ def check_bounds(
     assert result.stdout.strip() == "within bounds", result.stderr
 
 
-MARGIN = 72  # canary elements on each side: more than a block of threads, and whole vectors
+MARGIN = 72  # canary elements on each side: more than a block of threads, a multiple of a vector
 
 
 class Canaries:
-    """Tensors with a number on both sides, by default NaN, and a check that it is still there."""
+    """Tensors with a number (NaN by default) on both sides, and a check that it is unchanged."""
 
     def __init__(self, number: float = torch.nan) -> None:
         self.number = number
         self.buffers: list[torch.Tensor] = []
 
     def empty(self, shape, like, dtype=None, shift=0) -> torch.Tensor:
-        """The number all over, so that an element that nobody writes shows in the result.
+        """A tensor filled with the number, so that an unwritten element shows in the result.
 
-        It begins `shift` elements beyond a multiple of 16 bytes.
+        It begins `shift` elements after a multiple of 16 bytes.
         """
         size, dtype = torch.Size(shape).numel(), dtype or like.dtype
         length = size + 2 * MARGIN + shift
@@ -129,7 +129,7 @@ class Canaries:
         return buffer[MARGIN : MARGIN + size].view(shape)
 
     def copy(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """A guarded copy of an input: what is read beyond it spoils the result."""
+        """A guarded copy of an input: a read outside it spoils the result."""
         if tensor is None:
             return None
         return self.empty(tensor.shape, tensor).copy_(tensor).requires_grad_(tensor.requires_grad)
@@ -142,7 +142,7 @@ class Canaries:
 
 
 def nvrtc_library() -> Path | None:
-    """libnvrtc from the wheel nvidia-cuda-nvrtc."""
+    """libnvrtc from the wheel nvidia-cuda-nvrtc, or None."""
     nvidia = find_spec("nvidia")
     for folder in nvidia.submodule_search_locations if nvidia else ():
         for library in sorted(Path(folder).glob("**/libnvrtc.so*")):
@@ -160,7 +160,7 @@ def supported_architectures(library: Path) -> set[int]:
 
 
 def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]) -> str:
-    """Compile a source as CuPy would: all of its kernels are there, and none uses local memory.
+    """Compile a source as CuPy would; check that it has all kernels and none uses local memory.
 
     Returns the PTX.
     """
@@ -182,7 +182,7 @@ def check_nvrtc(source: cuda.Source, architecture: int, options: tuple[str, ...]
 def check_registers(
     source: cuda.Source, architecture: int, options: tuple[str, ...], most: int, folder: Path
 ) -> None:
-    """Compile a source with nvcc: no stack, no spills, at most so many registers a thread."""
+    """Compile with nvcc; check for no stack, no spills and at most `most` registers per thread."""
     output = folder / ("".join(filter(str.isalnum, "".join(options))) + ".cubin")
     command = ["nvcc", "-std=c++14", f"-arch=sm_{architecture}", *options, "-cubin", "-Xptxas"]
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""aligned.py: the values of plain products, in rows that begin on cache lines."""
+"""kernels/aligned.py: results equal plain products, with rows that begin on cache lines."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ class TestRowsForAGPU:
         torch.manual_seed(0)
         layer = aligned.Linear(7, 5).double()
         contiguous = torch.randn(3, 2, 7, dtype=torch.float64)
-        # Its rows are as far apart as they should be, but begin 8 bytes late.
+        # The row stride is aligned, but the rows begin 8 bytes late.
         late = torch.randn(6, 8, dtype=torch.float64)[:, 1:]
         for x in (contiguous.requires_grad_(), late.requires_grad_()):
             inputs = (x, layer.weight)

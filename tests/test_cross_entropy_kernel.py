@@ -69,7 +69,7 @@ def shim(launcher, monkeypatch):
 
 
 def check(canaries, rows, columns, dtype, *, bias=True, apart=0, shift=0, spread=3.0):
-    """One call; `apart` elements lie between rows, `shift` before the first."""
+    """Check one call; `apart` elements lie between rows, `shift` before the first row."""
     what = f"{rows} x {columns} {dtype}, bias {bias}, apart {apart}, shift {shift}"
     logits = torch.randn(rows, columns, dtype=torch.float64).mul(spread).to(dtype)
     added = torch.randn(columns, dtype=cuda.wide(dtype)) if bias else None
@@ -83,7 +83,7 @@ def check(canaries, rows, columns, dtype, *, bias=True, apart=0, shift=0, spread
     assert losses.dtype == sums.dtype == cuda.wide(dtype)
     assert_near(losses, expected[0], LOSS[dtype], f"losses, {what}")
     assert_near(given, expected[1], GRADIENT[dtype], f"gradients, {what}")
-    # Where the sums do not fit in shared memory they are those of the rounded gradients.
+    # Sums that do not fit in shared memory are computed from the rounded gradients.
     rounded = GRADIENT[dtype] if columns > 10_000 else 0
     assert_near(sums, expected[2], LOSS[dtype] * rows + rounded, f"sums, {what}")
     assert buffer[:, columns:].isnan().all(), f"written between rows, {what}"
@@ -130,7 +130,7 @@ class TestAgainstTheDefinition:
             (torch.float32, torch.float64), ([0, 1, 2, 3, 4], [2, 3, 4, 0, 1])
         ):
             five, targets = torch.tensor(rows, dtype=dtype), torch.tensor(targets)
-            # Over several threads too.
+            # A row for one thread, and one for several.
             for logits in (five, five.repeat_interleave(21, dim=1)):
                 losses, gradients, _ = reference(logits, targets)
                 given = logits.clone()
@@ -167,7 +167,7 @@ class TestAgainstTheDefinition:
         torch.testing.assert_close(losses, reference(logits, targets)[0].float())
 
     def test_more_rows_than_blocks(self, shim):
-        """Two blocks, as of one multiprocessor, for 50 rows whose values differ widely."""
+        """Two blocks, as on one multiprocessor, take 50 rows with small and large values."""
         torch.manual_seed(4)
         for dtype, spread in itertools.product(DTYPES, (0.1, 10.0)):
             check(shim, 50, 70, dtype, spread=spread)
@@ -289,6 +289,6 @@ def test_nvrtc_compiles(architecture, dtype):
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_no_local_memory_or_spills(architecture, dtype, tmp_path):
     options = kernel.compile_options(dtype)
-    # Two blocks on a multiprocessor, of float64 one.
+    # Two blocks fit on a multiprocessor, in float64 one.
     most = 128 if dtype == torch.float64 else 64
     check_registers(kernel.SOURCE, architecture, options, most, tmp_path)

@@ -60,7 +60,7 @@ def shim(launcher, monkeypatch):
 
 
 def wide(tensor):
-    """The reference's copy of an input: the same rounded values in float64, its own gradient."""
+    """The reference's copy of an input: the rounded values in float64, with its own gradient."""
     if tensor is None or not tensor.is_floating_point():
         return tensor
     return tensor.detach().double().requires_grad_(tensor.requires_grad)
@@ -99,14 +99,14 @@ def check_qrnn(shim, case):
     lengths = None
     if case.lengths:
         lengths = torch.randint(0, case.seq_len + 1, size[1:2], dtype=torch.int64)
-        lengths[0].clamp_(min=1)  # so that something is left to differentiate
-        # What lies in the padding must not matter, whatever it is.
+        lengths[0].clamp_(min=1)  # a gradient needs at least one step
+        # The values in the padding must not matter.
         padding = torch.arange(case.seq_len)[:, None] >= lengths
         with torch.no_grad():
             y[padding] = torch.nan
     options = (mask, scale, case.gate, case.reverse, lengths)
     weight_h, weight_last = draw(*size), draw(*size[1:])
-    # A weight's bias is wider than what autocast makes of the product.
+    # Under autocast the bias stays float32 while the product has 16 bits.
     bias = torch.randn(parts * case.hidden, dtype=kernels.wide(dtype)).requires_grad_()
     bias = bias if case.bias else None
 
@@ -133,7 +133,7 @@ def check_qrnn(shim, case):
         if name == "y" and lengths is not None:
             assert (grad[padding] == 0).all(), f"gradient in the padding, {case}"
             true_grad = true_grad.masked_fill(padding[..., None], 0)
-        # The bias' is a sum over all steps and columns.
+        # The bias's gradient is a sum over all steps and columns.
         tolerance = GRAD_TOLERANCE[kernels.wide(dtype)] if name == "bias" else GRAD_TOLERANCE[dtype]
         assert_near(grad, true_grad, tolerance, f"gradient of {name}, {case}")
     shim.check()
@@ -215,7 +215,7 @@ class TestAgainstTheDefinition:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_rounding_to_sixteen_bits(self, shim, dtype):
-        """Every finite value passes through, ties go to even, NaN and infinity stay themselves."""
+        """Every 16-bit value stays unchanged, ties go to even, NaN stays NaN."""
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
         every = every[~every.isnan()].view(1, 1, -1)
         ones, zeros = torch.ones_like(every), torch.zeros_like(every)
@@ -227,7 +227,7 @@ class TestAgainstTheDefinition:
         assert torch.equal(mean.isnan(), expected.isnan())
         assert torch.equal(mean.nan_to_num(7), expected.nan_to_num(7))
         assert kernels.forget_mult_forward(ones, zeros + torch.nan)[0].isnan().all()
-        # The NaN of GPU arithmetic has all its bits set: rounded like a number it would become -0.
+        # A GPU's NaN has all bits set: rounding it like a number would give -0.
         (full_nan,) = struct.unpack("d", struct.pack("q", 2**63 - 1))
         h, _, _ = kernels.qrnn_forward(torch.ones(1, 1, 6).to(dtype), None, None, full_nan, True)
         assert h.isnan().all()
@@ -351,7 +351,7 @@ class TestGradients:
 class TestStridesAndDirections:
     @pytest.mark.parametrize("gate", [False, True])
     def test_slices_of_wider_tensors(self, shim, gate):
-        """`y` and `out` as columns of a wider tensor: in place, with the rest left alone."""
+        """`y` and `out` as columns of a wider tensor are used in place; the rest is unchanged."""
         torch.manual_seed(0)
         width = 21 if gate else 14
         y = torch.randn(9, 3, 2 * width)
@@ -417,7 +417,7 @@ class TestStridesAndDirections:
             assert torch.equal(actual, expected)
 
     def test_out_of_one_batch_column(self, shim):
-        """A dimension of size 1 may have any stride; that is no reason to refuse a tensor."""
+        """A dimension of size 1 may have any stride: such a tensor must be accepted."""
         y = torch.randn(4, 1, 6)
         out = torch.zeros(1, 4, 9).transpose(0, 1)[..., :2]
         h, _, _ = kernels.qrnn_forward(y, None, None, None, True, out=out)
@@ -515,7 +515,7 @@ class TestOperators:
     @pytest.fixture(autouse=True)
     def through_kernels(self, shim, monkeypatch):
         monkeypatch.setattr(eager, "_kernels_for", lambda x: kernels)
-        # Without canaries: opcheck wants to find tensors as plainly allocated as the fake ones.
+        # Without canaries: opcheck compares strides and storage with those of plain fake tensors.
         monkeypatch.setattr(
             kernels, "_empty", lambda shape, like, dtype=None: like.new_empty(shape, dtype=dtype)
         )
@@ -562,7 +562,7 @@ class TestOperators:
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operations, and the shapes of what is summed over its first dimension."""
+    """Names of the called operations, and shapes of the tensors summed over dimension 0."""
 
     def __init__(self):
         super().__init__()
@@ -613,7 +613,7 @@ class TestLayers:
             h.sum().backward()
         assert layer.linear.bias.grad is not None
         assert not {"aten.add_", "aten.add", "aten.addmm"} & set(calls.names)
-        # The columns' sums of the bias' gradient, not those of all rows.
+        # Only the kernel's sums for each batch column, not the gradients of all rows.
         assert calls.summed == [(3, 21)]
 
     def test_a_linear_map_of_ones_own_keeps_its_bias(self, shim):
@@ -627,7 +627,7 @@ class TestLayers:
 
 
 class TestErrors:
-    """A wrong call is one clear sentence, whether or not anything could run."""
+    """A wrong call raises an error of one sentence, also without a GPU."""
 
     def test_dtype(self):
         x, y = torch.randn(2, 2, 3), torch.zeros(2, 2, 6)

@@ -28,8 +28,8 @@ pytestmark = [
 ]
 
 DTYPES = list(kernels.SCALARS)
-# Relative to 1 + |reference|; see test_kernel_cpu.py. There float32 reaches 7.1e-7 of 1e-6: the
-# hardware's special functions err elsewhere than the shim's, and 700 steps add up.
+# Relative to 1 + |reference|, as in test_kernel_cpu.py. The tolerance of float32 is larger than the
+# 1e-6 there: the hardware's special functions have other errors, which add up over 700 steps.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 GRAD_TOLERANCE = TOLERANCE | {torch.float64: 1e-12, torch.float32: 8e-6}
 SHAPES = [(1, 1, 1), (7, 3, 65), (13, 2, 130), (70, 20, 155), (33, 5, 64), (700, 2, 33)]
@@ -78,7 +78,7 @@ def test_layer(shape, gate, dtype):
         scale = 0.7 if zoneout == 0.7 else None
         lengths = torch.randint(0, shape[0] + 1, shape[1:2]) if ragged else None
         if ragged:
-            lengths[0].clamp_(min=1)  # so that something is left to differentiate
+            lengths[0].clamp_(min=1)  # a gradient needs at least one step
         on_gpu = lengths.cuda() if ragged else None
         weights = [torch.randn(shape).to(dtype), torch.randn(shape[1:]).to(dtype)]
         bias, bias_true = pair(torch.randn(y.size(2)) if zoneout is None else None)
@@ -94,7 +94,7 @@ def test_layer(shape, gate, dtype):
             if ours is not None:
                 assert_near(ours.grad, reference.grad, GRAD_TOLERANCE[dtype], f"gradient, {what}")
         if bias is not None:
-            # A sum over all steps and columns.
+            # The bias's gradient is a sum over all steps and columns.
             error = (bias.grad.double().cpu() - bias_true.grad).norm()
             assert error <= (1e-2 if dtype.itemsize == 2 else 1e-5) * bias_true.grad.norm()
 
@@ -173,7 +173,7 @@ def test_expanded_and_strided_gradients():
 
 
 def test_side_stream():
-    """Launched on the current stream: behind work that is still queued there, in every call."""
+    """Every call launches on the current stream, after the work that is queued there."""
     torch.manual_seed(0)
     y = torch.randn(70, 20, 3 * 64, device="cuda")
     expected, _, _ = kernels.qrnn_forward(y, None, None, None, True)
@@ -273,13 +273,13 @@ def test_cross_entropy(dtype):
         what = f"{rows} x {columns}"
         assert_near(losses, true, loss_tolerance, f"losses, {what}")
         assert_near(given, shares, tolerance, f"gradients, {what}")
-        # Where the sums do not fit in shared memory they are those of the rounded gradients.
+        # Sums that do not fit in shared memory are computed from the rounded gradients.
         of_sums = rows * (tolerance if columns > 12_000 else loss_tolerance)
         assert_near(sums, shares.sum(dim=0), of_sums, f"sums, {what}")
 
 
 def test_cross_entropy_in_a_graph():
-    """Recorded once, with new logits and targets at every replay."""
+    """A graph recorded once, replayed with new logits and targets."""
     torch.manual_seed(0)
     source, targets = torch.randn(40, 1000).cuda(), torch.randint(1000, (40,)).cuda()
     logits = torch.empty_like(source)
@@ -345,7 +345,7 @@ def test_errors():
 def update_inputs(dtype, averaging):
     """Parameters with gradients on the GPU, one of them without, and their averages."""
     torch.manual_seed(0)
-    # More than a launch takes; chunks and vectors that are not whole; one that spans many blocks.
+    # More parameters than a launch takes, partial chunks and vectors, a parameter of many blocks.
     shapes = [(3_000_001,), (), (4650, 81), (2048,), (2049,), (1023,), *[(5,)] * 70]
     params = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
     params.append(torch.randn(1027, device="cuda", dtype=dtype)[3:])

@@ -1,4 +1,4 @@
-"""bench/run_all.py: all tables and failures are kept, and a cut run continues."""
+"""bench/run_all.py: it keeps all tables and failures, and continues a run that was cut."""
 
 import shlex
 
@@ -10,7 +10,7 @@ from bench.run_all import Task
 
 GOOD = Task("python -c \"print('| a | 1 |')\"")
 BAD = Task("python -c \"import sys; print('before'); sys.exit(3)\"")
-# A benchmark with a child process, which must be ended too.
+# This task has a child process, which must end too.
 LONG = Task("sh -c 'echo so far; tail -f /dev/null; true'")
 
 
@@ -59,7 +59,7 @@ def test_where_it_was_cut_it_goes_on(tasks, tmp_path):
     assert run_all.main(["--out", str(tmp_path)]) == 0
     assert read(tmp_path, "long").endswith("| a | 1 |\n")
     assert read(tmp_path, "last").endswith("| a | 1 |\n")
-    # What was finished is run again only by its name.
+    # A finished task runs again only if it is named.
     assert count.read_text() == "once\n"
     assert run_all.main(["--out", str(tmp_path), "--only", "first"]) == 0
     assert count.read_text() == "once\nonce\n"

@@ -42,7 +42,7 @@ def make(rnn_type, optimizer="sgd", graphs=False, precision="fp32", splits=()):
 
 
 def run(step, steps=200):
-    """So many steps of four lengths in turn, the second half averaged where there is an average."""
+    """Run `steps` steps of four lengths in turn; NTASGD averages over the second half."""
     torch.manual_seed(1)
     step.begin()
     losses = []
@@ -65,9 +65,9 @@ def test_200_graphed_steps_are_the_eager_ones(rnn_type, optimizer):
     expected, losses = run(eager), run(graphed)
     assert graphed.recording
     assert len(graphed._replays) == 4
-    # cuDNN's backward pass adds in another order every time, and 200 steps let that grow. Adam
-    # moves a weight by its rate of 1e-3 however small the gradient: where rounding turns its sign,
-    # two runs part by twice that a step. The losses stay closer than the weights.
+    # cuDNN's backward pass adds in a different order each time, and 200 steps amplify the
+    # difference. Adam moves a weight by its rate of 1e-3 however small the gradient, so a sign
+    # changed by rounding separates two runs by 2e-3 per step. Losses differ less than weights.
     loose = rnn_type != "QRNN" or optimizer == "adam"
     tolerance = 1e-2 if loose else 1e-3
     torch.testing.assert_close(losses, expected, atol=tolerance, rtol=tolerance)
@@ -129,7 +129,7 @@ def test_cudnn_takes_the_published_sizes_without_a_warning():
 
 
 def test_cudnn_can_be_recorded_at_the_published_width():
-    """Narrow layers take another of cuDNN's algorithms than those of 1150."""
+    """cuDNN uses other algorithms for 1150 units than for narrow layers."""
     eager, graphed = make_at_published_width(False), make_at_published_width(True)
     expected, losses = run(eager, 16), run(graphed, 16)
     assert graphed.recording
@@ -172,7 +172,7 @@ def check_a_failed_recording(rnn_type):
 
 @pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
 def test_after_a_recording_that_failed_steps_run_eagerly(rnn_type):
-    # In a process of its own: a failed recording may leave CUDA in a state that spoils later tests.
+    # In its own process: a failed recording may leave CUDA in a state that breaks later tests.
     code = f"import test_step_gpu as tests; tests.check_a_failed_recording({rnn_type!r})"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": path}

@@ -29,7 +29,7 @@ class Tape(TorchDispatchMode):
     """A recording that keeps what a CUDA graph keeps: operations, addresses and number values.
 
     As in a graph, and unlike in a closure, a replay reads no Python variables: a Python number
-    keeps its recorded value, and a tensor that was replaced later is not seen.
+    keeps its recorded value, and a tensor that replaces another later is ignored.
     """
 
     def __init__(self):
@@ -267,12 +267,12 @@ def test_bf16_trains_float32_weights_close_to_float32():
 @needs_compiler
 @pytest.mark.parametrize("rnn_type", ["QRNN", "LSTM"])
 def test_a_step_through_every_cuda_kernel(rnn_type, tmp_path, monkeypatch):
-    """As on a GPU, with the kernels as C++: the recurrence, the loss, the update, aligned rows."""
+    """A step as on a GPU: recurrence, loss and update run as C++, rows are aligned."""
 
     def losses():
         step = make(rnn_type)
         for module in step.network.modules():
-            # Weight drop draws its masks in another way on a GPU.
+            # Weight drop draws its masks differently on a GPU.
             if isinstance(module, WeightDrop):
                 module.dropout = 0.0
         return train(step, (1, 3)), step.params

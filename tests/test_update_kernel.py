@@ -40,7 +40,7 @@ def launcher(tmp_path_factory):
 
 @pytest.fixture
 def shim(launcher, monkeypatch):
-    """`kernels.update` on CPU tensors, on a device of two multiprocessors; what was launched."""
+    """`kernels.update` on CPU tensors and a device of two multiprocessors; returns its launches."""
     launches = []
 
     def launch(name, options, device, grid, block, arguments):
@@ -53,14 +53,14 @@ def shim(launcher, monkeypatch):
 
 
 def single(number):
-    """The nearest float32, as a Python number: what the kernel computes with, if not in float64."""
+    """The nearest float32, which the kernel uses unless it computes in float64."""
     return float(np.float32(number))
 
 
 def assert_rounded(actual, expected, terms):
-    """Off by the result's roundings at most; the largest of `terms` and the result sets their size.
+    """Assert that `actual` is off by rounding only, relative to the largest of all `terms`.
 
-    In float64 the reference is rounded as often.
+    float64 gets a larger tolerance, because there the reference is rounded too.
     """
     size = torch.stack([term.double().abs() for term in (expected, *terms)]).amax(dim=0)
     error = (actual.double() - expected).abs()
@@ -69,12 +69,12 @@ def assert_rounded(actual, expected, terms):
 
 
 class Case:
-    """Parameters of random sizes and places in memory, between canaries; all else at random too."""
+    """Parameters of random sizes at random addresses, between canaries; random numbers."""
 
     def __init__(self, seed, dtype, counts=None, averaging=None, gradients=0.8):
         rng = random.Random(seed)
         torch.manual_seed(seed)
-        # No fixed point of the update: canaries that are updated show.
+        # An update would change 7, so a canary that is updated shows.
         self.canaries = Canaries(7.0)
         counts = counts or [rng.choice(COUNTS) for _ in range(rng.choice([1, 2, 5]))]
         averaging = rng.random() < 0.5 if averaging is None else averaging
@@ -100,7 +100,7 @@ class Case:
         return self.canaries.empty(shape, torch.empty(0, dtype=dtype), shift=shift).normal_()
 
     def check(self, on_device=()):
-        """Update, with the numbers named in `on_device` as tensors there, and compare."""
+        """Update and compare; the numbers named in `on_device` are device tensors."""
         numbers = {
             name: number if self.wide and name not in on_device else single(number)
             for name, number in self.numbers.items()
@@ -173,7 +173,7 @@ class TestAgainstTheDefinition:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_blocks_share_the_chunks_evenly(self, shim, dtype):
-        """No block more than there are chunks, nor than the device holds at once."""
+        """At most one block per chunk, and at most as many as the device holds at once."""
         chunk = 2048 if dtype == torch.float32 else 1024
         assert f"-DCHUNK={chunk}" in kernel.compile_options(dtype)
         for counts, blocks in (([1, 1], 2), ([chunk, chunk + 1], 3), ([20 * chunk], 8)):
@@ -182,7 +182,7 @@ class TestAgainstTheDefinition:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_first_average_is_the_parameter_itself(self, shim, dtype):
-        """Whatever was there before, with no digits lost to a difference."""
+        """The old average does not matter, and no digits are lost in a difference."""
         p = torch.randn(5003, dtype=dtype, requires_grad=True)
         average = torch.full_like(p, 1e10, requires_grad=False)
         kernel.update([p], [average], 1.0, 0.0, share=1.0)
@@ -197,7 +197,7 @@ class TestAgainstTheDefinition:
             assert average.double() == pytest.approx(exact, rel=1e-6, abs=0)
 
     def test_a_gradient_of_other_strides(self, shim):
-        """It is copied to the parameter's layout first."""
+        """The gradient is copied to the parameter's layout first."""
         p, grad = torch.zeros(5, 3, requires_grad=True), torch.randn(3, 5).t()
         p.grad = grad
         kernel.update([p], None, 2.0, 0.0)
@@ -207,7 +207,7 @@ class TestAgainstTheDefinition:
         assert torch.equal(p, -2 * grad - 2)
 
     def test_numbers_are_read_on_the_device(self, shim):
-        """The launch holds addresses: a recorded one finds what lies there when it is replayed."""
+        """The launch gets addresses, so that a replay reads the current numbers."""
         lr, scale, share = torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0)
         p, average = torch.zeros(3, requires_grad=True), torch.zeros(3)
         p.grad = torch.ones(3)
@@ -241,7 +241,7 @@ class TestOptimizer:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("recorded", [False, True])
     def test_20_steps_across_the_switch(self, shim, monkeypatch, recorded, dtype):
-        """`recorded`: with numbers in tensors, as a recorded step has them."""
+        """`recorded` passes the numbers in tensors, as a recorded step does."""
         results = []
         for suits in (True, False):
             monkeypatch.setattr(kernel, "suits", lambda params, suits=suits: suits)
@@ -263,11 +263,11 @@ class TestOptimizer:
                     group["lr"] = rate
             assert len(shim) == (40 if suits else 0)
             results.append((params, [optimizer.state[p]["average"] for p in params]))
-        # Numbers on the device are float32, whatever the parameters are.
+        # Numbers on the device are float32, for float64 parameters too.
         torch.testing.assert_close(*results, atol=2e-6, rtol=2e-6)
 
     @pytest.mark.parametrize("suits", [True, False])
-    def test_a_share_that_is_given_takes_the_place_of_the_count(self, shim, monkeypatch, suits):
+    def test_a_given_share_replaces_the_count(self, shim, monkeypatch, suits):
         """A recorded step replays with the shares of later steps."""
         monkeypatch.setattr(kernel, "suits", lambda params: suits)
         p = torch.nn.Parameter(torch.zeros(5))
@@ -280,7 +280,7 @@ class TestOptimizer:
 
     @pytest.mark.parametrize("norm", [math.inf, math.nan])
     def test_a_norm_that_is_no_number_shows(self, shim, monkeypatch, norm):
-        """As on a GPU without the kernel: nan where the gradient is infinite, or everywhere."""
+        """As without the kernel: nan for infinite gradients, or everywhere if the norm is nan."""
         found = []
         for suits in (True, False):
             monkeypatch.setattr(kernel, "suits", lambda params, suits=suits: suits)
@@ -321,7 +321,7 @@ class TestSuits:
 
     @staticmethod
     def on_gpu(**changes):
-        """As much of a parameter on a GPU as is asked for."""
+        """A stand-in for a parameter on a GPU, with `changes`."""
         usual = {"is_cuda": True, "dtype": torch.float32, "device": torch.device("cuda", 0)}
         return SimpleNamespace(**{**usual, "is_contiguous": lambda: True, **changes})
 

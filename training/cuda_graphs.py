@@ -1,6 +1,6 @@
 """Training steps from CUDA graphs: recorded once for each length, then replayed.
 
-All that goes from step to step (hidden state, the place in the text, the rate, the losses) is in
+Everything that changes from step to step (hidden state, position in the text, rate, losses) is in
 tensors at fixed addresses.
 """
 
@@ -17,7 +17,7 @@ from nt_asgd import NTASGD
 from training.parallel import ALONE, Ranks
 from training.step import TrainingStep
 
-# Graphs kept at once. Lengths around a bptt of 70 take 44 in an epoch, the rarest once.
+# Most graphs kept at once. With a bptt of 70 an epoch has 44 different lengths, some only once.
 MOST_GRAPHS = 64
 # Names left out of a graph's key: settings of an optimiser that a replay reads from the device or
 # does not use, and the attributes of nn.Module itself.
@@ -26,16 +26,15 @@ _PLAIN = (int, float, str, type(None))
 
 
 class GraphedStep(TrainingStep):
-    """TrainingStep from CUDA graphs: one for each length, recorded when it comes a second time.
+    """TrainingStep from CUDA graphs: one per length, recorded at that length's second step.
 
-    A length's first step, steps cut short by the end of the text, and those for which there is no
-    room for a graph run eagerly. What is computed is the same, random masks included: a replay
-    draws fresh ones. Every Python number that a graph would freeze is part of its key, so that a
-    changed one makes a new graph. If a step cannot be recorded, `say` is told so, and all run
-    eagerly.
+    A length's first step runs eagerly, and so do steps cut short by the end of the text and steps
+    beyond MOST_GRAPHS. Results are the same, random masks included: a replay draws new ones. Every
+    Python number that a graph would freeze is part of its key, so a changed number makes a new
+    graph. If a step cannot be recorded, `say` gets a message and all steps run eagerly.
 
-    `record(work)` runs nothing and returns a function that replays `work`; by default a CUDA graph
-    does.
+    `record(work)` returns a function that replays `work`, without running it; by default it records
+    a CUDA graph.
     """
 
     def __init__(
@@ -72,10 +71,10 @@ class GraphedStep(TrainingStep):
         self._seen[rows] += rows == seq_len
 
     def frozen(self) -> Hashable:
-        """Every Python number that a recorded step would hold on to.
+        """Every Python number that a recorded step would freeze.
 
-        They are the attributes of all modules that are numbers, words, or tuples and lists of such,
-        the optimiser's settings, the clipping norm, and where the text lies.
+        These are the modules' plain attributes (numbers, strings, and tuples or lists of them), the
+        optimiser's settings, the clipping norm, and the text's address.
         """
         modules = [_plain(vars(module)) for module in self.network.modules()]
         groups = [_plain(group) for group in self.optimizer.param_groups]
@@ -83,7 +82,7 @@ class GraphedStep(TrainingStep):
         return (self.clip, averaging, self.source.data_ptr(), tuple(modules), tuple(groups))
 
     def _recorded(self, rows: int) -> bool:
-        """Whether there is a graph for `rows` rows; it is made if it is time for it."""
+        """Whether there is a graph for `rows` rows; records it at the length's second step."""
         if rows in self._replays:
             return True
         if not self.recording or not self._seen[rows] or len(self._replays) >= MOST_GRAPHS:
@@ -116,7 +115,7 @@ class GraphedStep(TrainingStep):
 
     @contextlib.contextmanager
     def _capturable(self) -> Iterator[None]:
-        """Within this context Adam, too, can be recorded."""
+        """A context in which Adam can be recorded."""
         groups = [group for group in self.optimizer.param_groups if "capturable" in group]
         for group in groups:
             group["capturable"] = True
@@ -141,7 +140,7 @@ class GraphedStep(TrainingStep):
 
 
 def _plain(values: dict[str, Any]) -> tuple[Any, ...]:
-    """Those of `values` that are numbers, words, or tuples and lists of such."""
+    """The `values` that are numbers, strings, or tuples or lists of them."""
     kept = []
     for name, value in values.items():
         if name in _NOT_FROZEN:
@@ -154,7 +153,7 @@ def _plain(values: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _stop_allocating(device: int, pool: tuple[int, int]) -> None:
-    """Have the allocator serve `device` from the common memory again, and not from `pool`."""
+    """Make the allocator serve `device` from the common memory again, instead of `pool`."""
     before_2_8 = "_cuda_endAllocateCurrentStreamToPool"
     end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, before_2_8)
     end(device, pool)
@@ -163,8 +162,8 @@ def _stop_allocating(device: int, pool: tuple[int, int]) -> None:
 class _CUDARecorder:
     """Records work as CUDA graphs in one memory pool, on a stream of its own.
 
-    The graphs may share their memory although they run in any order: all that lives on from one to
-    the next is outside it.
+    The graphs can share memory and still run in any order: values that outlive a graph are outside
+    the pool.
     """
 
     def __init__(self) -> None:
@@ -174,7 +173,7 @@ class _CUDARecorder:
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         if not self._graphs:
-            # A pool that has lost its graphs may not be used again while a tensor lies in it.
+            # A pool without graphs must not be reused while a tensor lies in it.
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -205,7 +204,7 @@ def make_step(
 ) -> TrainingStep:
     """A TrainingStep with these `options`, on a GPU a GraphedStep unless `graphs` is False.
 
-    Where CUDA graphs are asked for and cannot be, `say` is told why.
+    If CUDA graphs are requested but impossible, `say` gets the reason.
     """
     if not graphs or source.device.type != "cuda":
         return TrainingStep(network, optimizer, source, **options)

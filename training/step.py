@@ -1,4 +1,4 @@
-"""One step of training, eagerly: forward, loss, backward, clipping and update."""
+"""One eager training step: forward, loss, backward, clipping and update."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -12,23 +12,23 @@ from nt_asgd import NTASGD
 from training.parallel import ALONE, Ranks
 from utils import ToolkitError, get_batch, map_state, repackage_hidden
 
-# Rows of text that tell whether a run is resumed on the order of text that it stopped in.
+# Rows of text compared at resumption, to detect a different order of the text.
 _ROWS_TO_COMPARE = 16
 
 
 class TrainingStep:
-    """Steps of `optimizer` over `source` (rows, batch), the corpus in columns, and where it stands.
+    """Steps of `optimizer` over `source` (rows, batch), the corpus in columns, and their position.
 
     The rate is scaled by `seq_len / bptt` for each step. The gradient over all of the optimiser's
     parameters is clipped to the norm `clip`, unless that is 0. Among several `ranks`, `source` is
     this rank's columns, `batch_fraction` their fraction of the batch, and `network` the wrapper
     that averages gradients; otherwise `network` is the TrainingLoss itself.
 
-    `row` is the next step's first row, `batches` the steps since the epoch's start and `since`
-    those since the last log line. On the device and updated in place are `hidden`, the state that
-    is carried over; `total` and `interval`, sums of the raw cross-entropy in nats, of each row's
-    mean in the epoch and of each step's mean since the last log line, this rank's fraction of both;
-    and `norm`, the last gradient's.
+    `row` is the next step's first row, `batches` the number of steps since the epoch's start and
+    `since` the number since the last log line. These tensors are updated in place on the device:
+    `hidden`, the carried-over state; `total`, the sum of the rows' mean raw cross-entropy in the
+    epoch, and `interval`, the sum of the steps' means since the last log line, both in nats and
+    this rank's fraction; `norm`, the norm of the last gradient.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class TrainingStep:
         self._rows = torch.arange(source.size(0), device=device)
 
     def begin(self, position: Mapping[str, Any] | None = None) -> None:
-        """Stand at the start of an epoch, or at a `position` within it, all ranks' columns in it.
+        """Start an epoch, or resume it at a `position`, which holds all ranks' columns.
 
-        Raises ToolkitError if the text does not go on as it did at that position.
+        Raises ToolkitError if the text at that position differs from the recorded text.
         """
         self.network.train()
         columns, device = self.source.size(1), self.source.device
@@ -78,7 +78,7 @@ class TrainingStep:
             if self.ranks.first:
                 total, interval = position["total"], position["interval"]
             hidden = map_state(lambda part: self.ranks.own(part).to(device), position["hidden"])
-            # Files from before it was recorded have no text.
+            # Older files lack `text`.
             text = position.get("text")
             if text is not None and not torch.equal(self.ranks.own(text), self._next_text()):
                 raise ToolkitError(
@@ -90,10 +90,10 @@ class TrainingStep:
         self.interval.fill_(interval)
 
     def position(self) -> dict[str, Any] | None:
-        """Where the epoch stands, for `begin`, as plain values and CPU tensors.
+        """The position in the epoch, for `begin`, as plain values and CPU tensors.
 
-        To be called by every rank at once: all ranks' columns are in it, and it is None off the
-        first.
+        Every rank must call this. It returns all ranks' columns on the first rank, and None on the
+        others.
         """
         mine = {"hidden": map_state(_on_cpu, self.hidden), "text": self._next_text()}
         parts = self.ranks.gathered(mine)
@@ -111,7 +111,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def next_loss(self) -> float:
-        """The loss of this rank's next batch; weights, buffers and generators stay as they are."""
+        """The loss of this rank's next batch; weights, buffers and generators stay unchanged."""
         device, row = self.source.device, self.row if self.row < len(self.source) - 1 else 0
         batch = get_batch(self.source, row, self.bptt)
         buffers = {name: buffer.clone() for name, buffer in self.loss.named_buffers()}
@@ -139,7 +139,7 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def rates(self, rates: list[float | Tensor]) -> Iterator[None]:
-        """Within this context the optimiser's rates are those of one step."""
+        """A context in which the optimiser's groups have the given `rates`."""
         groups = self.optimizer.param_groups
         own = [group["lr"] for group in groups]
         for group, rate in zip(groups, rates, strict=True):
@@ -151,16 +151,16 @@ class TrainingStep:
                 group["lr"] = rate
 
     def work(self, rows: int, averaging_weight: Tensor | None = None) -> None:
-        """The step itself, at the rates that the optimiser's groups hold.
+        """The step itself, at the rates in the optimiser's groups.
 
         `averaging_weight` is 1 / number of averaged steps, as a device tensor. With it, and with
-        rates that are tensors, nothing waits for a number from the device.
+        rates that are tensors, the step never waits for the device.
         """
         index = self._first_row + self._rows[: rows + 1]
         data, targets = get_batch(self.source.index_select(0, index), 0, rows)
         self.optimizer.zero_grad(set_to_none=True)
         loss, raw_loss, hidden = self.network(data, targets, repackage_hidden(self.hidden))
-        # The ranks' gradients are averaged: a fraction of 1 / world needs no weight.
+        # The ranks' gradients are averaged, so a batch fraction of 1 / world has weight 1.
         world = self.ranks.world
         (loss * (self.batch_fraction * world) if world > 1 else loss).backward()
         self._update(averaging_weight)
@@ -177,7 +177,7 @@ class TrainingStep:
             self.norm.copy_(norm)
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
         if isinstance(self.optimizer, NTASGD):
-            # Scaled within the update: that saves a pass over the gradients.
+            # Scaling within the update saves a pass over the gradients.
             self.optimizer.update(scale, averaging_weight)
         else:
             if self.clip:

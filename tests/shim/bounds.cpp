@@ -1,5 +1,5 @@
-// Runs every kernel over awkward shapes with each buffer exactly as large as it must be. Built with
-// -fsanitize=address,undefined, so that one element read or written outside a buffer ends it.
+// Runs every kernel over awkward shapes, with buffers of exactly the needed size. Built with
+// -fsanitize=address,undefined, so that any access outside a buffer aborts the program.
 #include <cstdio>
 #include <memory>
 #include <vector>
@@ -12,7 +12,7 @@ struct Buffer {
 
     explicit Buffer(long long size) : data(new Scalar[size]()) {}
 
-    // Rows of `hidden` elements, `row` apart: nothing follows the last one.
+    // Rows of `hidden` elements with a stride of `row`; the buffer ends with the last row.
     Buffer(long long rows, long long row, long long hidden) : Buffer((rows - 1) * row + hidden) {}
 
     operator Scalar *() const { return data.get(); }
@@ -36,7 +36,7 @@ static void run(decltype(&forget_mult_forward) forward, decltype(&forget_mult_ba
     const unsigned blocks = (unsigned)((columns + 63) / 64);
     long long sizes[] = {seq_len, batch, hidden, reverse};
 
-    // The launch takes addresses of arguments, as the driver's does.
+    // The launch takes addresses of arguments, like the driver's launch.
     Scalar *z_at = z, *f_at = f, *o_at = gate ? (Scalar *)o : none;
     Scalar *keep_at = mask ? (Scalar *)keep : none, *initial_at = bare ? none : initial;
     Scalar *h_at = h, *states_at = states, *kept_at = bare ? none : states;
@@ -44,7 +44,7 @@ static void run(decltype(&forget_mult_forward) forward, decltype(&forget_mult_ba
     Scalar *grad_h_at = bare ? none : grad_h, *grad_last_at = bare ? none : grad_last;
     Scalar *grad_z_at = grad_z, *grad_f_at = grad_f, *grad_o_at = gate ? (Scalar *)grad_o : none;
     Scalar *grad_initial_at = bare ? none : grad_initial;
-    // ForgetMult is given neither.
+    // ForgetMult has no bias.
     const bool fused = forward != forget_mult_forward;
     Scalar *bias_at = bare || !fused ? none : bias;
     Scalar *grad_bias_at = bare || !fused ? none : grad_bias;
@@ -70,7 +70,7 @@ int main() {
     for (const auto &shape : shapes)
         for (int options = 0; options < 8; ++options) {
             const bool reverse = options & 1, bare = options & 2;
-            // Lengths outside [0, seq_len] too: the kernels may not follow them.
+            // Some lengths are outside [0, seq_len]: the kernels must clamp them.
             std::vector<long long> lengths;
             for (long long b = 0; b < shape[1]; ++b)
                 lengths.push_back(b == 0 ? shape[0] / 2 : b == 1 ? -5 : shape[0] + 1000);

@@ -1,6 +1,5 @@
-// Runs the cross-entropy over awkward sizes with each buffer exactly as large as it must be. Built with
-// -DFIBERS and -fsanitize=address,undefined, so that one element read or written outside a buffer ends
-// it.
+// Runs the cross-entropy over awkward sizes, with buffers of exactly the needed size. Built with
+// -DFIBERS and -fsanitize=address,undefined, so that any access outside a buffer aborts the program.
 #include <cstdio>
 #include <memory>
 
@@ -17,7 +16,7 @@ int main() {
             const long long rows = 3, shift = options % 4 == 3 ? 1 : 0, apart = options % 4;
             const long long blocks = 2, distance = columns + apart;
             const bool with_bias = options & 4, with_sums = options & 8;
-            // Nothing follows the last row.
+            // The buffer ends with the last row.
             const std::unique_ptr<Scalar[]> logits(new Scalar[shift + 2 * distance + columns]());
             const std::unique_ptr<State[]> bias(new State[columns]()), losses(new State[rows]);
             const std::unique_ptr<State[]> sums(new State[blocks * columns]);

@@ -23,8 +23,9 @@ struct Dim3 {
 
 static Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// The special functions err, up or down from one argument to the next, by as much as the hardware's
-// may, so that a tolerance that holds here holds there. Like them they flush subnormal results.
+// The special functions have the largest error that the hardware allows, with a sign that varies with
+// the argument, so that a tolerance that holds here also holds on a GPU. They flush subnormal results,
+// as the hardware does.
 inline float with_error(double exact, float argument, double bound) {
     unsigned bits;
     std::memcpy(&bits, &argument, sizeof bits);
@@ -68,13 +69,13 @@ inline unsigned short float_to_half(float v) {
     if (size < 0x1p-14f) return (unsigned short)(sign | (int)std::nearbyint(size * 0x1p24f));
     int exponent;
     const float mantissa = std::frexp(size, &exponent);  // in [0.5, 1), times 2^exponent
-    // A mantissa that rounds up to 1 carries into the exponent, as it should.
+    // A mantissa that rounds up to 1 correctly carries into the exponent.
     const int fraction = (int)std::nearbyint(mantissa * 2048.0f) - 1024;
     return (unsigned short)(sign | (((exponent + 14) << 10) + fraction));
 }
 
-// 'p' for a pointer, 'i' for long long, 'd' for double, 's' for a struct by value, as the host hands
-// them over; else '?'.
+// A parameter's kind: 'p' for a pointer, 'i' for long long, 'd' for double, 's' for a struct by value,
+// '?' for any other type.
 template <typename T>
 constexpr char kind_of() {
     return std::is_pointer<T>::value                ? 'p'
@@ -90,7 +91,7 @@ const char *parameter_kinds(void (*)(Parameters...)) {
     return kinds;
 }
 
-// Bytes that the driver reads of each argument.
+// The bytes of each argument that the driver reads.
 template <typename... Parameters>
 const std::size_t *parameter_sizes(void (*)(Parameters...)) {
     static const std::size_t sizes[] = {sizeof(Parameters)...};
@@ -99,13 +100,13 @@ const std::size_t *parameter_sizes(void (*)(Parameters...)) {
 
 #ifdef FIBERS
 
-// A block's shared memory: what launch.cpp gives it, and how much of that the launch asked for.
+// A block's shared memory, the size that the launch requested, and the size of the whole buffer.
 static unsigned char *shared_begin;
 static std::size_t shared_size, shared_capacity;
 
 template <typename Work>
 const char *run_block(unsigned threads, Work work) {
-    // NaN, so that what nobody has written shows in the result, and numbers beyond what was asked for.
+    // NaN makes unwritten elements show in the result; bytes 0x3f guard the rest of the buffer.
     std::memset(shared_begin, 0xff, shared_size);
     std::memset(shared_begin + shared_size, 0x3f, shared_capacity - shared_size);
     const char *failure = fibers::run(threads, work, [](std::size_t t) {
@@ -142,8 +143,8 @@ const char *launch(void (*kernel)(Parameters...), unsigned grid, unsigned block,
     return failure;
 }
 
-// As the driver does it: one address per parameter, read with the width of its declaration. Returns
-// what went wrong, or null.
+// Like the driver, takes one address per parameter and reads the parameter's declared size. Returns an
+// error message or null.
 template <typename... Parameters>
 const char *launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments) {
     return launch(kernel, grid, block, arguments, std::index_sequence_for<Parameters...>());

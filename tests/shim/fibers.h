@@ -1,6 +1,6 @@
-// Threads of a block that wait for one another, as fibers. Each warp runs as far as it can, to the next
-// barrier, before the next warp does, in turn from the first to the last and from the last to the first:
-// where a barrier is missing, a warp has written before the others have read, or the other way round.
+// The threads of a block as fibers, which can wait for one another. Each warp runs to its next barrier
+// before the next warp starts; the order of the warps is reversed after each barrier. So if a barrier
+// is missing, a warp writes before others have read, or reads before others have written.
 #pragma once
 
 #include <ucontext.h>
@@ -20,7 +20,7 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     Waiting waiting;
-    double given, taken;  // by a shuffle: this lane's value, once and as the others see it
+    double given, taken;  // this lane's value in a shuffle: as given, and as the others see it
 
     static constexpr std::size_t STACK = 1 << 16;
 };
@@ -40,7 +40,7 @@ inline void start() {
     wait(DONE);
 }
 
-// Whether fibers [begin, end) are all at `what`; if so they may go on.
+// Whether fibers [begin, end) all wait for `what`; if so, releases them.
 inline bool release(std::size_t begin, std::size_t end, Waiting what) {
     for (std::size_t t = begin; t < end; ++t)
         if (all[t].waiting != what) return false;
@@ -51,7 +51,8 @@ inline bool release(std::size_t begin, std::size_t end, Waiting what) {
     return true;
 }
 
-// Runs `work` in `threads` fibers, `enter(t)` before each turn of thread t. Returns what went wrong.
+// Runs `work` in `threads` fibers; calls `enter(t)` before thread t continues. Returns an error
+// message or null.
 template <typename Enter>
 const char *run(std::size_t threads, const std::function<void()> &work, Enter enter) {
     if (all.size() < threads) all = std::vector<Fiber>(threads);

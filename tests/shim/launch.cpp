@@ -1,4 +1,4 @@
-// A CUDA source as a shared library: -DSOURCE names it, -DENTRIES its kernels.
+// Compiles a CUDA source as a shared library: -DSOURCE is its path, -DENTRIES lists its kernels.
 #include "cuda_shim.h"
 #include SOURCE
 
@@ -30,7 +30,7 @@ extern "C" const std::size_t *kernel_sizes(const char *name) { return entry(name
 alignas(16) State shared_memory[1 << 14];
 #endif
 
-// Returns what went wrong, or null.
+// Returns an error message or null.
 extern "C" const char *launch_kernel(const char *name, unsigned grid, unsigned block,
                                      std::size_t shared, void **arguments) {
 #ifdef FIBERS

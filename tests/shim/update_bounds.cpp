@@ -1,5 +1,5 @@
-// Runs the update over awkward sizes with each buffer exactly as large as it must be. Built with
-// -fsanitize=address,undefined, so that one element read or written outside a buffer ends it.
+// Runs the update over awkward sizes, with buffers of exactly the needed size. Built with
+// -fsanitize=address,undefined, so that any access outside a buffer aborts the program.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -7,7 +7,7 @@
 #include "cuda_shim.h"
 #include SOURCE
 
-// `count` elements that begin `shift` elements beyond a multiple of 16 bytes; nothing follows them.
+// Exactly `count` elements, which begin `shift` elements after a multiple of 16 bytes.
 struct Buffer {
     std::unique_ptr<Scalar[]> data;
     Scalar *begin;
@@ -32,7 +32,7 @@ int main() {
                                       with_average ? buffers[2][rows]->begin : nullptr, count};
             ++rows;
         }
-        // A number of its own allocation: the kernel reads four bytes.
+        // In its own allocation, so that a read of more than four bytes is found.
         const std::unique_ptr<float> number(new float(0.5f));
         const float *at = number.get(), *none = nullptr;
         double value = 0.25;
