@@ -2,4 +2,12 @@
 
 from checkpoint.model_file import Checkpoint, CheckpointError, check_writable, copy, in_memory
 from checkpoint.model_file import load, rebuild, save
-from checkpoint.parts import config_of, load_state, made_of, plain_name, snapshot, vocabulary_of
+from checkpoint.parts import (
+    config_of,
+    load_state,
+    made_of,
+    plain_name,
+    sizes_only,
+    snapshot,
+    vocabulary_of,
+)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint.parts import DROPOUTS, made_of, plain_name
+from checkpoint.parts import DROPOUTS, made_of, plain_name, sizes_only
 
 # The errors that fields of a wrong type, or sizes beyond any memory, can raise.
 DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
@@ -62,8 +62,8 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
     # Checked first: a file may ask for a trillion layers, and each would become a module.
     if config["nlayers"] > len(content["model"]):
         return "its weights do not fit its configuration"
-    # On the meta device nothing is allocated, however absurd the sizes.
-    with torch.device("meta"):
+    # Nothing is allocated, however absurd the sizes.
+    with sizes_only():
         model, criterion = made_of(config)
     if config["splits"] and config["splits"][-1] >= config["ntoken"]:
         return "its splits do not fit its vocabulary"

@@ -1,10 +1,12 @@
 """Conversion of a model to the parts of a model file, and back."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from data import Dictionary
 from model import RNNModel
@@ -48,6 +50,28 @@ def made_of(config: Mapping[str, Any]) -> tuple[RNNModel, SplitCrossEntropyLoss]
     arguments = {name: value for name, value in config.items() if name != "splits"}
     model = RNNModel(**arguments)
     return model, SplitCrossEntropyLoss(model.decoder.in_features, config["splits"])
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the functions of torch.nn.init."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def sizes_only() -> Iterator[None]:
+    """A context in which new modules have the sizes of their weights, but no memory and no values.
+
+    To draw values on the meta device, PyTorch would import its compiler, which takes seconds.
+    """
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

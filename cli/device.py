@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import checkpoint
 from utils import ToolkitError
 
 # From glibc's malloc.h.
@@ -89,7 +90,7 @@ def check_fits(made: Callable[[int], nn.Module], layers: int, device: torch.devi
     """
 
     def size(layers: int) -> int:
-        with torch.device("meta"):
+        with checkpoint.sizes_only():
             return sum(p.numel() * p.element_size() for p in made(layers).parameters())
 
     try:

@@ -63,6 +63,10 @@ def test_importing_is_silent_and_needs_neither_cupy_nor_a_gpu():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_sampling_and_scoring_load_nothing_of_training():
-    code = "import sys, generate, pointer, score; assert 'training' not in sys.modules"
+def test_sampling_and_scoring_load_nothing_of_training(trained):
+    code = (
+        "import sys, checkpoint, generate, pointer, score\n"
+        f"checkpoint.rebuild(checkpoint.load({str(trained['LSTM'])!r}), 'cpu')\n"
+        "assert not {'training', 'torch._dynamo'} & set(sys.modules)\n"
+    )
     assert run_python(code).returncode == 0

@@ -170,7 +170,7 @@ def _problem(loaded: Checkpoint) -> str | None:
     losses = [*training["valid_losses"], training.get("best_loss", 0.0)]
     if not all(type(loss) is float and not math.isnan(loss) for loss in losses):
         return "its history holds something that is no loss"
-    with torch.device("meta"):
+    with checkpoint.sizes_only():
         modules = checkpoint.made_of(loaded.config)
     for module, name in zip(modules, ("model", "criterion"), strict=True):
         problem = state_problem(module, training[name])
