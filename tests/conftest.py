@@ -1,6 +1,7 @@
 """Shared by several test files: a tiny corpus, and scripts run as a user would run them."""
 
 import importlib
+import os
 import random
 import signal
 from pathlib import Path
@@ -19,7 +20,7 @@ ORIGINAL_CELLS = ("LSTM", "GRU", "QRNN")
 
 # A network small enough for a test, as flags.
 TINY = (
-    "--emsize 12 --nhid 16 --nlayers 2 --batch_size 4 --bptt 10 --no-cuda --seed 7 "
+    "--emsize 12 --nhid 16 --nlayers 2 --batch_size 8 --bptt 10 --no-cuda --seed 7 "
     "--dropout 0.1 --dropouth 0.1 --dropouti 0.1"
 ).split()
 
@@ -91,6 +92,7 @@ def signals_as_in_a_terminal():
 def one_thread():
     """Such small networks are slower on several threads, and much slower on a busy machine."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that the tests start
 
 
 @pytest.fixture

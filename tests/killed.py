@@ -2,7 +2,7 @@
 
     python tests/killed.py CORPUS FOLDER CELL KILLS
 
-Children are forked after the imports, so that fifty starts do not cost fifty imports of PyTorch.
+Children are forked after the imports, which take longer than such a run.
 """
 
 import os
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
+import torch._dynamo  # else every child's optimiser imports it
 from conftest import TINY, assert_same
 
 import checkpoint

@@ -68,12 +68,12 @@ def unigram_perplexity(corpus_dir):
 @pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 def test_four_stages(cell, script, corpus_dir, tmp_path):
     path = tmp_path / "m.pt"
-    out = train(script, corpus_dir, path, "--model", cell, "--epochs", 4, "--log-interval", 20)
+    out = train(script, corpus_dir, path, "--model", cell, "--epochs", 4, "--log-interval", 10)
     assert [int(e[0]) for e in EPOCH.findall(out)] == [1, 2, 3, 4]
     batch_lines = [line for line in out.splitlines() if "ms/batch" in line]
     assert len(batch_lines) > 20
     assert all(BATCH.fullmatch(line) for line in batch_lines)
-    assert batch_lines[0].startswith("| epoch   1 |    20/")
+    assert batch_lines[0].startswith("| epoch   1 |    10/")
     ((_, _, main_ppl),) = END.findall(out)
     assert float(main_ppl) < unigram_perplexity(corpus_dir)
 
@@ -151,20 +151,21 @@ def switch_after_two_epochs(monkeypatch):
 @pytest.mark.parametrize("cell", ORIGINAL_CELLS)
 def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, script, corpus_dir, tmp_path):
     # The run includes the switch to averaging and a division of the rate by --when.
-    flags = ["--model", cell, "--when", 3, "--optimizer", optimizer]
+    flags = ["--model", cell, "--when", 3, "--optimizer", optimizer, "--max-batches", 40]
     flags += ["--lr", 5 if optimizer == "sgd" else 0.02]
     whole = train(script, corpus_dir, tmp_path / "whole", *flags, "--epochs", 6)
     if optimizer == "sgd":
         assert "Switching to averaged SGD" in whole
-    for first in (1, 3, 5):
-        path = tmp_path / f"{first}"
-        begun = train(script, corpus_dir, path, *flags, "--epochs", first)
+    path = tmp_path / "resumed"
+    epochs = EPOCH.findall(train(script, corpus_dir, path, *flags, "--epochs", 1))
+    for last in (3, 5, 6):
         # With flags from the file, or with the run's own flags repeated.
-        own = ["--data", corpus_dir, *TINY, *flags] if first > 1 else []
-        status, out, err = script("main", *own, "--resume", path, "--epochs", 6)
+        own = ["--data", corpus_dir, *TINY, *flags] if last > 3 else ["--max-batches", 40]
+        status, out, err = script("main", *own, "--resume", path, "--epochs", last)
         assert (status, err) == (0, "")
-        assert EPOCH.findall(begun) + EPOCH.findall(out) == EPOCH.findall(whole)
-        assert_same_weights(tmp_path / "whole", path)
+        epochs += EPOCH.findall(out)
+        assert epochs == EPOCH.findall(whole)[:last]
+    assert_same_weights(tmp_path / "whole", path)
 
 
 def test_resume_with_changed_dropouts_and_rate(script, corpus_dir, tmp_path):
@@ -193,7 +194,8 @@ def test_weight_drop_turned_on_or_off_on_the_way(
     """The optimiser's state is kept, and the file can be resumed without a better model."""
     path = tmp_path / "m.pt"
     flags = ["--model", cell, "--optimizer", optimizer, "--lr", 5 if optimizer == "sgd" else 0.02]
-    train(script, corpus_dir, path, *flags, "--wdrop", wdrops[0], "--epochs", 3)
+    before = ["--epochs", 3, "--max-batches", 40]
+    train(script, corpus_dir, path, *flags, "--wdrop", wdrops[0], *before)
     before = checkpoint.load(path)
     argv = ["--resume", path, "--epochs", 4, "--lr", 1e-9, "--max-batches", 4]
     status, _, err = script("main", *argv, "--wdrop", wdrops[1])
@@ -603,7 +605,7 @@ main --data nowhere | nowhere
 main --data empty | empty.*empty
 main --data no-test | test\.txt
 main --data latin | UTF-8.*line 2|line 2.*UTF-8
-main --data short | train\.txt is too short for 4 columns
+main --data short | train\.txt is too short for 8 columns
 main --data short-valid | valid\.txt is too short
 finetune --data other | vocabulary
 pointer --data other | vocabulary
@@ -912,29 +914,61 @@ RANK = {
         (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "MASTER_PORT": "0x1"}),
         (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "MASTER_PORT": "70000"}),
         (["score.py", "--checkpoint", "MODEL", "/dev/zero"], {}),
-        (["sh", "-c", 'exec "$PYTHON" "$ROOT"/score.py --checkpoint MODEL <&-'], {}),
     ],
 )
 def test_what_the_system_refuses_is_one_sentence(
-    command, environment, corpus_dir, trained, tmp_path
+    command, environment, corpus_dir, trained, tmp_path, script, monkeypatch
 ):
     known = {"CORPUS": str(corpus_dir), "MODEL": str(trained["LSTM"])}
-    command = [re.sub("CORPUS|MODEL", lambda m: known[m[0]], word) for word in command]
-    if command[0] != "sh":
-        command = [sys.executable, ROOT / command[0], *command[1:]]
-    environment = {**os.environ, "PYTHON": sys.executable, "ROOT": str(ROOT), **environment}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert result.returncode == 1
-    assert re.fullmatch(r"\w+\.py: error: .+: .+\n", result.stderr), result.stderr
+    name, *argv = [re.sub("CORPUS|MODEL", lambda m: known[m[0]], word) for word in command]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name])
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    status, _, err = script(name.removesuffix(".py"), *argv)
+    assert status == 1
+    assert re.fullmatch(rf"{name}: error: .+: .+\n", err)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_closed_standard_input_is_refused_in_a_sentence(trained):
+    line = shlex.join([sys.executable, f"{ROOT}/score.py", "--checkpoint", str(trained["LSTM"])])
+    result = subprocess.run(f"{line} <&-", shell=True, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert re.fullmatch(r"score\.py: error: .+: .+\n", result.stderr)
+
+
+# Runs each command in a fork, so that PyTorch is imported once; an empty line ends its output.
+FORKS = """
+import json, os, runpy, sys
+import torch
+for command in json.loads(sys.argv[1]):
+    if not os.fork():
+        sys.argv = command
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code)
+    if os.wait()[1]:
+        sys.exit(f"{command} failed")
+    print(flush=True)
+"""
+
+
+def in_forks(commands, *flags):
+    """A command that runs several scripts, one after another, as `python FLAGS SCRIPT ...`."""
+    words = [[str(ROOT / f"{name}.py"), *map(str, argv)] for name, *argv in commands]
+    return [sys.executable, *flags, "-c", FORKS, json.dumps(words)]
 
 
 @pytest.mark.parametrize("flag", ["-I", "-P"])
 def test_python_that_leaves_out_the_scripts_folder(flag, tmp_path):
-    for name in ("main", "finetune", "pointer", "generate", "score", "plot", "dynamiceval"):
-        command = [sys.executable, flag, ROOT / f"{name}.py", "--version"]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert (result.returncode, result.stderr) == (0, "")
+    names = ("main", "finetune", "pointer", "generate", "score", "plot", "dynamiceval")
+    command = in_forks([(name, "--version") for name in names], flag)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(result.stdout.split("\n\n")) == len(names) + 1
 
 
 def on_a_terminal(*command):
@@ -952,8 +986,7 @@ def on_a_terminal(*command):
     return written
 
 
-@pytest.mark.parametrize("name", ["generate", "pointer", "score"])
-def test_a_terminal_is_shown_control_characters_as_text(name, trained, corpus_dir, tmp_path):
+def test_a_terminal_is_shown_control_characters_as_text(trained, corpus_dir, tmp_path, script):
     def hostile(word):
         return word if word.startswith("<") else f"{word}\x1b]0;owned\x07\x9b"
 
@@ -964,27 +997,18 @@ def test_a_terminal_is_shown_control_characters_as_text(name, trained, corpus_di
         lines = (corpus_dir / f"{split}.txt").read_text().splitlines()
         words = "\n".join(" ".join(map(hostile, line.split())) for line in lines)
         (tmp_path / f"{split}.txt").write_text(words)
-    argv = {
-        "generate": ["--checkpoint", tmp_path / "m.pt", "--outf", "-", "--words", 3],
-        "pointer": [
-            "--save",
-            tmp_path / "m.pt",
-            "--data",
-            tmp_path,
-            "--by-word",
-            3,
-            "--window",
-            99,
-        ],
-        "score": ["--checkpoint", tmp_path / "m.pt", "--tokens", "--text", hostile("w1")],
-    }[name]
-    command = [sys.executable, ROOT / f"{name}.py", *map(str, argv), "--no-cuda"]
-    shown = on_a_terminal(*command)
-    assert b"\x1b" not in shown
-    assert b"\x07" not in shown
-    assert b"\\x1b]0;owned\\x07\\x9b" in shown
-    piped = subprocess.run(command, capture_output=True, check=True).stdout
-    assert b"\x1b]0;owned\x07\xc2\x9b" in piped
+    model, corpus = ["--checkpoint", tmp_path / "m.pt", "--no-cuda"], ["--data", tmp_path]
+    by_word = ["--by-word", 3, "--window", 99, "--no-cuda"]
+    commands = [
+        ("generate", *model, "--outf", "-", "--words", 3),
+        ("pointer", "--save", tmp_path / "m.pt", *corpus, *by_word),
+        ("score", *model, "--tokens", "--text", hostile("w1")),
+    ]
+    shown = on_a_terminal(*in_forks(commands)).split(b"\r\n\r\n")
+    assert [b"\\x1b]0;owned\\x07\\x9b" in output for output in shown] == [True, True, True, False]
+    assert not [output for output in shown if b"\x1b" in output or b"\x07" in output]
+    for command in commands:
+        assert "\x1b]0;owned\x07\x9b" in script(*command)[1]
 
 
 def test_words_that_the_terminal_cannot_show(trained, tmp_path):

@@ -33,10 +33,15 @@ def test_killed_at_random_moments(cell, corpus_dir, tmp_path):
 def torchrun(ranks, script, *argv, where=("--standalone",)):
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, where)]
     command += ["--nproc-per-node", str(ranks), str(ROOT / script), *map(str, argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ranks(count, script, *argv):
+    """Like `torchrun`, but sooner: returns exit status, output and errors."""
+    command = [sys.executable, ROOT / "tests" / "ranks.py", str(count), ROOT / script]
+    command += map(str, argv)
+    result = subprocess.run(command, text=True, capture_output=True, timeout=300)
+    return result.returncode, result.stdout, result.stderr
 
 
 def finish(process, seconds=300):
@@ -65,7 +70,7 @@ def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
     more = ["--epochs", 3, "--log-interval", 5]
     status, alone, err = script("main", *flags, *more, "--save", one)
     assert (status, err) == (0, "")
-    status, out, err = finish(torchrun(2, "main.py", *flags, *more, "--save", two))
+    status, out, err = ranks(2, "main.py", *flags, *more, "--save", two)
     assert status == 0, err
     assert_close(one, two)
 
@@ -76,7 +81,7 @@ def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
     assert losses(out) == pytest.approx(losses(alone), abs=0.011)
     status, _, err = script("finetune", *flags, "--epochs", 2, "--save", one)
     assert (status, err) == (0, "")
-    status, _, err = finish(torchrun(2, "finetune.py", *flags, "--epochs", 2, "--save", two))
+    status, _, err = ranks(2, "finetune.py", *flags, "--epochs", 2, "--save", two)
     assert status == 0, err
     assert_close(one, two)
 
@@ -103,9 +108,8 @@ def test_a_rank_that_dies_ends_the_run_which_can_be_resumed(corpus_dir, tmp_path
     assert status != 0
     assert "SIGKILL" in err or "lost touch" in err
     epoch = checkpoint.load(path).training["epoch"]
-    status, _, err = finish(
-        torchrun(2, "main.py", "--resume", path, "--epochs", epoch + 1, "--max-batches", 20)
-    )
+    more = ["--resume", path, "--epochs", epoch + 1, "--max-batches", 20]
+    status, _, err = finish(torchrun(2, "main.py", *more))
     assert status == 0, err
     assert script("main", *flags, "--epochs", epoch + 1, "--save", whole)[0] == 0
     assert_close(whole, path, atol=1e-3)
@@ -161,34 +165,34 @@ def test_two_ranks_stop_together_and_go_on_exactly(corpus_dir, tmp_path):
     state = checkpoint.load(path).training
     epochs = state["epoch"] + 1
     more = ["--max-batches", 20, "--epochs", epochs]
-    status, _, err = finish(torchrun(2, "main.py", "--resume", path, *more))
+    status, _, err = ranks(2, "main.py", "--resume", path, *more)
     assert status == 0, err
     flags += ["--epochs", epochs, "--save", whole]
-    status, _, err = finish(torchrun(2, "main.py", *flags))
+    status, _, err = ranks(2, "main.py", *flags)
     assert status == 0, err
     for name, tensor in checkpoint.load(whole).training["model"].items():
         assert torch.equal(tensor, checkpoint.load(path).training["model"][name]), name
 
 
-@pytest.mark.parametrize("second", ["main", "resume", "finetune"])
-def test_the_second_of_two_runs_with_one_file_stops(second, corpus_dir, tmp_path, script):
+def test_the_second_of_two_runs_with_one_file_stops(corpus_dir, tmp_path, script):
     path = tmp_path / "m.pt"
     flags = ["--data", corpus_dir, *ALIKE, "--save", path]
     assert script("main", *flags, "--epochs", 1)[0] == 0
     command = [sys.executable, ROOT / "main.py", "--resume", path, "--epochs", "9999"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert "Args" in first.stdout.readline()
-    stage = "finetune" if second == "finetune" else "main"
-    more = ["--resume", path] if second == "resume" else flags
-    status, out, err = script(stage, *more)
-    assert (status, out.count("Args")) == (1, 0)
-    assert re.search(
-        rf"another run writes .*m\.pt now \(process {first.pid} of .*another --save", err
-    )
+    seconds = [("main", *flags), ("main", "--resume", path), ("finetune", *flags)]
+    for second in seconds:
+        status, out, err = script(*second)
+        assert (status, out.count("Args")) == (1, 0)
+        assert re.search(
+            rf"another run writes .*m\.pt now \(process {first.pid} of .*another --save", err
+        )
     # The file is free again after the first run's end, even by a kill.
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    assert script(stage, *more, "--epochs", 2)[0] == 0
+    for second in seconds:
+        assert script(*second, "--epochs", 2)[0] == 0
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
