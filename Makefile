@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Python compiles modules at their first import; compiling all of PyTorch takes 20 s.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo test test-fast published lint format bench clean
 
@@ -35,11 +37,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/.runtime: requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 $(BIN)/.dev: requirements-dev.txt requirements-plot.txt $(BIN)/.runtime
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 clean:
