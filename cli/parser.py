@@ -46,9 +46,10 @@ class Flag(NamedTuple):
     either: str
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that set the flag to `value`."""
-        values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
-        return [self.name, *map(str, values)]
+        """The words of a command line that set the flag to `value`; none for an unset switch."""
+        if isinstance(value, bool):
+            return [] if value == self.default else [self.name]
+        return [self.name, *map(str, value if isinstance(value, list) else [value])]
 
 
 class Parser(argparse.ArgumentParser):

@@ -110,8 +110,8 @@ def test_flags_recorded_in_a_file_are_checked(bad):
 
 def test_finetuning_takes_what_shapes_training(capsys):
     config = {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4, "wdrop": 0.0}
-    recorded = {"alpha": 0.0, "clip": 1.0, "lr": 7.0, "seed": 3, "optimizer": "adam",
-                "fixed_length": True, "epochs": 9, "precision": None}  # fmt: skip
+    recorded = {"alpha": 0.0, "clip": 1.0, "lr": 7.0, "seed": 3, "optimizer": "adam", "epochs": 9,
+                "fixed_length": True, "partial_shuffle": False, "precision": None}  # fmt: skip
 
     def taken(argv, **more):
         args = parser_of("finetune").parse_args(argv)
