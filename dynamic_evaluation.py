@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils import Optimizer
+
 # Numbers updated at a time: few enough to stay in the processor's cache between operations.
 _CHUNK = {"cpu": 2**18, "cuda": 2**21}
 
 
-class GradientStatistics(torch.optim.Optimizer):
+class GradientStatistics(Optimizer):
     """An optimiser whose step sums up the squares of the gradients; weights do not change."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
@@ -36,7 +38,7 @@ class GradientStatistics(torch.optim.Optimizer):
         return [(self.state[p]["squares"] / steps).sqrt_() for p in params]
 
 
-class DynamicEvaluation(torch.optim.Optimizer):
+class DynamicEvaluation(Optimizer):
     """`p += d * (start - p) - lr * gradient / (rms + epsilon)`, with `d = min(lamb * rms / m, 1)`.
 
     `start` are the parameters at construction, `rms` the root mean squares of the gradients, one

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import update as update_kernel
+from utils import Optimizer
 
 
 class NonMonotonicTrigger:
@@ -29,7 +30,7 @@ class NonMonotonicTrigger:
         return bool(older) and loss > min(older)
 
 
-class NTASGD(torch.optim.Optimizer):
+class NTASGD(Optimizer):
     """SGD with weight decay, and a running average of the iterates after `start_averaging`.
 
     A step is `p -= lr * (gradient + weight_decay * p)`. The average after n averaged steps is the

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-import torch._dynamo  # else every child's optimiser imports it
 from conftest import TINY, assert_same
 
 import checkpoint

@@ -2,8 +2,8 @@
 
     python tests/ranks.py RANKS SCRIPT FLAGS
 
-Ranks are forked after the imports, with those of an optimiser, which take longer than such a run.
-The exit status is 1 if a rank fails.
+Ranks are forked after the imports, with that of DistributedDataParallel's compiler, which take
+longer than such a run. The exit status is 1 if a rank fails.
 """
 
 import os
