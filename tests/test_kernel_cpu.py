@@ -1,4 +1,4 @@
-"""The QRNN kernels without a GPU: compiled by NVRTC and nvcc, and run as C++ on the CPU.
+"""The QRNN kernels without a GPU: compiled by NVRTC, and run as C++ on the CPU.
 
 `qrnn.kernels` runs unchanged on CPU tensors except for its last step: the launch goes to
 forget_mult.cu compiled with tests/shim, one thread after another, so that argument order, widths,
@@ -8,11 +8,9 @@ strides and the kernel's arithmetic are all under test.
 import contextlib
 import itertools
 import random
-import shutil
 import struct
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,11 +18,11 @@ import pytest
 import torch
 from references import assert_near, eager_and_compiled, naive_forget_mult, naive_qrnn
 from shims import (
+    ARCHITECTURES,
     Canaries,
     ShimLauncher,
     check_bounds,
     check_nvrtc,
-    check_registers,
     needs_compiler,
 )
 from torch import nn
@@ -186,7 +184,7 @@ class TestAgainstTheDefinition:
         check_forget_mult(shim, case)
 
     def test_random_cases(self, shim):
-        for seed in range(1200):
+        for seed in range(600):
             check_qrnn(shim, random_case(seed))
             check_forget_mult(shim, random_case(seed))
 
@@ -821,17 +819,6 @@ def test_nothing_outside_a_buffer_is_touched(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", [70, 80, 90, 100, 120])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nvrtc_compiles(architecture, dtype):
-    check_nvrtc(kernels.SOURCE, architecture, kernels.compile_options(dtype))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_no_local_memory_or_spills(architecture, tmp_path):
-    def check(dtype: torch.dtype) -> None:
-        check_registers(kernels.SOURCE, architecture, kernels.compile_options(dtype), 168, tmp_path)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(check, DTYPES))
+    check_nvrtc(kernels.SOURCE, architecture, kernels.compile_options(dtype), 168)
