@@ -36,12 +36,12 @@ def torchrun(ranks, script, *argv, where=("--standalone",)):
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def ranks(count, script, *argv):
-    """Like `torchrun`, but sooner: returns exit status, output and errors."""
-    command = [sys.executable, ROOT / "tests" / "ranks.py", str(count), ROOT / script]
-    command += map(str, argv)
-    result = subprocess.run(command, text=True, capture_output=True, timeout=300)
-    return result.returncode, result.stdout, result.stderr
+def ranks(*words):
+    """Start scripts as two ranks, one after another; "+" is between them. Sooner than torchrun."""
+    command = [sys.executable, "tests/ranks.py", "2", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def finish(process, seconds=300):
@@ -67,10 +67,14 @@ def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
     # Five columns, so the two ranks have uneven shares.
     flags = ["--data", corpus_dir, *ALIKE, "--model", cell, "--partial-shuffle"]
     one, two = tmp_path / "one", tmp_path / "two"
-    more = ["--epochs", 3, "--log-interval", 5]
-    status, alone, err = script("main", *flags, *more, "--save", one)
-    assert (status, err) == (0, "")
-    status, out, err = ranks(2, "main.py", *flags, *more, "--save", two)
+    stages = {"main": ["--epochs", 3, "--log-interval", 5], "finetune": ["--epochs", 2]}
+    alone = ""
+    for stage, more in stages.items():
+        status, out, err = script(stage, *flags, *more, "--save", one)
+        assert (status, err) == (0, "")
+        alone += out
+    words = [[f"{stage}.py", *flags, *more, "--save", two] for stage, more in stages.items()]
+    status, out, err = finish(ranks(*words[0], "+", *words[1]))
     assert status == 0, err
     assert_close(one, two)
 
@@ -79,11 +83,6 @@ def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
 
     # Only one rank logs, with the loss over both ranks' columns.
     assert losses(out) == pytest.approx(losses(alone), abs=0.011)
-    status, _, err = script("finetune", *flags, "--epochs", 2, "--save", one)
-    assert (status, err) == (0, "")
-    status, _, err = ranks(2, "finetune.py", *flags, "--epochs", 2, "--save", two)
-    assert status == 0, err
-    assert_close(one, two)
 
 
 def children(pid):
@@ -95,24 +94,6 @@ def until(condition, seconds=120):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_ends_the_run_which_can_be_resumed(corpus_dir, tmp_path, script):
-    flags = ["--data", corpus_dir, *ALIKE, "--model", "QRNN", "--save-every", 0]
-    path, whole = tmp_path / "m.pt", tmp_path / "whole"
-    process = torchrun(2, "main.py", *flags, "--epochs", 1000, "--save", path)
-    until(lambda: path.exists() and checkpoint.load(path).training["position"])
-    os.kill(children(process.pid)[1], signal.SIGKILL)
-    status, _, err = finish(process, seconds=60)
-    assert status != 0
-    assert "SIGKILL" in err or "lost touch" in err
-    epoch = checkpoint.load(path).training["epoch"]
-    more = ["--resume", path, "--epochs", epoch + 1, "--max-batches", 20]
-    status, _, err = finish(torchrun(2, "main.py", *more))
-    assert status == 0, err
-    assert script("main", *flags, "--epochs", epoch + 1, "--save", whole)[0] == 0
-    assert_close(whole, path, atol=1e-3)
 
 
 def on_two_machines(*argv):
@@ -152,7 +133,7 @@ def test_two_machines_are_one(corpus_dir, tmp_path, script):
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_together_and_go_on_exactly(corpus_dir, tmp_path):
+def test_two_ranks_stopped_or_dead_go_on_exactly(corpus_dir, tmp_path):
     # With dropout: each rank's masks continue from its own random state.
     flags = ["--data", corpus_dir, *ALIKE, "--model", "QRNN", "--dropouti", 0.3, "--wdrop", 0.2]
     path, whole = tmp_path / "m.pt", tmp_path / "whole"
@@ -162,13 +143,20 @@ def test_two_ranks_stop_together_and_go_on_exactly(corpus_dir, tmp_path):
     status, _, err = finish(process, seconds=60)
     assert status != 0
     assert "stopped by SIGTERM; --resume" in err
-    state = checkpoint.load(path).training
-    epochs = state["epoch"] + 1
-    more = ["--max-batches", 20, "--epochs", epochs]
-    status, _, err = ranks(2, "main.py", "--resume", path, *more)
-    assert status == 0, err
-    flags += ["--epochs", epochs, "--save", whole]
-    status, _, err = ranks(2, "main.py", *flags)
+    stopped = checkpoint.load(path).training["epoch"]
+
+    resume = ["main.py", "--resume", path, "--max-batches", 20]
+    process = ranks(*resume, "--epochs", 1000, "--save-every", 0)
+    until(lambda: checkpoint.load(path).training["epoch"] > stopped)
+    until(lambda: checkpoint.load(path).training["position"])
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    status, _, err = finish(process, seconds=60)
+    assert status == 1
+    assert "lost touch with another rank" in err
+
+    epochs = ["--epochs", checkpoint.load(path).training["epoch"] + 1]
+    again = ["main.py", *flags, *epochs, "--save", whole]
+    status, _, err = finish(ranks(*resume, *epochs, "+", *again))
     assert status == 0, err
     for name, tensor in checkpoint.load(whole).training["model"].items():
         assert torch.equal(tensor, checkpoint.load(path).training["model"][name]), name
