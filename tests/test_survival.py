@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 
 import checkpoint
+from training import parallel
 
 ALIKE = (
     "--emsize 12 --nhid 16 --nlayers 2 --batch_size 5 --bptt 10 --no-cuda --seed 7 --lr 5 "
@@ -110,16 +111,9 @@ def test_two_machines_are_one(corpus_dir, tmp_path, script):
     flags = ["--data", corpus_dir, *ALIKE, "--model", "LSTM"]
     one, two = tmp_path / "one", tmp_path / "shared" / "two"
     two.parent.mkdir()
-    assert script("main", *flags, "--epochs", 2, "--save", one)[0] == 0
-    for agent in on_two_machines(*flags, "--epochs", 2, "--save", two):
-        status, _, err = finish(agent)
-        assert status == 0, err
-    assert_close(one, two)
-    assert [path.name for path in two.parent.iterdir()] == ["two"]
-    # A resumed run ends when one machine dies, and one machine alone can resume it.
-    more = ["--resume", two, "--max-batches", 20]
-    agents = on_two_machines(*more, "--epochs", 1000, "--save-every", 0)
-    until(lambda: checkpoint.load(two).training["epoch"] > 2)
+    agents = on_two_machines(*flags, "--epochs", 1000, "--save-every", 0, "--save", two)
+    until(lambda: two.exists() and checkpoint.load(two).training["epoch"] > 1)
+    # The run ends when one machine dies, and one machine alone can resume it.
     for pid in (*children(agents[1].pid), agents[1].pid):
         os.kill(pid, signal.SIGKILL)
     finish(agents[1])
@@ -127,9 +121,11 @@ def test_two_machines_are_one(corpus_dir, tmp_path, script):
     assert status != 0
     assert "lost touch with another rank" in err
     epochs = checkpoint.load(two).training["epoch"] + 1
-    assert script("main", *more, "--epochs", epochs)[0] == 0
+    resume = ["--resume", two, "--max-batches", 20, "--epochs", epochs]
+    assert script("main", *resume)[0] == 0
     assert script("main", *flags, "--epochs", epochs, "--save", one)[0] == 0
     assert_close(one, two, atol=1e-3)
+    assert [path.name for path in two.parent.iterdir()] == ["two"]
 
 
 @pytest.mark.slow
@@ -184,32 +180,29 @@ def test_the_second_of_two_runs_with_one_file_stops(corpus_dir, tmp_path, script
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_a_rank_without_others_says_what_it_waits_for(tmp_path):
+def test_a_rank_without_others_says_what_it_waits_for(tmp_path, script, monkeypatch):
+    monkeypatch.setattr(parallel, "_MINUTES", 0.02)
+    rank = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+    def meet_at(port):
+        for name, value in {**rank, "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        return script("main", "--no-cuda", "--save", tmp_path / "m.pt")
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    rank = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
-    meeting = {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    code = (
-        "import main, training.parallel\n"
-        "training.parallel._MINUTES = 0.02\n"
-        "main.program.run(main.main)\n"
-    )
-    command = [sys.executable, "-c", code, "--no-cuda", "--save", tmp_path / "m.pt"]
-    environment = {**os.environ, **meeting}
-    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert first.returncode == 1
-    assert f"Rank 0 of 2 waits at 127.0.0.1:{port} for the others" in first.stdout
-    assert re.fullmatch(
-        r".*error: rank 0 of 2 does not meet the others .*: start .*\n", first.stderr
-    )
+    status, out, err = meet_at(port)
+    assert status == 1
+    assert f"Rank 0 of 2 waits at 127.0.0.1:{port} for the others" in out
+    assert re.fullmatch(r".*error: rank 0 of 2 does not meet the others .*: start .*\n", err)
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
-        second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert second.returncode == 1
-    assert "address already in use" in second.stderr
-    assert len(second.stderr.splitlines()) == 1
+        status, _, err = meet_at(taken.getsockname()[1])
+    assert status == 1
+    assert "address already in use" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_two_runs_may_build_the_cache_at_once(corpus_dir, tmp_path):
