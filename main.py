@@ -17,9 +17,9 @@ from cli.corpus import read_corpus
 from cli.device import check_fits
 from cli.parser import Parser
 from data import partial_shuffle
-from model import RNNModel, find_cell
+from model import find_cell, make_network
 from nt_asgd import NTASGD
-from splitcross import SplitCrossEntropyLoss, default_splits
+from splitcross import default_splits
 from training import resume
 from training.session import Session, open_session
 from utils import ToolkitError
@@ -108,10 +108,9 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
             corpus = corpus.sorted_by_frequency()
         sizes = (len(corpus.dictionary), args.emsize, args.nhid)
         options = {**flags.dropouts(args), "tie_weights": True}
-        made = functools.partial(RNNModel, args.model, *sizes, **options)
+        made = functools.partial(make_network, splits, args.model, *sizes, **options)
         check_fits(made, args.nlayers, session.device)
-        model = made(args.nlayers)
-        criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
+        model, criterion = made(args.nlayers)
         model, criterion = model.to(session.device), criterion.to(session.device)
     params = [*model.parameters(), *criterion.parameters()]
     if args.optimizer == "sgd":

@@ -5,6 +5,7 @@ of Neural Language Modeling at Multiple Scales", arXiv 1803.08240.
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
 from qrnn import QRNNLayer
+from splitcross import SplitCrossEntropyLoss
 from weight_drop import WeightDrop, drop_weights
 
 Hidden = list[Any]  # one state a layer: a tree of tensors with the batch in dimension 1
@@ -192,6 +194,17 @@ class RNNModel(nn.Module):
         if return_h:
             return result, new_hidden, raw_outputs, outputs
         return result, new_hidden
+
+
+def make_network(
+    splits: Sequence[int], *sizes: Any, **options: Any
+) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """A new model, RNNModel(*sizes, **options), and its criterion, cut at the word ids `splits`.
+
+    main.py makes a new run's network here, and every stage that of a model file.
+    """
+    model = RNNModel(*sizes, **options)
+    return model, SplitCrossEntropyLoss(model.decoder.in_features, splits)
 
 
 def _draw(count: int, device: torch.device) -> None:

@@ -32,9 +32,9 @@ from cli.device import has_bf16, keep_memory, select_device, set_precision
 from kernels import aligned, cross_entropy, update
 from locked_dropout import LockedDropout
 from loss import TrainingLoss
-from model import RNNModel
+from model import make_network
 from nt_asgd import NTASGD
-from splitcross import SplitCrossEntropyLoss, default_splits
+from splitcross import default_splits
 from training.cuda_graphs import make_step
 from training.step import TrainingStep
 
@@ -136,7 +136,8 @@ def our_step(
 ) -> tuple[Callable[[], None], TrainingStep]:
     """A step as main.py makes it: the call, and the TrainingStep that it calls."""
     torch.manual_seed(0)
-    model = RNNModel(
+    model, criterion = make_network(
+        default_splits(setting.ntoken),
         setting.cell,
         setting.ntoken,
         setting.emsize,
@@ -144,9 +145,8 @@ def our_step(
         setting.nlayers,
         *setting.rates,
         tie_weights=True,
-    ).to(source.device)
-    criterion = SplitCrossEntropyLoss(setting.emsize, default_splits(setting.ntoken))
-    criterion = criterion.to(source.device)
+    )
+    model, criterion = model.to(source.device), criterion.to(source.device)
     params = [*model.parameters(), *criterion.parameters()]
     if setting.adam:
         optimizer = torch.optim.Adam(params, 1e-3, fused=True)

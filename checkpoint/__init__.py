@@ -5,7 +5,6 @@ from checkpoint.model_file import load, rebuild, save
 from checkpoint.parts import (
     config_of,
     load_state,
-    made_of,
     plain_name,
     sizes_only,
     snapshot,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint.parts import DROPOUTS, made_of, plain_name, sizes_only
+from checkpoint.parts import DROPOUTS, plain_name, sizes_only
+from model import make_network
 
 # The errors that fields of a wrong type, or sizes beyond any memory, can raise.
 DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
@@ -64,7 +65,7 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
         return "its weights do not fit its configuration"
     # Nothing is allocated, however absurd the sizes.
     with sizes_only():
-        model, criterion = made_of(config)
+        model, criterion = make_network(**config)
     if config["splits"] and config["splits"][-1] >= config["ntoken"]:
         return "its splits do not fit its vocabulary"
     for module, state in ((model, content["model"]), (criterion, content["criterion"])):

@@ -3,7 +3,7 @@
 A file is one dictionary of tensors and plain values; it loads with `torch.load(weights_only=True)`:
 
     format, version   the kind of file and its version
-    config            the arguments of RNNModel, and the splits of the softmax
+    config            the arguments of `model.make_network`
     model, criterion  the best weights so far, which the later stages use
     vocabulary        the words by id, and how often each occurred
     args, stage       the flags it was trained with, and the script that wrote it
@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from checkpoint.check import DAMAGE, check_whole, problem_of, told
-from checkpoint.parts import copies, load_state, made_of
+from checkpoint.parts import copies, load_state
 from data import Dictionary
 from files.reading import opened, records
 from files.writing import replacing, unwritable
-from model import RNNModel
+from model import RNNModel, make_network
 from splitcross import SplitCrossEntropyLoss
 from utils import ToolkitError
 
@@ -183,7 +183,7 @@ def rebuild(
 ) -> tuple[RNNModel, SplitCrossEntropyLoss]:
     """The model and criterion of a file, on `device`; `dropouts` override those of the file."""
     with _NoInitialWeights():
-        model, criterion = made_of({**checkpoint.config, **dropouts})
+        model, criterion = make_network(**{**checkpoint.config, **dropouts})
     load_state(model, checkpoint.model)
     load_state(criterion, checkpoint.criterion)
     return model.to(device), criterion.to(device)

@@ -17,7 +17,7 @@ DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
 def config_of(model: RNNModel, criterion: SplitCrossEntropyLoss) -> dict[str, Any]:
-    """The configuration to rebuild both from: the arguments of RNNModel, and `splits`."""
+    """The arguments of `model.make_network` that make both again."""
     config = {name: getattr(model, name) for name in SIZES + DROPOUTS}
     return {"ntoken": model.encoder.num_embeddings, **config, "splits": criterion.splits[1:]}
 
@@ -45,13 +45,6 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def made_of(config: Mapping[str, Any]) -> tuple[RNNModel, SplitCrossEntropyLoss]:
-    """A new model and criterion of a file's configuration."""
-    arguments = {name: value for name, value in config.items() if name != "splits"}
-    model = RNNModel(**arguments)
-    return model, SplitCrossEntropyLoss(model.decoder.in_features, config["splits"])
-
-
 class _Undrawn(TorchFunctionMode):
     """Leaves out the functions of torch.nn.init."""
 
@@ -75,9 +68,12 @@ def sizes_only() -> Iterator[None]:
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load weights; weight drop may have been on or off when they were saved."""
-    by_plain_name = {plain_name(name): tensor for name, tensor in state.items()}
-    module.load_state_dict({name: by_plain_name[plain_name(name)] for name in module.state_dict()})
+    """Load weights; weight drop may have been on or off when they were saved.
+
+    Raises RuntimeError if other weights are missing or too many, or have other sizes.
+    """
+    own = {plain_name(name): name for name in module.state_dict()}
+    module.load_state_dict({own.get(plain_name(name), name): state[name] for name in state})
 
 
 def plain_name(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,15 +83,18 @@ def make_deterministic() -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def check_fits(made: Callable[[int], nn.Module], layers: int, device: torch.device) -> None:
-    """Raise ToolkitError if the weights of a model, `made(layers)`, exceed the memory of `device`.
+def check_fits(
+    made: Callable[[int], Iterable[nn.Module]], layers: int, device: torch.device
+) -> None:
+    """Raise ToolkitError if the weights of `made(layers)` exceed the memory of `device`.
 
     Nothing is allocated, and no more than three layers are made.
     """
 
     def size(layers: int) -> int:
         with checkpoint.sizes_only():
-            return sum(p.numel() * p.element_size() for p in made(layers).parameters())
+            weights = (p for module in made(layers) for p in module.parameters())
+            return sum(p.numel() * p.element_size() for p in weights)
 
     try:
         needed = size(min(layers, 3))

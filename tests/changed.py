@@ -64,8 +64,12 @@ with pytest.raises(ToolkitError, match="the text does not go on as it did"):
     call(main, plain, *new, "--rotate", "--resume", plain)
 unrotated = call(main, plain, "--resume", plain, "--max-batches", 12)
 lighter = call(main, plain, *new, "--gamma", 0)
-for name in ("encoder.weight", "rnns.0.module.gate_x.weight"):
-    weights = [state["model"][name] for state in (expected, unrotated, lighter)]
+for part, name in (
+    ("model", "encoder.weight"),
+    ("model", "rnns.0.module.gate_x.weight"),
+    ("criterion", "prior.weight"),
+):
+    weights = [state[part][name] for state in (expected, unrotated, lighter)]
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights)), name
 
 assert call(finetune, whole, *common, "--epochs", 1)["args"]["gamma"] == 0.5

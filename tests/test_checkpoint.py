@@ -41,6 +41,13 @@ def make(rnn_type="LSTM", wdrop=0.5, splits=(), tie=True):
     )
 
 
+def test_weights_that_the_network_lacks_are_an_error():
+    written = make()
+    written.criterion["prior.weight"] = torch.zeros(3, 5)
+    with pytest.raises(RuntimeError, match=r"prior\.weight"):
+        checkpoint.rebuild(written, CPU)
+
+
 def outputs(model, criterion):
     model.eval()
     model.reset()

@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qrnn.kernels
 from kernels import aligned, cross_entropy, cuda, update
 from loss import TrainingLoss
-from model import CELLS, RNNModel
+from model import CELLS, make_network
 from nt_asgd import NTASGD
-from splitcross import SplitCrossEntropyLoss
 from training import cuda_graphs, engine
 from training.cuda_graphs import GraphedStep, make_step
 from training.step import TrainingStep
@@ -107,12 +106,12 @@ def flatten(value):
 
 def make(rnn_type, optimizer="sgd", graphs=False, bf16=False):
     torch.manual_seed(0)
-    model = RNNModel(rnn_type, 40, 6, 9, 2, **RATES, tie_weights=True)
-    criterion = SplitCrossEntropyLoss(6, [])
+    model, criterion = make_network([], rnn_type, 40, 6, 9, 2, **RATES, tie_weights=True)
+    params = [*model.parameters(), *criterion.parameters()]
     if optimizer == "sgd":
-        optimizer = NTASGD(model.parameters(), 1.0, 0.01)
+        optimizer = NTASGD(params, 1.0, 0.01)
     else:
-        optimizer = torch.optim.Adam(model.parameters(), 0.01, weight_decay=0.01, fused=True)
+        optimizer = torch.optim.Adam(params, 0.01, weight_decay=0.01, fused=True)
     source = torch.from_numpy(np.random.RandomState(0).randint(40, size=(300, 3))).int()
     options = {"bptt": 8, "clip": 0.25}
     network = TrainingLoss(model, criterion, alpha=2.0, beta=1.0, bf16=bf16)

@@ -26,8 +26,8 @@ import checkpoint  # noqa: E402
 from cli import flags, program  # noqa: E402
 from cli.parser import Parser  # noqa: E402
 from data import Corpus  # noqa: E402
-from model import RNNModel  # noqa: E402
-from splitcross import SplitCrossEntropyLoss, default_splits  # noqa: E402
+from model import make_network  # noqa: E402
+from splitcross import default_splits  # noqa: E402
 from utils import ToolkitError  # noqa: E402
 
 GATES = {4: "LSTM", 3: "GRU"}
@@ -112,15 +112,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         # The default dropouts of main.py; finetune.py can be given others.
         wdrop = 0.5 if any(name.endswith("_raw") for name in state) else 0.0
-        model = RNNModel(**config, dropout=0.4, dropouth=0.3, dropouti=0.65, wdrop=wdrop)
+        config.update(dropout=0.4, dropouth=0.3, dropouti=0.65, wdrop=wdrop)
         splits = default_splits(words) if criterion_state else []
-        criterion = SplitCrossEntropyLoss(model.decoder.in_features, splits)
+        model, criterion = make_network(splits, **config)
         checkpoint.load_state(model, state)
         checkpoint.load_state(criterion, criterion_state)
     except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ToolkitError(
             f"the weights in {args.exported} do not fit a model of the original "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}): export it again"
+            f"({type(error).__name__}: {' '.join(str(error).split())}): export it again"
         ) from error
     if not criterion_state and default_splits(words):
         print("Without the criterion's state the softmax is not split", file=sys.stderr)
