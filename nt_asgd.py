@@ -68,31 +68,31 @@ class NTASGD(Optimizer):
 
     @torch.no_grad()
     def update(
-        self, gradient_scale: float | Tensor = 1.0, average_share: Tensor | None = None
+        self, gradient_scale: float | Tensor = 1.0, averaging_weight: Tensor | None = None
     ) -> None:
         """A step without counting it, on gradients times `gradient_scale`.
 
         Clipping through this scale saves a pass over the gradients. With a rate that is a tensor
-        and `average_share`, a tensor of 1 / counted steps, all numbers stay on the device.
+        and `averaging_weight`, a tensor of 1 / counted steps, all numbers stay on the device.
         """
         for group in self.param_groups:
             params, count = group["params"], group["averaged_steps"]
             numbers = (group["lr"], group["weight_decay"], gradient_scale)
-            averages, share = None, 0.0
+            averages, weight = None, 0.0
             if count is not None:
                 averages = [self.state[p]["average"] for p in params]
-                share = 1 / count if average_share is None else average_share
+                weight = 1 / count if averaging_weight is None else averaging_weight
             if update_kernel.suits(params):
-                update_kernel.update(params, averages, *numbers, share)
+                update_kernel.update(params, averages, *numbers, weight)
                 continue
             trained = [p for p in params if p.grad is not None]
             if trained:
                 self._descend(trained, *numbers)
-            if isinstance(share, Tensor):
+            if isinstance(weight, Tensor):
                 for average, p in zip(averages, params, strict=True):
-                    average.lerp_(p, share)
+                    average.lerp_(p, weight)
             elif averages is not None:
-                torch._foreach_lerp_(averages, params, share)
+                torch._foreach_lerp_(averages, params, weight)
 
     @staticmethod
     def _descend(

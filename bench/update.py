@@ -28,11 +28,11 @@ def way(optimizer: NTASGD, use_kernel: bool) -> Callable[[int], None]:
     """An update as a recorded step makes it: every number that changes is on the device."""
     device = optimizer.param_groups[0]["params"][0].device
     # PyTorch's operations scale the gradients in place; a scale of 1 leaves them unchanged.
-    scale, share = torch.ones((), device=device), torch.full((), 1e-3, device=device)
+    scale, weight = torch.ones((), device=device), torch.full((), 1e-3, device=device)
 
     def call(_: int) -> None:
         with without([] if use_kernel else ["update"]):
-            optimizer.update(scale, share)
+            optimizer.update(scale, weight)
 
     return call
 
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("bench/update.py needs a GPU")
     bandwidth = copy_bandwidth(device)
     print_heading(
-        f"float32, gradients clipped, weight decay, rate and share on the device; median of "
-        f"{args.runs} runs in turn; a large copy moves {bandwidth / 1e9:.1f} GB/s",
+        f"float32, gradients clipped, weight decay, rate and averaging weight on the device; "
+        f"median of {args.runs} runs in turn; a large copy moves {bandwidth / 1e9:.1f} GB/s",
         device,
     )
     print("| parameters | averaging | way | us | fastest to slowest | of the floor | times ours |")

@@ -31,11 +31,11 @@ def read_corpus(
     with Bar(size, "reading", "B", wanted=first) as bar:
         corpus = Corpus(folder, dictionary, split=args.split, tick=bar.update)
     if corpus.unknown:
-        share = corpus.unknown / len(corpus)
-        check_known(share, f"the corpus {args.data}")
+        unknown = corpus.unknown / len(corpus)
+        check_known(unknown, f"the corpus {args.data}")
         print(
-            f"| {corpus.unknown} of the {len(corpus)} tokens of {args.data} ({share:.2%}) are not "
-            "in the model's vocabulary: read as <unk>"
+            f"| {corpus.unknown} of the {len(corpus)} tokens of {args.data} ({unknown:.2%}) are "
+            "not in the model's vocabulary: read as <unk>"
         )
     if dictionary is None and (getattr(args, "vocab_size", None) or getattr(args, "min_count", 0)):
         fewer = corpus.with_fewer_words(args.vocab_size, args.min_count or 0)
@@ -47,7 +47,7 @@ def read_corpus(
 
 
 def check_known(unknown: float, what: str) -> None:
-    """Raise CorpusError if more than half of a text's tokens, the share `unknown`, are <unk>."""
+    """Raise CorpusError if more than half of a text's tokens, the fraction `unknown`, are <unk>."""
     if unknown > 0.5:
         raise CorpusError(
             f"{unknown:.0%} of the tokens of {what} are not in the model's vocabulary: use a text "
@@ -57,7 +57,7 @@ def check_known(unknown: float, what: str) -> None:
 
 def _recorded_split(recorded: Mapping[str, Any]) -> list[float] | None:
     split = recorded.get("split")
-    good = isinstance(split, list) and [type(share) for share in split] == [float, float]
+    good = isinstance(split, list) and [type(part) for part in split] == [float, float]
     if split is not None and not good:
         raise ToolkitError(f"the model file is damaged (its split is {split!r}): give --split")
     return split

@@ -102,7 +102,7 @@ def _split_lines(encoded: Encoded, split: Sequence[float], folder: Path) -> Enco
     """Cut valid and test off the end of the only part, each a given fraction of the lines."""
     (ids,) = encoded.splits
     ends = np.flatnonzero(ids == encoded.words.index(EOS)) + 1
-    valid, test = (round(share * len(ends)) for share in split)
+    valid, test = (round(fraction * len(ends)) for fraction in split)
     train = len(ends) - valid - test
     if min(train, valid, test) < 1:
         raise CorpusError(

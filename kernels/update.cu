@@ -1,6 +1,6 @@
 // NT-ASGD's step (nt_asgd.py) for all parameters of a group, in one pass over memory:
 //
-//     p -= lr * (scale * gradient + decay * p),        average += share * (p - average).
+//     p -= lr * (scale * gradient + decay * p),        average += weight * (p - average).
 //
 // Traffic. p and the gradient are read, p is written, and an average is read and written. The
 // gradients keep their values.
@@ -46,7 +46,7 @@ struct Table {
 };
 
 struct Factors {
-    Scalar lr, decay, scale, share;
+    Scalar lr, decay, scale, weight;
 };
 
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
@@ -59,10 +59,10 @@ __device__ __forceinline__ void step(Scalar &p, Scalar gradient, Scalar &average
     if (GRADIENT)
         p = multiply_add(-by.lr, multiply_add(by.decay, p, by.scale * gradient), p);
     if (AVERAGE) {
-        // As in torch.lerp, computed from the nearer end: a share of 1 gives p exactly.
+        // As in torch.lerp, computed from the nearer end: a weight of 1 gives p exactly.
         const Scalar way = p - average;
-        average = by.share < Scalar(0.5) ? multiply_add(by.share, way, average)
-                                         : multiply_add(by.share - Scalar(1), way, p);
+        average = by.weight < Scalar(0.5) ? multiply_add(by.weight, way, average)
+                                          : multiply_add(by.weight - Scalar(1), way, p);
     }
 }
 
@@ -117,9 +117,9 @@ __device__ __forceinline__ Scalar factor(const float *address, double value) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     update(Table table, long long rows, const float *lr_at, double lr, const float *scale_at,
-           double scale, const float *share_at, double share, double decay) {
+           double scale, const float *weight_at, double weight, double decay) {
     const Factors by = {factor(lr_at, lr), Scalar(decay), factor(scale_at, scale),
-                        factor(share_at, share)};
+                        factor(weight_at, weight)};
     long long chunk = blockIdx.x;  // index within the row
     for (int n = 0; n < (int)rows; ++n) {
         const Row &row = table.rows[n];

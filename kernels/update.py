@@ -56,12 +56,12 @@ def update(
     lr: float | Tensor,
     decay: float,
     scale: float | Tensor = 1.0,
-    share: float | Tensor = 0.0,
+    weight: float | Tensor = 0.0,
 ) -> None:
-    """`p -= lr * (scale * gradient + decay * p)`, then `average += share * (p - average)`.
+    """`p -= lr * (scale * gradient + decay * p)`, then `average += weight * (p - average)`.
 
     `params` are parameters that `suits` accepts; one without a gradient keeps its value. `averages`
-    has a tensor of the same shape for each parameter, or is None. `lr`, `scale` and `share` may be
+    has a tensor of the same shape for each parameter, or is None. `lr`, `scale` and `weight` may be
     tensors of one element: the kernel reads them on the device as float32, so a recorded CUDA graph
     takes their new values.
     """
@@ -76,7 +76,7 @@ def update(
     # The kernel takes each number as a pair and uses the tensor if there is one.
     numbers = [
         (x.to(device, torch.float32), 0.0) if isinstance(x, Tensor) else (None, float(x))
-        for x in (lr, scale, share)
+        for x in (lr, scale, weight)
     ]
     factors = [cuda.value(x) for pair in numbers for x in pair]
     for first in range(0, len(rows), ROWS):

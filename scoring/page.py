@@ -48,8 +48,8 @@ def _colour(level: int) -> str:
     x = level / (_LEVELS - 1)
     stops = [(255, 255, 255), (255, 224, 130), (250, 130, 70), (200, 30, 45)]
     at = min(x * (len(stops) - 1), len(stops) - 1 - 1e-9)
-    low, high, share = stops[int(at)], stops[int(at) + 1], at - int(at)
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
+    low, high, fraction = stops[int(at)], stops[int(at) + 1], at - int(at)
+    red, green, blue = (round(a + (b - a) * fraction) for a, b in zip(low, high, strict=True))
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 

@@ -173,14 +173,14 @@ def around(values: Sequence[float], best: float) -> list[float]:
     values = sorted(set(values))
     at = values.index(best)
     if best == 0:  # a uniform cache: nothing below, and no logarithm
-        return [share * values[1] for share in (1 / 3, 2 / 3)] if values[1:] else []
+        return [fraction * values[1] for fraction in (1 / 3, 2 / 3)] if values[1:] else []
     tried = []
     below = values[at - 1] if at else best / 4
     above = values[at + 1] if at + 1 < len(values) else best * 4
     for other in (below, above):
         # Even steps of the logarithm.
         ratio = max(other, best / 16) / best
-        tried += [best * ratio**share for share in (1 / 3, 2 / 3)]
+        tried += [best * ratio**fraction for fraction in (1 / 3, 2 / 3)]
         tried += [other] if other not in values else []
     return sorted(tried)
 

@@ -147,12 +147,12 @@ def naive_update(
     lr: float,
     decay: float,
     scale: float,
-    share: float,
+    weight: float,
 ) -> tuple[Tensor, Tensor | None]:
     """NT-ASGD's step in float64; what has no gradient, or no average, stays as it is."""
     p = p.detach().double()
     if grad is not None:
         p = p - lr * (scale * grad.double() + decay * p)
     if average is not None:
-        average = average.double() + share * (p - average.double())
+        average = average.double() + weight * (p - average.double())
     return p, average

@@ -378,9 +378,9 @@ def copied(params, averages):
 def test_update(dtype, averaging, on_device):
     params, averages = update_inputs(dtype, averaging)
     assert update_kernel.suits(params)
-    for share in (1.0, 0.25):
+    for weight in (1.0, 0.25):
         before = copied(params, averages)
-        numbers = {"lr": 0.5, "decay": 0.125, "scale": 0.75, "share": share}
+        numbers = {"lr": 0.5, "decay": 0.125, "scale": 0.75, "weight": weight}
         given = {
             name: torch.tensor(number, device="cuda") if on_device and name != "decay" else number
             for name, number in numbers.items()
@@ -393,17 +393,17 @@ def test_update(dtype, averaging, on_device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_update_in_a_graph_takes_new_numbers(dtype):
     params, averages = update_inputs(dtype, averaging=True)
-    places = {name: torch.zeros((), device="cuda") for name in ("lr", "scale", "share")}
+    places = {name: torch.zeros((), device="cuda") for name in ("lr", "scale", "weight")}
     assert update_kernel.suits(params)  # loads the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         update_kernel.update(params, averages, decay=0.125, **places)
-    for lr, scale, share in ((0.5, 1.0, 1.0), (0.25, 0.75, 0.5), (2.0, 0.125, 0.25)):
+    for lr, scale, weight in ((0.5, 1.0, 1.0), (0.25, 0.75, 0.5), (2.0, 0.125, 0.25)):
         before = copied(params, averages)
-        for place, number in zip(places.values(), (lr, scale, share), strict=True):
+        for place, number in zip(places.values(), (lr, scale, weight), strict=True):
             place.fill_(number)
         graph.replay()
-        numbers = {"lr": lr, "decay": 0.125, "scale": scale, "share": share}
+        numbers = {"lr": lr, "decay": 0.125, "scale": scale, "weight": weight}
         tolerance = 2e-6 if dtype == torch.float32 else 4e-15
         check_update(params, averages, before, numbers, tolerance)
 

@@ -81,7 +81,7 @@ class Case:
             "lr": rng.choice([1e-3, 0.7, 30.0]),
             "decay": rng.choice([0.0, 1.2e-6, 0.3]),
             "scale": rng.choice([1.0, 0.25, 1e-3]),
-            "share": rng.choice([1.0, 0.9, 0.5, 0.3, 1e-4]),
+            "weight": rng.choice([1.0, 0.9, 0.5, 0.3, 1e-4]),
         }
         self.wide = dtype == torch.float64
         self.params, self.averages = [], [] if averaging else None
@@ -150,7 +150,7 @@ class TestAgainstTheDefinition:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_random_cases(self, shim, dtype):
         for seed in range(300):
-            names = ("lr", "scale", "share")
+            names = ("lr", "scale", "weight")
             Case(seed, dtype).check([name for n, name in enumerate(names) if seed >> n & 1])
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,15 +184,15 @@ class TestAgainstTheDefinition:
         """The old average does not matter, and no digits are lost in a difference."""
         p = torch.randn(5003, dtype=dtype, requires_grad=True)
         average = torch.full_like(p, 1e10, requires_grad=False)
-        kernel.update([p], [average], 1.0, 0.0, share=1.0)
+        kernel.update([p], [average], 1.0, 0.0, weight=1.0)
         assert torch.equal(average, p)
 
     def test_large_shares_lose_no_digits(self, shim):
-        for share in (0.5, 0.75, 0.999):
+        for weight in (0.5, 0.75, 0.999):
             p = torch.ones(9)
             average = torch.full_like(p, 3e7)
-            kernel.update([p], [average], 1.0, 0.0, share=share)
-            exact = 3e7 + single(share) * (1 - 3e7)
+            kernel.update([p], [average], 1.0, 0.0, weight=weight)
+            exact = 3e7 + single(weight) * (1 - 3e7)
             assert average.double() == pytest.approx(exact, rel=1e-6, abs=0)
 
     def test_a_gradient_of_other_strides(self, shim):
@@ -207,13 +207,13 @@ class TestAgainstTheDefinition:
 
     def test_numbers_are_read_on_the_device(self, shim):
         """The launch gets addresses, so that a replay reads the current numbers."""
-        lr, scale, share = torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0)
+        lr, scale, weight = torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0)
         p, average = torch.zeros(3, requires_grad=True), torch.zeros(3)
         p.grad = torch.ones(3)
-        kernel.update([p], [average], lr, 0.0, scale, share)
+        kernel.update([p], [average], lr, 0.0, scale, weight)
         _, rows, *numbers = shim[-1].arguments
         assert rows == 1
-        assert numbers == [lr.data_ptr(), 0.0, scale.data_ptr(), 0.0, share.data_ptr(), 0.0, 0.0]
+        assert numbers == [lr.data_ptr(), 0.0, scale.data_ptr(), 0.0, weight.data_ptr(), 0.0, 0.0]
 
     def test_numbers_of_another_dtype(self, shim):
         p = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -227,7 +227,7 @@ class TestAgainstTheDefinition:
         loss, average = p.square().sum(), torch.ones(3)
         other = (p.detach().requires_grad_() * average).sum()
         p.grad = torch.ones(3)
-        kernel.update([p], [average], 1.0, 0.0, share=0.5)
+        kernel.update([p], [average], 1.0, 0.0, weight=0.5)
         for result in (loss, other):
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 result.backward()
@@ -252,12 +252,12 @@ class TestOptimizer:
                 for n, p in enumerate(params):
                     p.grad = None if (n + step) % 4 == 0 else torch.randn_like(p)
                 optimizer.count()
-                share = torch.tensor(1 / max(1, step - 9)) if recorded else None
+                weight = torch.tensor(1 / max(1, step - 9)) if recorded else None
                 rates = [group["lr"] for group in optimizer.param_groups]
                 for group in optimizer.param_groups:
                     rate = group["lr"] * (1 + step % 3)
                     group["lr"] = torch.tensor(rate) if recorded else rate
-                optimizer.update(torch.tensor(0.25 + 0.01 * step, dtype=dtype), share)
+                optimizer.update(torch.tensor(0.25 + 0.01 * step, dtype=dtype), weight)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate
             assert len(shim) == (40 if suits else 0)
