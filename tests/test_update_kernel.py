@@ -187,7 +187,7 @@ class TestAgainstTheDefinition:
         kernel.update([p], [average], 1.0, 0.0, weight=1.0)
         assert torch.equal(average, p)
 
-    def test_large_shares_lose_no_digits(self, shim):
+    def test_large_weights_lose_no_digits(self, shim):
         for weight in (0.5, 0.75, 0.999):
             p = torch.ones(9)
             average = torch.full_like(p, 3e7)
