@@ -69,14 +69,16 @@ def server():
                 if start >= len(body):
                     body, start, status = b"", 0, 416
             sent = body[start:]
+            length = len(sent)
+            if status < 300 and state.break_after:
+                sent = sent[: state.break_after.pop(0)]
+            # before the answer: an answer without a body ends the client's wait at its headers
+            state.log.append((name, asked, len(sent), self.headers.get("User-Agent")))
             self.send_response(status)
-            self.send_header("Content-Length", str(len(sent)))
+            self.send_header("Content-Length", str(length))
             if status == 206:
                 self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
             self.end_headers()
-            if status < 300 and state.break_after:
-                sent = sent[: state.break_after.pop(0)]
-            state.log.append((name, asked, len(sent), self.headers.get("User-Agent")))
             self.wfile.write(sent)
 
         def log_message(self, *_):
