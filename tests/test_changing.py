@@ -17,7 +17,8 @@ def test_the_patches_apply_and_go_through_every_stage(corpus_dir, tmp_path):
     shutil.copytree(ROOT, tree, ignore=unneeded)
     for patch in patches:
         command = ["git", "apply", "--unsafe-paths", "-"]
-        subprocess.run(command, cwd=tree, input=patch, text=True, check=True)
+        done = subprocess.run(command, cwd=tree, input=patch, text=True, capture_output=True)
+        assert done.returncode == 0, f"docs/changing.md changes lines that differ: {done.stderr}"
     command = [sys.executable, "tests/changed.py", corpus_dir, tmp_path]
     result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
