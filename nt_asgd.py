@@ -5,6 +5,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,26 +56,28 @@ class NTASGD(Optimizer):
             for p in group["params"]:
                 self.state[p]["average"] = p.detach().clone()
 
-    def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient, then the average of every parameter."""
-        self.count()
-        self.update()
-
     def count(self) -> None:
-        """Count one step of the average; separate from `update`, which a CUDA graph can record."""
+        """Count one step of the average."""
         for group in self.param_groups:
             if group["averaged_steps"] is not None:
                 group["averaged_steps"] += 1
 
     @torch.no_grad()
-    def update(
-        self, gradient_scale: float | Tensor = 1.0, averaging_weight: Tensor | None = None
+    def step(
+        self,
+        closure: None = None,
+        *,
+        gradient_scale: float | Tensor = 1.0,
+        averaging_weight: Tensor | None = None,
     ) -> None:
-        """A step without counting it, on gradients times `gradient_scale`.
+        """Update every parameter that has a gradient, then the average of every parameter.
 
-        Clipping through this scale saves a pass over the gradients. With a rate that is a tensor
-        and `averaging_weight`, a tensor of 1 / counted steps, all numbers stay on the device.
+        The gradients are taken times `gradient_scale`: clipping through it saves a pass over them.
+        With a rate that is a tensor and `averaging_weight`, a tensor of 1 / counted steps, all
+        numbers stay on the device and the step, which a CUDA graph can record, is not counted.
         """
+        if averaging_weight is None:
+            self.count()
         for group in self.param_groups:
             params, count = group["params"], group["averaged_steps"]
             numbers = (group["lr"], group["weight_decay"], gradient_scale)
@@ -93,6 +96,18 @@ class NTASGD(Optimizer):
                     average.lerp_(p, weight)
             elif averages is not None:
                 torch._foreach_lerp_(averages, params, weight)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's; raises ValueError if the averages do not fit the parameters."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            count = group["averaged_steps"]
+            if count is None:
+                continue
+            averages = [self.state[p]["average"] for p in group["params"]]
+            pairs = zip(averages, group["params"], strict=True)
+            if type(count) is not int or any(average.shape != p.shape for average, p in pairs):
+                raise ValueError("its averages do not fit the weights")
 
     @staticmethod
     def _descend(

@@ -32,7 +32,7 @@ def way(optimizer: NTASGD, use_kernel: bool) -> Callable[[int], None]:
 
     def call(_: int) -> None:
         with without([] if use_kernel else ["update"]):
-            optimizer.update(scale, weight)
+            optimizer.step(gradient_scale=scale, averaging_weight=weight)
 
     return call
 

@@ -420,8 +420,7 @@ def test_updates_are_those_of_pytorch_operations(monkeypatch):
                 optimizer.start_averaging()
             for p in params:
                 p.grad = torch.randn_like(p)
-            optimizer.count()
-            optimizer.update(torch.tensor(0.25 + 0.01 * step, device="cuda"))
+            optimizer.step(gradient_scale=torch.tensor(0.25 + 0.01 * step, device="cuda"))
         results.append((params, [optimizer.state[p]["average"] for p in params]))
     torch.testing.assert_close(*results, atol=5e-6, rtol=5e-6)
 
@@ -430,5 +429,5 @@ def test_an_infinite_gradient_shows_after_the_update():
     p = torch.ones(5003, device="cuda", requires_grad=True)
     p.grad = torch.ones_like(p)
     p.grad[7] = torch.inf
-    NTASGD([p], 1.0).update(torch.zeros((), device="cuda"))
+    NTASGD([p], 1.0).step(gradient_scale=torch.zeros((), device="cuda"))
     assert p.isnan().nonzero().tolist() == [[7]]

@@ -58,6 +58,25 @@ def in_groups(params):
     return torch.optim.SGD(groups, lr=1.0, weight_decay=1e-4)
 
 
+class Preconditioned(torch.optim.SGD):
+    """An optimiser of one's own: attributes, a count in Python, and square matrices in a list."""
+
+    def __init__(self, params, every):
+        super().__init__(params, lr=0.5)
+        self.every = every
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            state, rows = self.state[p], p.grad.flatten(1) if p.dim() > 1 else p.grad[None]
+            state["steps"] = state.get("steps", 0) + 1
+            [square] = state.setdefault("squares", [torch.eye(len(rows))])
+            if state["steps"] % self.every == 0:
+                square.lerp_(rows @ rows.t(), 0.1)
+            p.grad.copy_((square @ rows).view_as(p))
+        super().step()
+
+
 OPTIMIZERS = {
     "NT-ASGD": lambda params: NTASGD(params, 2.0, 1e-4),
     "NT-ASGD, averaging": averaging,
@@ -66,6 +85,8 @@ OPTIMIZERS = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01),
     "Adam with amsgrad": lambda params: torch.optim.Adam(params, lr=0.01, amsgrad=True, fused=True),
     "several groups": in_groups,
+    "no weight decay": lambda params: torch.optim.Rprop(params, lr=0.01),
+    "one's own": lambda params: Preconditioned(params, every=2),
     "a row and a column": lambda params: torch.optim.Adafactor(params, lr=0.01),
 }
 
@@ -87,6 +108,9 @@ def a_session(path, corpus_dir, cell, optimizer):
             corpus, network, criterion = session.load(source)
         params = [*network.parameters(), *criterion.parameters()]
         session.prepare(corpus, network, criterion, OPTIMIZERS[optimizer](params))
+        if optimizer == "SGD with momentum":
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(session.optimizer, 9)
+            session.stateful["schedule"] = schedule
         if source is not None:
             session.resume(source)
         yield session
@@ -97,6 +121,12 @@ def train(session, epoch, batches):
     session.train_epoch(epoch)
 
 
+def end_epoch(session):
+    session.finished, session.underway = 1, False
+    for schedule in session.stateful.values():
+        schedule.step()
+
+
 @pytest.mark.parametrize("ended", [False, True], ids=["within an epoch", "after an epoch"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("cell", [*CELLS, "COUNTING"])
@@ -104,13 +134,14 @@ def test_what_is_saved_is_resumed_exactly(cell, optimizer, ended, corpus_dir, tm
     with a_session(tmp_path / "whole", corpus_dir, cell, optimizer) as session:
         train(session, 1, 3 if ended else 5)
         if ended:
-            session.finished, session.underway = 1, False
+            end_epoch(session)
             train(session, 2, 2)
         whole = resume.training_state(session)
     path = tmp_path / "m.pt"
     with a_session(path, corpus_dir, cell, optimizer) as session:
         train(session, 1, 3)
-        session.finished, session.underway = int(ended), not ended
+        if ended:
+            end_epoch(session)
         session.save()
     # Every stage can use the file.
     checkpoint.rebuild(checkpoint.load(path), torch.device("cpu"))
@@ -163,6 +194,7 @@ DAMAGE = {
     "no generator": put("rng", to="{}"),
     "a random state of floats": put("random_states", 0, "cpu", to=torch.zeros(5056)),
     "a short random state": put("random_states", 0, "cpu", to=lambda t: t[:9]),
+    "another object's state": put("stateful", to={"schedule": {}}),
     "a field lost": lambda state: state.pop("random_states"),
     "an expanded tensor": put("position", "text", to=torch.zeros(1).expand(16, 4)),
 }

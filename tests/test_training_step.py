@@ -208,6 +208,52 @@ def test_a_step_that_cannot_be_recorded_runs_eagerly_and_says_so(rnn_type, monke
     ]
 
 
+class Counting(torch.optim.SGD):
+    """Every third step is twice as long; the count of steps is where `place` says."""
+
+    def __init__(self, params, place):
+        super().__init__(params, lr=0.5)
+        self.place, self.steps = place, 0
+        self.param_groups[0]["steps"] = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        first = self.param_groups[0]["params"][0]
+        places = {
+            "attribute": vars(self),
+            "group": self.param_groups[0],
+            "state": self.state[first],
+        }
+        where = places[self.place]
+        where["steps"] = where.get("steps", 0) + 1
+        for _ in range(1 + (where["steps"] % 3 == 0)):
+            super().step()
+
+
+@pytest.mark.parametrize("place", ["attribute", "group", "state"])
+def test_an_optimiser_that_counts_its_steps_in_python_runs_eagerly_and_says_so(place):
+    results, lines = [], []
+    for graphs in (False, True):
+        step = make("LSTM", graphs=graphs)
+        step.optimizer = Counting(step.params, place)
+        step.say = lines.append
+        results.append(train(step, (1, 2)))
+    assert results[1] == results[0]
+    assert lines == ["CUDA graphs wait: every step changes steps"]
+
+
+def test_an_optimiser_whose_recording_fails_by_an_assertion_runs_eagerly_and_says_so():
+    """On a CPU these refuse to be recorded, as they do on a GPU with their count on the CPU."""
+    eager, graphed = make("LSTM"), make("LSTM", graphs=True)
+    lines = []
+    graphed.say = lines.append
+    for step in (eager, graphed):
+        step.optimizer = torch.optim.AdamW(step.params, 0.01, fused=False)
+    assert train(graphed) == train(eager)
+    assert not step.optimizer.param_groups[0]["capturable"]
+    assert ["capturable" in line for line in lines] == [True]
+
+
 @pytest.mark.parametrize("fixed", [False, True], ids=["PyTorch 2.11", "PyTorch 2.12"])
 def test_a_failed_recording_leaves_the_allocator_as_it_was(fixed, monkeypatch):
     """On a stand-in for torch.cuda, whose allocator before 2.12 stays in the graphs' pool."""

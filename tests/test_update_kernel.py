@@ -251,13 +251,13 @@ class TestOptimizer:
                     optimizer.start_averaging()
                 for n, p in enumerate(params):
                     p.grad = None if (n + step) % 4 == 0 else torch.randn_like(p)
-                optimizer.count()
                 weight = torch.tensor(1 / max(1, step - 9)) if recorded else None
                 rates = [group["lr"] for group in optimizer.param_groups]
                 for group in optimizer.param_groups:
                     rate = group["lr"] * (1 + step % 3)
                     group["lr"] = torch.tensor(rate) if recorded else rate
-                optimizer.update(torch.tensor(0.25 + 0.01 * step, dtype=dtype), weight)
+                scale = torch.tensor(0.25 + 0.01 * step, dtype=dtype)
+                optimizer.step(gradient_scale=scale, averaging_weight=weight)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate
             assert len(shim) == (40 if suits else 0)
@@ -272,9 +272,8 @@ class TestOptimizer:
         p = torch.nn.Parameter(torch.zeros(5))
         optimizer = NTASGD([p], 1.0)
         optimizer.start_averaging()
-        optimizer.count()
         p.grad = torch.ones(5)
-        optimizer.update(1.0, torch.tensor(0.25))
+        optimizer.step(averaging_weight=torch.tensor(0.25))
         assert torch.equal(optimizer.state[p]["average"], torch.full((5,), -0.25))
 
     @pytest.mark.parametrize("norm", [math.inf, math.nan])
@@ -285,13 +284,13 @@ class TestOptimizer:
             monkeypatch.setattr(kernel, "suits", lambda params, suits=suits: suits)
             params, optimizer = network_like(0)
             optimizer.start_averaging()
-            optimizer.count()
             for p in params:
                 p.grad = torch.full_like(p, 1e30)
                 p.grad.view(-1)[::7] = math.inf
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(group["lr"])
-            optimizer.update(0.25 / torch.tensor(norm), torch.tensor(1.0))
+            scale, weight = 0.25 / torch.tensor(norm), torch.tensor(1.0)
+            optimizer.step(gradient_scale=scale, averaging_weight=weight)
             found.append([*params, *(optimizer.state[p]["average"] for p in params)])
             for p in params:
                 assert p.view(-1)[::7].isnan().all()

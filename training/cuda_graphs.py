@@ -7,7 +7,7 @@ tensors at fixed addresses.
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +19,14 @@ from training.step import TrainingStep
 
 # Most graphs kept at once. With a bptt of 70 an epoch has 44 different lengths, some only once.
 MOST_GRAPHS = 64
-# Names left out of a graph's key: settings of an optimiser that a replay reads from the device or
-# does not use, and the attributes of nn.Module itself.
-_NOT_FROZEN = {"lr", "params", "averaged_steps", "capturable", *vars(nn.Module())} - {"training"}
+# Names left out of a graph's key: settings of an optimiser that a replay reads from the device, and
+# the attributes of nn.Module itself.
+_NOT_FROZEN = {"lr", "params", "averaged_steps", *vars(nn.Module())} - {"training"}
 _PLAIN = (int, float, str, type(None))
+# Steps in a row with another key after which it is said that nothing is recorded.
+_KEYS_IN_A_ROW = 20
+
+Key = list[tuple[str, Any]]
 
 
 class GraphedStep(TrainingStep):
@@ -31,7 +35,8 @@ class GraphedStep(TrainingStep):
     A length's first step runs eagerly, and so do steps cut short by the end of the text and steps
     beyond MOST_GRAPHS. Results are the same, random masks included: a replay draws new ones. Every
     Python number that a graph would freeze is part of its key, so a changed number makes a new
-    graph. If a step cannot be recorded, `say` gets a message and all steps run eagerly.
+    graph, and while one changes at every step, all steps run eagerly. They do so too if a step
+    cannot be recorded. In both cases `say` gets a message.
 
     `record(work)` returns a function that replays `work`, without running it; by default it records
     a CUDA graph.
@@ -47,7 +52,8 @@ class GraphedStep(TrainingStep):
         super().__init__(*args, **options)
         self.say = say
         self._record = _CUDARecorder() if record is None else record
-        self._frozen: Hashable = None
+        self._frozen: Key = []
+        self._new_keys = 0
         self._replays: dict[int, Callable[[], None]] = {}
         self._seen: Counter[int] = Counter()
         self.recording = True
@@ -59,9 +65,15 @@ class GraphedStep(TrainingStep):
 
     def _compute(self, rows: int, seq_len: int) -> None:
         frozen = self.frozen()
-        if frozen != self._frozen:
+        if frozen == self._frozen:
+            self._new_keys = 0
+        else:
             self._replays.clear()
             self._seen.clear()
+            self._new_keys += 1
+            if self._new_keys == _KEYS_IN_A_ROW:
+                changed = sorted({pair[0] for pair in frozen if pair not in self._frozen})
+                self.say(f"CUDA graphs wait: every step changes {', '.join(changed)}")
             self._frozen = frozen
         with self._on_one_stream():
             if rows == seq_len and self._recorded(rows):
@@ -70,16 +82,27 @@ class GraphedStep(TrainingStep):
                 super()._compute(rows, seq_len)
         self._seen[rows] += rows == seq_len
 
-    def frozen(self) -> Hashable:
-        """Every Python number that a recorded step would freeze.
+    def frozen(self) -> Key:
+        """Every Python number that a recorded step would freeze, with its name.
 
-        These are the modules' plain attributes (numbers, strings, and tuples or lists of them), the
-        optimiser's settings, the clipping norm, and the text's address.
+        These are the plain attributes (numbers, strings, and tuples or lists of them) of the
+        modules and of the optimiser, its settings, the numbers in its state, the clipping norm, and
+        the text's address.
         """
-        modules = [_plain(vars(module)) for module in self.network.modules()]
-        groups = [_plain(group) for group in self.optimizer.param_groups]
-        averaging = isinstance(self.optimizer, NTASGD) and self.optimizer.averaging
-        return (self.clip, averaging, self.source.data_ptr(), tuple(modules), tuple(groups))
+        optimizer = self.optimizer
+        key = [("clip", self.clip), ("text", self.source.data_ptr())]
+        key.append(("averaging", isinstance(optimizer, NTASGD) and optimizer.averaging))
+        for module in self.network.modules():
+            key += _plain(vars(module))
+        for values in (vars(optimizer), *optimizer.param_groups):
+            key += _plain(values)
+        for p in self.params:
+            for name, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.device != p.device:
+                    key.append((name, value.tolist()))  # such as a count of steps on the CPU
+                elif isinstance(value, _PLAIN):
+                    key.append((name, value))
+        return key
 
     def _recorded(self, rows: int) -> bool:
         """Whether there is a graph for `rows` rows; records it at the length's second step."""
@@ -90,7 +113,7 @@ class GraphedStep(TrainingStep):
         try:
             with self._capturable(), self.rates(self._lr):
                 self._replays[rows] = self._record(lambda: self.work(rows, self._averaging_weight))
-        except RuntimeError as error:
+        except Exception as error:  # a fault of the step itself shows again in the eager step
             self.recording = False
             self._replays.clear()
             # Ending the recording fails too; the first error is the one that explains it.
@@ -110,6 +133,7 @@ class GraphedStep(TrainingStep):
         for place, group in zip(self._lr, self.optimizer.param_groups, strict=True):
             place.fill_(group["lr"] * rows / self.bptt)
         if isinstance(self.optimizer, NTASGD) and self.optimizer.averaging:
+            self.optimizer.count()
             self._averaging_weight.fill_(1 / self.optimizer.param_groups[0]["averaged_steps"])
         self._replays[rows]()
 
@@ -117,13 +141,14 @@ class GraphedStep(TrainingStep):
     def _capturable(self) -> Iterator[None]:
         """A context in which Adam can be recorded."""
         groups = [group for group in self.optimizer.param_groups if "capturable" in group]
+        own = [group["capturable"] for group in groups]
         for group in groups:
             group["capturable"] = True
         try:
             yield
         finally:
-            for group in groups:
-                group["capturable"] = False
+            for group, value in zip(groups, own, strict=True):
+                group["capturable"] = value
 
     @contextlib.contextmanager
     def _on_one_stream(self) -> Iterator[None]:
@@ -139,9 +164,9 @@ class GraphedStep(TrainingStep):
         outside.wait_stream(stream)
 
 
-def _plain(values: dict[str, Any]) -> tuple[Any, ...]:
+def _plain(values: dict[str, Any]) -> Key:
     """The `values` that are numbers, strings, or tuples or lists of them."""
-    kept = []
+    kept: Key = []
     for name, value in values.items():
         if name in _NOT_FROZEN:
             continue
@@ -149,7 +174,7 @@ def _plain(values: dict[str, Any]) -> tuple[Any, ...]:
             kept.append((name, value))
         elif isinstance(value, tuple | list) and all(isinstance(part, _PLAIN) for part in value):
             kept.append((name, tuple(value)))
-    return tuple(kept)
+    return kept
 
 
 def _stop_allocating(device: int, pool: tuple[int, int]) -> None:
@@ -179,7 +204,7 @@ class _CUDARecorder:
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 work()
-        except RuntimeError:
+        except Exception:
             device = self.stream.device.index
             # Before PyTorch 2.11 or so the generator stays in the state for recording.
             generator = torch.cuda.default_generators[device]

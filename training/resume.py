@@ -10,6 +10,7 @@ valid_losses      the validation losses so far
 best_loss, done   the lowest of them, and whether finetuning is over
 rng               the generator of sequence lengths
 random_states     PyTorch's generators, by rank
+stateful          the states of the session's further objects, by name
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import copy
 import hashlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ def training_state(session: Session) -> dict[str, Any]:
         "done": session.done,
         "rng": _rng_state(session.rng),
         "random_states": session.ranks.gathered(_random_states()),
+        "stateful": {name: part.state_dict() for name, part in session.stateful.items()},
     }
 
 
@@ -131,6 +132,7 @@ def restore(session: Session, loaded: Checkpoint, path: str) -> Mapping[str, Any
         checkpoint.load_state(session.criterion, state["criterion"])
         _restore_optimizer(session, state)
         _set_rng_state(session.rng, state["rng"])
+        _restore_stateful(session, state.get("stateful", {}))
         # With another number of processes no saved states fit: the ranks keep fresh seeds.
         if len(state["random_states"]) == session.ranks.world:
             _set_random_states(state["random_states"][session.ranks.rank])
@@ -213,53 +215,24 @@ def _restore_optimizer(session: Session, state: Mapping[str, Any]) -> None:
         before += here[len(before) :]
     if sorted(before) != sorted(here):
         raise ValueError("its optimiser trains other weights")
-    held = {
-        here.index(before[number]): {
-            name: part.clone() if isinstance(part, Tensor) else copy.deepcopy(part)
-            for name, part in parts.items()
-        }
-        for number, parts in saved["state"].items()
-    }
-    own = optimizer.state_dict()["param_groups"]
-    groups = [
-        # Settings that an older PyTorch did not have come from the new run.
-        {**mine, **theirs, "params": mine["params"], "weight_decay": mine["weight_decay"]}
-        for mine, theirs in zip(own, saved["param_groups"], strict=True)
-    ]
-    for group in groups:
-        numbers = [value for value in group.values() if isinstance(value, float)]
-        if not all(map(math.isfinite, numbers)) or group["lr"] < 0:
+    held = {here.index(before[n]): copy.deepcopy(parts) for n, parts in saved["state"].items()}
+    own, groups = optimizer.state_dict()["param_groups"], []
+    for mine, theirs in zip(own, saved["param_groups"], strict=True):
+        # Settings that an older PyTorch did not have come from the new run, too.
+        names = ("params", "weight_decay", "capturable")
+        new = {name: mine[name] for name in names if name in mine}
+        groups.append({**mine, **theirs, **new})
+        numbers = [value for value in theirs.values() if isinstance(value, float)]
+        if not all(map(math.isfinite, numbers)) or theirs["lr"] < 0:
             raise ValueError("its optimiser has a setting that is no number")
-    optimizer.load_state_dict({"state": held, "param_groups": groups})
-    for p, parts in optimizer.state.items():
-        if not all(part.dim() == 0 or _fits(part, p) for part in tensors_of(parts)):
-            raise ValueError("its optimiser's state does not fit the weights")
-    _try_out(optimizer)
+    optimizer.load_state_dict({**saved, "state": held, "param_groups": groups})
 
 
-def _fits(part: Tensor, p: Tensor) -> bool:
-    """Whether `part` has a number for each weight of `p`, or for each row or column of it."""
-    sizes = list(zip(part.shape, p.shape, strict=True))
-    return any(a == b for a, b in sizes) and all(a in (1, b) for a, b in sizes)
-
-
-def _try_out(optimizer: torch.optim.Optimizer) -> None:
-    """Step on weights of one number each, with a state of the same form; a missing part raises."""
-    small = copy.copy(optimizer)
-    small.state, small.param_groups = defaultdict(dict), []
-    for group in optimizer.param_groups:
-        small.param_groups.append({**group, "params": [_one_number(p) for p in group["params"]]})
-        for p, q in zip(group["params"], small.param_groups[-1]["params"], strict=True):
-            q.grad = torch.zeros_like(q)
-            for name, part in optimizer.state.get(p, {}).items():
-                is_tensor = isinstance(part, Tensor)
-                small.state[q][name] = _one_number(part) if is_tensor else copy.deepcopy(part)
-    small.step()
-
-
-def _one_number(tensor: Tensor) -> Tensor:
-    """The first number of a tensor, as a tensor of as many dimensions."""
-    return tensor.detach()[(slice(1),) * tensor.dim()].clone()
+def _restore_stateful(session: Session, states: Mapping[str, Any]) -> None:
+    if states.keys() != session.stateful.keys():
+        raise ValueError(f"it has states of {sorted(states)}, not of {sorted(session.stateful)}")
+    for name, part in session.stateful.items():
+        part.load_state_dict(copy.deepcopy(states[name]))
 
 
 # The position within an epoch, and random numbers

@@ -74,8 +74,10 @@ class Session:
     `finished` is the last epoch that has ended; `underway` tells whether another has begun. `best`
     is the model file's content at the lowest validation loss `best_loss` (nats a token), None
     before the first one. `last_good` is the file that the run has written or started from, empty
-    for a new run. `done` says that finetuning is over. `prepare` sets `model`, `criterion`,
-    `optimizer`, `trigger` and `step`.
+    for a new run. `done` says that finetuning is over. `stateful` has, by name, further objects to
+    save for --resume through their `state_dict` and `load_state_dict`, such as a scheduler of
+    PyTorch; put them in before `resume`. `prepare` sets `model`, `criterion`, `optimizer`,
+    `trigger` and `step`.
     """
 
     model: RNNModel
@@ -103,6 +105,7 @@ class Session:
         self.last_good = ""
         self.finished = 0
         self.underway = self.done = False
+        self.stateful: dict[str, Any] = {}
         self._position: Mapping[str, Any] | None = None
 
     # The start

@@ -126,8 +126,6 @@ class TrainingStep:
         """Train on the next `rows` rows; `seq_len` is the length that scales the rate."""
         self.batches += 1
         self.since += 1
-        if isinstance(self.optimizer, NTASGD):
-            self.optimizer.count()
         self._compute(rows, seq_len)
         self.row += rows
 
@@ -178,7 +176,7 @@ class TrainingStep:
             scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
         if isinstance(self.optimizer, NTASGD):
             # Scaling within the update saves a pass over the gradients.
-            self.optimizer.update(scale, averaging_weight)
+            self.optimizer.step(gradient_scale=scale, averaging_weight=averaging_weight)
         else:
             if self.clip:
                 torch._foreach_mul_(grads, scale)
