@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from checkpoint.check import tensors_of
 from model import CELLS, RNNModel
 from utils import map_state
 
@@ -16,12 +17,6 @@ KEYS = {
 KEYS["GRU", 0.5] = KEYS["LSTM", 0.5]
 KEYS["GRU", 0.0] = KEYS["LSTM", 0.0]
 KEYS["QRNN", 0.0] = KEYS["QRNN", 0.5]
-
-
-def flat(value):
-    if isinstance(value, torch.Size):
-        return [value]
-    return [shape for part in value for shape in flat(part)]
 
 
 def make(rnn_type="LSTM", nlayers=3, tie=True, **options):
@@ -60,7 +55,7 @@ def test_shapes(rnn_type, tie):
     # A state keeps its form, with the batch in dimension 1.
     shapes = [map_state(lambda part: part.shape, state) for state in (hidden, hidden2)]
     assert shapes == [map_state(lambda part: part.shape, model.init_hidden(4))] * 2
-    assert all(shape[1] == 4 for shape in flat(shapes))
+    assert all(part.shape[1] == 4 for part in tensors_of([hidden, hidden2]))
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -12,6 +12,7 @@ from shims import ShimLauncher, needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qrnn.kernels
+from checkpoint.check import tensors_of
 from kernels import aligned, cross_entropy, cuda, update
 from loss import TrainingLoss
 from model import CELLS, make_network
@@ -50,9 +51,8 @@ class Tape(TorchDispatchMode):
                 again = func(*args, **kwargs)
                 if func._schema.is_mutable:
                     continue
-                for place, value in zip(flatten(result), flatten(again), strict=True):
-                    if isinstance(place, torch.Tensor):
-                        place.copy_(value)
+                for place, value in zip(tensors_of(result), tensors_of(again), strict=True):
+                    place.copy_(value)
 
 
 class Recorder:
@@ -68,8 +68,7 @@ class Recorder:
     def __call__(self, work):
         step = self.step
         state = list(step.params)
-        state += [t for s in step.optimizer.state.values() for t in s.values()]
-        state += flatten(step.hidden)
+        state += tensors_of([*step.optimizer.state.values(), step.hidden])
         state += [step.total, step.interval, step.norm]
         before = [t.detach().clone() for t in state]
         random = torch.get_rng_state()
@@ -79,8 +78,8 @@ class Recorder:
         except RuntimeError:
             with torch.no_grad():
                 for _, _, _, result in tape.calls:
-                    for place in flatten(result):
-                        if isinstance(place, torch.Tensor) and place.is_floating_point():
+                    for place in tensors_of(result):
+                        if place.is_floating_point():
                             place.fill_(torch.nan)
             # The end of a failed capture raises a second error.
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
@@ -96,12 +95,6 @@ class Recorder:
             tape.replay()
 
         return replay
-
-
-def flatten(value):
-    if isinstance(value, list | tuple):
-        return [t for part in value for t in flatten(part)]
-    return [value]
 
 
 def make(rnn_type, optimizer="sgd", graphs=False, bf16=False):
@@ -151,7 +144,7 @@ def test_replayed_steps_are_the_eager_ones(rnn_type, optimizer):
     assert losses == pytest.approx(expected, rel=1e-5)
     for p, q in zip(graphed.params, eager.params, strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
-    for place, value in zip(flatten(graphed.hidden), flatten(eager.hidden), strict=True):
+    for place, value in zip(tensors_of(graphed.hidden), tensors_of(eager.hidden), strict=True):
         torch.testing.assert_close(place, value, atol=1e-5, rtol=1e-4)
     if optimizer == "sgd":
         count = eager.optimizer.param_groups[0]["averaged_steps"]
@@ -306,7 +299,7 @@ def test_bf16_trains_float32_weights_close_to_float32():
     assert losses == pytest.approx(expected, rel=0.02)
     assert losses != expected
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in low.params)
-    assert all(t.dtype == torch.float32 for t in flatten(low.hidden))
+    assert all(t.dtype == torch.float32 for t in tensors_of(low.hidden))
 
 
 @needs_compiler
