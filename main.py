@@ -109,7 +109,7 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
         sizes = (len(corpus.dictionary), args.emsize, args.nhid)
         options = {**flags.dropouts(args), "tie_weights": True}
         made = functools.partial(make_network, splits, args.model, *sizes, **options)
-        check_fits(made, args.nlayers, session.device)
+        check_fits(made, sizes, args.nlayers, session.device)
         model, criterion = made(args.nlayers)
         model, criterion = model.to(session.device), criterion.to(session.device)
     params = [*model.parameters(), *criterion.parameters()]

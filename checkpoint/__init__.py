@@ -7,6 +7,7 @@ from checkpoint.parts import (
     load_state,
     plain_name,
     sizes_only,
+    skeleton,
     snapshot,
     vocabulary_of,
 )

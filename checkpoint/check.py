@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint.parts import DROPOUTS, plain_name, sizes_only
-from model import make_network
+from checkpoint.parts import DROPOUTS, plain_name, skeleton
 
 # The errors that fields of a wrong type, or sizes beyond any memory, can raise.
 DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
@@ -63,9 +62,7 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
     # Checked first: a file may ask for a trillion layers, and each would become a module.
     if config["nlayers"] > len(content["model"]):
         return "its weights do not fit its configuration"
-    # Nothing is allocated, however absurd the sizes.
-    with sizes_only():
-        model, criterion = make_network(**config)
+    model, criterion = skeleton(config)
     if config["splits"] and config["splits"][-1] >= config["ntoken"]:
         return "its splits do not fit its vocabulary"
     for module, state in ((model, content["model"]), (criterion, content["criterion"])):
@@ -104,9 +101,9 @@ def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
 
 def tensor_problem(name: str, tensor: Tensor) -> str | None:
     """The fault in a tensor's storage or numbers, or None."""
-    # An expanded tensor is tiny on disk but huge in memory.
     plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
-    if not plain or not tensor.is_contiguous():
+    # An expanded tensor is tiny on disk but huge in memory.
+    if not plain or tensor.untyped_storage().nbytes() < tensor.nbytes:
         return f"{name} is not stored as a plain tensor"
     # The sum is tried first because it needs no second tensor.
     if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):

@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from checkpoint.check import DAMAGE, check_whole, problem_of, told
-from checkpoint.parts import copies, load_state
+from checkpoint.parts import Undrawn, copies, load_state
 from data import Dictionary
 from files.reading import opened, records
 from files.writing import replacing, unwritable
@@ -182,21 +181,8 @@ def rebuild(
     checkpoint: Checkpoint, device: torch.device, **dropouts: float
 ) -> tuple[RNNModel, SplitCrossEntropyLoss]:
     """The model and criterion of a file, on `device`; `dropouts` override those of the file."""
-    with _NoInitialWeights():
+    with Undrawn():
         model, criterion = make_network(**{**checkpoint.config, **dropouts})
     load_state(model, checkpoint.model)
     load_state(criterion, checkpoint.criterion)
     return model.to(device), criterion.to(device)
-
-
-class _NoInitialWeights(TorchFunctionMode):
-    """Within this context no weights are drawn, which would take most of a large model's set-up."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Tensor's methods and the functions of torch.nn.init.
-        if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)

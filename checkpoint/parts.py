@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from data import Dictionary
-from model import RNNModel
+from model import RNNModel, make_network
 from splitcross import SplitCrossEntropyLoss
 
 SIZES = ("rnn_type", "ninp", "nhid", "nlayers", "tie_weights")
@@ -45,15 +45,19 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves out the functions of torch.nn.init."""
+class Undrawn(TorchFunctionMode):
+    """A context in which weights start at 0: to draw them takes most of a large model's set-up.
+
+    To draw values on the meta device, PyTorch would even import its compiler.
+    """
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
+        # Tensor's methods and the functions of torch.nn.init.
+        if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
+            return (args[0] if args else kwargs["tensor"]).data.zero_()
         return func(*args, **kwargs)
 
 
@@ -61,10 +65,24 @@ class _Undrawn(TorchFunctionMode):
 def sizes_only() -> Iterator[None]:
     """A context in which new modules have the sizes of their weights, but no memory and no values.
 
-    To draw values on the meta device, PyTorch would import its compiler, which takes seconds.
+    The constructor of a cell fails in it if it needs a value.
     """
-    with torch.device("meta"), _Undrawn():
+    with torch.device("meta"), Undrawn():
         yield
+
+
+def skeleton(config: Mapping[str, Any]) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """Model and criterion of a configuration, to compare weights with; without memory if possible.
+
+    Raises any error for a configuration that is damaged.
+    """
+    try:
+        with sizes_only():
+            return make_network(**config)
+    except Exception:
+        # For a cell whose constructor needs values. Other errors are raised again here.
+        with Undrawn():
+            return make_network(**config)
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

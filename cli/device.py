@@ -84,11 +84,15 @@ def make_deterministic() -> None:
 
 
 def check_fits(
-    made: Callable[[int], Iterable[nn.Module]], layers: int, device: torch.device
+    made: Callable[[int], Iterable[nn.Module]],
+    sizes: tuple[int, int, int],
+    layers: int,
+    device: torch.device,
 ) -> None:
     """Raise ToolkitError if the weights of `made(layers)` exceed the memory of `device`.
 
-    Nothing is allocated, and no more than three layers are made.
+    `sizes` are the words, the embedding's size and the layers'. Nothing is allocated, and no more
+    than three layers are made.
     """
 
     def size(layers: int) -> int:
@@ -96,21 +100,26 @@ def check_fits(
             weights = (p for module in made(layers) for p in module.parameters())
             return sum(p.numel() * p.element_size() for p in weights)
 
+    or_more = ""
     try:
         needed = size(min(layers, 3))
         if layers > 3:
             needed += (layers - 3) * (needed - size(2))
-    # PyTorch cannot multiply, or cannot hold, sizes as large as these.
-    except (RuntimeError, TypeError):
-        needed = 2**63
+    except Exception:
+        # Sizes that PyTorch cannot multiply, or a cell whose constructor needs values. Every cell
+        # has a weight for each pair of an input and an output. An error of the constructor itself
+        # is raised again when the model is made.
+        ntoken, emsize, nhid = sizes
+        pairs = (emsize * nhid if layers > 1 else 0) + max(0, layers - 2) * nhid**2
+        needed, or_more = 4 * (ntoken * emsize + pairs), " or more"
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]
     if needed > there:
         raise ToolkitError(
-            f"the weights of this model need {needed / 1e9:,.1f} GB{' or more' * (needed >= 2**63)}"
-            f", and the memory of the {device.type.upper()} is {there / 1e9:,.1f} GB: lower "
-            "--emsize, --nhid or --nlayers"
+            f"the weights of this model need {needed / 1e9:,.1f} GB{or_more}, and the memory of "
+            f"the {device.type.upper()} is {there / 1e9:,.1f} GB: lower --emsize, --nhid or "
+            "--nlayers"
         )
 
 

@@ -21,13 +21,19 @@ from utils import ToolkitError
 
 
 class Counting(nn.GRUCell):
-    """A cell with an integer buffer and a dictionary as its state."""
+    """A cell with an integer buffer and a dictionary as its state.
+
+    Its constructor reads numbers from a tensor, and PyTorch's orthogonal map, whose weights are not
+    contiguous, draws them by a decomposition.
+    """
 
     weight_drop = ("weight_hh",)
 
     def __init__(self, n_in, n_out, layer):
         super().__init__(n_in, n_out)
         self.register_buffer("steps", torch.zeros(2, dtype=torch.int64))
+        self.rates = torch.linspace(0.5, 1, 2).tolist()
+        self.turned = nn.utils.parametrizations.orthogonal(nn.Linear(n_out, n_out))
 
     def initial_state(self, bsz):
         zeros = self.bias_hh.new_zeros(1, bsz, self.hidden_size)
@@ -37,7 +43,7 @@ class Counting(nn.GRUCell):
         h, outputs = state["h"][0], []
         for x_t in x:
             h = super().forward(x_t, h)
-            outputs.append(h)
+            outputs.append(self.rates[0] * self.turned(h))
         self.steps += len(x)
         return torch.stack(outputs), {"h": h.unsqueeze(0), "sum": [state["sum"][0] + h]}
 
@@ -148,6 +154,23 @@ def test_what_is_saved_is_resumed_exactly(cell, optimizer, ended, corpus_dir, tm
     with a_session(path, corpus_dir, cell, optimizer) as session:
         train(session, 1 + ended, 2 if ended else 5)
         assert_same(whole, resume.training_state(session), but=("args",))
+
+
+def test_main_makes_a_cell_whose_constructor_needs_values(corpus_dir, tmp_path):
+    argv = ["--data", str(corpus_dir), *TINY, "--save", str(tmp_path / "m.pt"), "--epochs", "1"]
+    main.main([*argv, "--model", "COUNTING", "--lr", "1"])
+    model, _ = checkpoint.rebuild(checkpoint.load(tmp_path / "m.pt"), torch.device("cpu"))
+    assert model.rnns[0].module.rates == [0.5, 1.0]
+
+
+def test_an_error_in_a_constructor_is_raised_as_it_is(corpus_dir, tmp_path, monkeypatch):
+    def fail(self, n_in, n_out, layer):
+        raise RuntimeError("an error of the cell")
+
+    monkeypatch.setattr(Counting, "__init__", fail)
+    argv = ["--data", str(corpus_dir), *TINY, "--save", str(tmp_path / "m.pt")]
+    with pytest.raises(RuntimeError, match="an error of the cell"):
+        main.main([*argv, "--model", "COUNTING"])
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,6 @@ from checkpoint.check import DAMAGE, state_problem, tensor_problem, tensors_of, 
 from cli import resuming
 from cli.parser import Parser
 from data import Corpus
-from model import make_network
 from utils import map_state
 
 if TYPE_CHECKING:
@@ -173,9 +172,9 @@ def _problem(loaded: Checkpoint) -> str | None:
     losses = [*training["valid_losses"], training.get("best_loss", 0.0)]
     if not all(type(loss) is float and not math.isnan(loss) for loss in losses):
         return "its history holds something that is no loss"
-    with checkpoint.sizes_only():
-        modules = make_network(**loaded.config)
-    for module, name in zip(modules, ("model", "criterion"), strict=True):
+    for module, name in zip(
+        checkpoint.skeleton(loaded.config), ("model", "criterion"), strict=True
+    ):
         problem = state_problem(module, training[name])
         if problem:
             return problem
