@@ -87,25 +87,27 @@ def whole(numbers: list[Any]) -> bool:
 def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
     """The fault in weights for `module`, or None; names are compared as plain names."""
     expected = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+    # A buffer may hold infinity, such as a mask of attention.
+    weights = {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
     if len(state) != len(expected) or expected.keys() != set(map(plain_name, state)):
         return "its weights do not fit its configuration"
     for name, tensor in state.items():
         like = expected[plain_name(name)]
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
             return f"{name} has the wrong shape or type"
-        problem = tensor_problem(name, tensor)
+        problem = tensor_problem(name, tensor, finite=plain_name(name) in weights)
         if problem:
             return problem
     return None
 
 
-def tensor_problem(name: str, tensor: Tensor) -> str | None:
-    """The fault in a tensor's storage or numbers, or None."""
+def tensor_problem(name: str, tensor: Tensor, finite: bool = True) -> str | None:
+    """The fault in a tensor's storage or, if they must be `finite`, its numbers, or None."""
     plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
     # An expanded tensor is tiny on disk but huge in memory.
     if not plain or tensor.untyped_storage().nbytes() < tensor.nbytes:
         return f"{name} is not stored as a plain tensor"
     # The sum is tried first because it needs no second tensor.
-    if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):
+    if not finite or not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):
         return None
     return None if tensor.isfinite().all() else f"{name} holds numbers that are not finite"

@@ -30,7 +30,7 @@ def vocabulary_of(dictionary: Dictionary) -> dict[str, Any]:
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's state on the CPU; weights that are shared stay shared."""
-    return copies(module.state_dict())
+    return copies({without_compiled(name): part for name, part in module.state_dict().items()})
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,5 +95,10 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without the parts that WeightDrop adds."""
-    return name.replace(".module.", ".").removesuffix("_raw")
+    """A weight's name without the parts that WeightDrop and torch.compile add."""
+    return without_compiled(name).replace(".module.", ".").removesuffix("_raw")
+
+
+def without_compiled(name: str) -> str:
+    """A weight's name without the part that torch.compile adds."""
+    return name.replace("_orig_mod.", "")

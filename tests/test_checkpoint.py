@@ -48,6 +48,17 @@ def test_weights_that_the_network_lacks_are_an_error():
         checkpoint.rebuild(written, CPU)
 
 
+def test_a_compiled_model_is_written_and_read_under_plain_names():
+    written = make()
+    model, criterion = checkpoint.rebuild(written, CPU)
+    compiled = torch.compile(model, backend="eager")
+    assert checkpoint.config_of(compiled, criterion) == written.config
+    snapshot = checkpoint.snapshot(compiled)
+    assert snapshot.keys() == written.model.keys()
+    checkpoint.load_state(compiled, {name: weight + 1 for name, weight in snapshot.items()})
+    assert torch.equal(model.decoder.bias, written.model["decoder.bias"] + 1)
+
+
 def outputs(model, criterion):
     model.eval()
     model.reset()

@@ -21,7 +21,7 @@ from utils import ToolkitError
 
 
 class Counting(nn.GRUCell):
-    """A cell with an integer buffer and a dictionary as its state.
+    """A cell with buffers of integers and of infinity, and a dictionary as its state.
 
     Its constructor reads numbers from a tensor, and PyTorch's orthogonal map, whose weights are not
     contiguous, draws them by a decomposition.
@@ -32,6 +32,7 @@ class Counting(nn.GRUCell):
     def __init__(self, n_in, n_out, layer):
         super().__init__(n_in, n_out)
         self.register_buffer("steps", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
         self.rates = torch.linspace(0.5, 1, 2).tolist()
         self.turned = nn.utils.parametrizations.orthogonal(nn.Linear(n_out, n_out))
 

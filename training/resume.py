@@ -172,15 +172,14 @@ def _problem(loaded: Checkpoint) -> str | None:
     losses = [*training["valid_losses"], training.get("best_loss", 0.0)]
     if not all(type(loss) is float and not math.isnan(loss) for loss in losses):
         return "its history holds something that is no loss"
-    for module, name in zip(
-        checkpoint.skeleton(loaded.config), ("model", "criterion"), strict=True
-    ):
+    modules = checkpoint.skeleton(loaded.config)
+    for module, name in zip(modules, ("model", "criterion"), strict=True):
         problem = state_problem(module, training[name])
         if problem:
             return problem
     for name in ("optimizer", "position"):
         for tensor in tensors_of(training[name]):
-            problem = tensor_problem(f"a tensor of its {name}", tensor)
+            problem = tensor_problem(f"a tensor of its {name}", tensor, name == "optimizer")
             if problem:
                 return problem
     return None
