@@ -32,7 +32,7 @@ from data import Corpus
 from dynamic_evaluation import DynamicEvaluation, GradientStatistics
 from files.writing import replacing
 from loss import TrainingLoss
-from model import Hidden
+from model import DROPOUTS, Hidden
 from scoring.stream import Piece, with_cache
 from training.cuda_graphs import make_step
 from training.resume import fingerprint
@@ -42,7 +42,7 @@ from utils import ToolkitError, batchify, check_length, perplexity
 RATES = (3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4)
 LAMBDAS = (1e-3, 2e-3, 3e-3, 5e-3)
 FAST_TOKENS = 30_000
-NO_DROPOUT = dict.fromkeys(flags.DROPOUTS, 0.0)
+NO_DROPOUT = dict.fromkeys(DROPOUTS, 0.0)
 
 
 def build_parser() -> Parser:

@@ -89,7 +89,7 @@ def starting_file(args: argparse.Namespace, parser: Parser) -> Checkpoint | None
 
 def set_default_rate(args: argparse.Namespace) -> None:
     """Replace the default of --lr by a rate for this optimiser and cell, and print it."""
-    rate, kind = getattr(find_cell(args.model), "sgd_rate", args.lr), args.model
+    rate, kind = getattr(find_cell(args.model)[0], "sgd_rate", args.lr), args.model
     if args.optimizer == "adam":
         rate, kind = ADAM_RATE, "Adam"
     if rate != args.lr:

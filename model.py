@@ -4,7 +4,9 @@
 of Neural Language Modeling at Multiple Scales", arXiv 1803.08240.
 """
 
+import ast
 import importlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from splitcross import SplitCrossEntropyLoss
 from weight_drop import WeightDrop, drop_weights
 
 Hidden = list[Any]  # one state a layer: a tree of tensors with the batch in dimension 1
+# The dropout rates of RNNModel, which are flags too.
+DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
 class LSTM(nn.LSTM):
@@ -77,7 +81,7 @@ class QRNN(QRNNLayer):
         return output, state
 
 
-# The values of --model, and the file and class of each.
+# The names that --model takes, and the file and class of each.
 CELLS = {
     "LSTM": "model.LSTM",
     "QRNN": "model.QRNN",
@@ -85,20 +89,38 @@ CELLS = {
 }  # fmt: skip
 
 
-def find_cell(name: str) -> Any:
-    """Import and return the class of a cell.
+def find_cell(name: str) -> tuple[Any, dict[str, Any]]:
+    """Import and return the class of a cell, and its options: "NAME:rounds=4,gain=0.5" has two.
 
-    `CELL(n_in, n_out, layer)`, with layers counted from 0, makes a module whose forward(x, state)
-    takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out) and the new state.
-    Its initial_state(bsz) is the state at the start of a text. A state is a tensor, or tuples,
-    lists or dictionaries of tensors, all with the batch in dimension 1. The class attribute
-    `weight_drop` names the weights that --wdrop acts on; the optional `sgd_rate` is the default
-    of --lr for SGD. Raises ValueError for an unknown name.
+    `CELL(n_in, n_out, layer, **options)`, with layers counted from 0, makes a module whose
+    forward(x, state) takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out)
+    and the new state. Its initial_state(bsz) is the state at the start of a text. A state is a
+    tensor, or tuples, lists or dictionaries of tensors, all with the batch in dimension 1. The
+    class attribute `weight_drop` names the weights that --wdrop acts on; the optional `sgd_rate` is
+    the default of --lr for SGD. Raises ValueError for an unknown name or option.
     """
-    if name not in CELLS:
-        raise ValueError(f"rnn_type must be one of {', '.join(CELLS)}, not {name!r}")
-    module, _, cell = CELLS[name].rpartition(".")
-    return getattr(importlib.import_module(module), cell)
+    kind, colon, given = name.partition(":")
+    if kind not in CELLS:
+        raise ValueError(f"the cell must be one of {', '.join(CELLS)}, not {kind!r}")
+    module, _, cell = CELLS[kind].rpartition(".")
+    made = getattr(importlib.import_module(module), cell)
+    options = dict(map(_option, given.split(","))) if colon else {}
+    try:
+        inspect.signature(made).bind(1, 1, 0, **options)
+    except TypeError as error:
+        raise ValueError(f"the cell {kind}: {error}") from error
+    return made, options
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """The name and the value of "rounds=4"; a value that is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"an option of a cell is written NAME=VALUE, not {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 class RNNModel(nn.Module):
@@ -109,7 +131,8 @@ class RNNModel(nn.Module):
     `dropout` acts on the last layer's output, `dropouth` between layers, `dropouti` on the embedded
     input, `dropoute` on whole words, `wdrop` on the recurrent weights.
 
-    Raises ValueError for an unknown `rnn_type`.
+    `rnn_type` is the name of a cell, with its options: see `find_cell`. Raises ValueError for an
+    unknown one.
     """
 
     def __init__(
@@ -127,8 +150,9 @@ class RNNModel(nn.Module):
         tie_weights: bool = False,
     ) -> None:
         super().__init__()
-        cell_type = find_cell(rnn_type)
+        cell_type, options = find_cell(rnn_type)
         self.rnn_type = rnn_type
+        self.ntoken = ntoken
         self.ninp = ninp
         self.nhid = nhid
         self.nlayers = nlayers
@@ -142,7 +166,7 @@ class RNNModel(nn.Module):
         sizes = [ninp] + [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
         self.lockdrop = LockedDropout()
         self.encoder = nn.Embedding(ntoken, ninp)
-        cells = (cell_type(sizes[i], sizes[i + 1], i) for i in range(nlayers))
+        cells = (cell_type(*sizes[i : i + 2], i, **options) for i in range(nlayers))
         self.rnns = nn.ModuleList(drop_weights(cell, cell.weight_drop, wdrop) for cell in cells)
         if tie_weights:
             self.decoder = nn.Linear(1, ntoken)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint.parts import DROPOUTS, plain_name, skeleton
+from checkpoint.parts import plain_name, skeleton
+from model import DROPOUTS
 
 # The errors that fields of a wrong type, or sizes beyond any memory, can raise.
 DAMAGE = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError)
@@ -52,7 +53,7 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
     if not whole([*sizes, *config["splits"]]) or min(sizes) < 1:
         return "a size is not a whole number above 0"
     for name in DROPOUTS:
-        if not 0 <= config[name] < 1:
+        if not 0 <= config.get(name, 0.0) < 1:
             return f"{name} is not in [0, 1)"
     kinds = {"args": dict, "stage": str, "epoch": int, "valid_loss": float}
     if not all(isinstance(content[name], kind) for name, kind in kinds.items()):

@@ -1,6 +1,7 @@
 """Conversion of a model to the parts of a model file, and back."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,14 +13,14 @@ from data import Dictionary
 from model import RNNModel, make_network
 from splitcross import SplitCrossEntropyLoss
 
-SIZES = ("rnn_type", "ninp", "nhid", "nlayers", "tie_weights")
-DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
-
 
 def config_of(model: RNNModel, criterion: SplitCrossEntropyLoss) -> dict[str, Any]:
-    """The arguments of `model.make_network` that make both again."""
-    config = {name: getattr(model, name) for name in SIZES + DROPOUTS}
-    return {"ntoken": model.encoder.num_embeddings, **config, "splits": criterion.splits[1:]}
+    """The arguments of `model.make_network` that make both again, from the attributes of both.
+
+    Every argument of RNNModel, a new one too, is an attribute of the same name.
+    """
+    config = {name: getattr(model, name) for name in inspect.signature(RNNModel).parameters}
+    return {**config, "splits": criterion.splits[1:]}
 
 
 def vocabulary_of(dictionary: Dictionary) -> dict[str, Any]:

@@ -4,10 +4,9 @@ import argparse
 
 from cli import parser as types
 from cli.parser import Parser
-from model import CELLS
+from model import CELLS, DROPOUTS, find_cell
 
-# Flags whose names are also arguments of the model and of the loss.
-DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
+# Flags whose names are also arguments of the loss.
 PENALTIES = ("alpha", "beta")
 
 
@@ -64,14 +63,25 @@ def add_vocabulary(parser: Parser) -> None:
     )
 
 
+def cell(text: str) -> str:
+    """The type of --model: the name of a cell, with its options."""
+    try:
+        find_cell(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def add_model(parser: Parser) -> None:
     """--model."""
     parser.flag(
         "network",
         "--model",
+        type=cell,
         default="LSTM",
-        choices=list(CELLS),
-        help="recurrent cell; later stages take it from the model file",
+        metavar="CELL",
+        help=f"recurrent cell: {', '.join(CELLS)}; options of a cell of one's own follow a colon, "
+        "as in NAME:rounds=4; later stages take it from the model file",
     )
 
 

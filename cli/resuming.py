@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cli.flags import DROPOUTS, PENALTIES
+from cli.flags import PENALTIES
 from cli.parser import ARCHITECTURE, Parser
+from model import DROPOUTS
 from utils import ToolkitError
 
 # The flags that a resumed run does not take from the run it resumes.
@@ -72,7 +73,7 @@ def finetune_flags(
     if training used SGD.
     """
     rate = ["lr"] if recorded.get("optimizer", "sgd") == "sgd" else []
-    values = {**recorded, **{name: config[name] for name in DROPOUTS}}
+    values = {**recorded, **{name: config[name] for name in DROPOUTS if name in config}}
     names = [*_SHAPES_TRAINING, *PENALTIES, *DROPOUTS, *rate]
     print(f"From {path}: {parser.spelled(_take(args, parser, values, names, path))}")
 

@@ -49,7 +49,7 @@ def call(script, path, *flags, stop_at=None):
 
 
 torch.set_num_threads(1)
-common = ["--data", CORPUS, "--model", "MOGRIFIER", "--max-batches", 12]
+common = ["--data", CORPUS, "--model", "MOGRIFIER:rounds=3", "--max-batches", 12]
 new = [*common, *TINY, "--gamma", 0.5, "--lr", 5, "--epochs", 3]
 whole, cut, plain = (Path(FOLDER) / name for name in ("whole.pt", "cut.pt", "plain.pt"))
 expected = call(main, whole, *new, "--rotate")
@@ -73,6 +73,8 @@ for part, name in (
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights)), name
 
 assert call(finetune, whole, *common, "--epochs", 1)["args"]["gamma"] == 0.5
+rebuilt, _ = checkpoint.rebuild(checkpoint.load(whole), torch.device("cpu"))
+assert rebuilt.rnns[0].module.rounds == 3
 call(pointer, whole, "--data", CORPUS, "--window", 20)
 generate.main(["--checkpoint", str(whole), "--outf", "-", "--words", "9", "--no-cuda"])
 importlib.import_module("accuracy").main(["--save", str(whole), "--data", CORPUS, "--no-cuda"])

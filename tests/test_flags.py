@@ -134,7 +134,8 @@ def test_finetuning_takes_what_shapes_training(capsys):
 
 BAD_FLAGS = {
     "main": """
-        --model RNN_TANH; --emsize 0; --nhid -3; --nlayers 0; --nlayers 1.5; --batch_size -1;
+        --model RNN_TANH; --model QRNN:rounds=2; --model LSTM:; --model LSTM:2;
+        --emsize 0; --nhid -3; --nlayers 0; --nlayers 1.5; --batch_size -1;
         --batch_size many; --fixed-length --max-seq-len 7; --batch_size 9223372036854775808;
         --bptt 0; --epochs 0; --dropout 1; --dropouth -0.1; --dropouti 1.5; --dropoute nan;
         --wdrop 1.0; --lr 0; --lr inf; --clip -1; --alpha -1; --beta x; --wdecay -1e-6; --seed

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from checkpoint.check import tensors_of
-from model import CELLS, RNNModel
+from model import CELLS, GRU, RNNModel
 from utils import map_state
 
 ENDS = ["encoder.weight", "decoder.weight", "decoder.bias"]
@@ -34,6 +34,29 @@ def test_state_dict_names_before_and_after_calls(rnn_type, wdrop):
         model.train(mode)
         model(words, model.init_hidden(2))
     assert sorted(model.state_dict()) == sorted(KEYS[rnn_type, wdrop])
+
+
+class Scaled(GRU):
+    """A GRU that keeps its options."""
+
+    def __init__(self, n_in, n_out, layer, gain=1.0, kind="plain"):
+        super().__init__(n_in, n_out, layer)
+        self.set = (layer, gain, kind)
+
+
+def test_the_options_of_a_cell_follow_its_name(monkeypatch):
+    monkeypatch.setitem(CELLS, "SCALED", f"{__name__}.Scaled")
+    model = make("SCALED:kind=odd,gain=3", nlayers=2)
+    assert [cell.set for cell in model.rnns] == [(0, 3, "odd"), (1, 3, "odd")]
+    assert make("SCALED").rnns[0].set == (0, 1.0, "plain")
+    for name, message in {
+        "SCALED:scale=2": "the cell SCALED: got an unexpected keyword argument 'scale'",
+        "SCALED:n_in=2": "the cell SCALED: multiple values for argument 'n_in'",
+        "SCALED:gain": "an option of a cell is written NAME=VALUE, not 'gain'",
+        "scaled": "the cell must be one of LSTM, QRNN, GRU, SCALED, not 'scaled'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            make(name)
 
 
 @pytest.mark.parametrize("tie", [True, False])
