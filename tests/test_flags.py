@@ -73,7 +73,7 @@ def test_given_flags():
     assert args.cuda is False
     assert "given" not in plain(args)
     rates = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.65, "dropoute": 0.1, "wdrop": 0.5}
-    assert flags.dropouts(args) == rates
+    assert rates.items() <= flags.dropouts(args).items()
 
 
 TRAINED = {"args": {"lr": 7.0, "clip": 0.5, "when": [3], "other": 1}, "position": None, "epoch": 2}
@@ -120,7 +120,7 @@ def test_finetuning_takes_what_shapes_training(capsys):
         return args, capsys.readouterr().out
 
     args, out = taken(["--dropouth", "0.5"])
-    assert flags.dropouts(args) == {**config, "dropouth": 0.5}
+    assert {**config, "dropouth": 0.5}.items() <= flags.dropouts(args).items()
     # Adam's rate is not taken, as finetuning uses SGD.
     assert (args.alpha, args.clip, args.lr, args.fixed_length) == (0, 1, 30, True)
     assert (args.seed, args.epochs) == (1111, 8000)
