@@ -67,9 +67,7 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
     if config["splits"] and config["splits"][-1] >= config["ntoken"]:
         return "its splits do not fit its vocabulary"
     for module, state in ((model, content["model"]), (criterion, content["criterion"])):
-        if module.state_dict().keys() != state.keys():
-            return "its weights do not fit its configuration"
-        problem = state_problem(module, state)
+        problem = _names_problem(module.state_dict(), state) or state_problem(module, state)
         if problem:
             return problem
     return None
@@ -90,8 +88,10 @@ def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
     expected = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
     # A buffer may hold infinity, such as a mask of attention.
     weights = {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
-    if len(state) != len(expected) or expected.keys() != set(map(plain_name, state)):
-        return "its weights do not fit its configuration"
+    found = {plain_name(name): tensor for name, tensor in state.items()}
+    problem = _names_problem(expected, found)
+    if problem or len(found) != len(state):
+        return problem or "it has a weight twice"
     for name, tensor in state.items():
         like = expected[plain_name(name)]
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
@@ -99,6 +99,15 @@ def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
         problem = tensor_problem(name, tensor, finite=plain_name(name) in weights)
         if problem:
             return problem
+    return None
+
+
+def _names_problem(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """The first difference in names; the code may have changed since the file was written."""
+    for name in sorted(expected.keys() - found.keys()):
+        return f"it lacks {name}, which the model has in this code"
+    for name in sorted(found.keys() - expected.keys()):
+        return f"it has {name}, which the model lacks in this code"
     return None
 
 

@@ -154,8 +154,9 @@ BREAKS = {
     "not finite": put("model", "encoder.weight", to=lambda t: t.fill_(torch.nan)),
     "wrong shape": put("model", "decoder.bias", to=torch.zeros(31)),
     "wrong shape or type": put("model", "decoder.bias", to=torch.zeros(30, dtype=torch.int64)),
-    "do not fit": lambda content: content["model"].update(
-        other=content["model"].pop("decoder.bias")
+    r"it lacks decoder\.bias, which the": lambda content: content["model"].pop("decoder.bias"),
+    "it has other, which the model lacks in": lambda content: content["model"].update(
+        other=content["model"]["decoder.bias"]
     ),
     "vocabulary does not fit": put("vocabulary", "words", to=lambda words: words[:-1]),
     "vocabulary does not fit its": put("vocabulary", "words", 3, to="w4"),
