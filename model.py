@@ -94,10 +94,11 @@ def find_cell(name: str) -> tuple[Any, dict[str, Any]]:
 
     `CELL(n_in, n_out, layer, **options)`, with layers counted from 0, makes a module whose
     forward(x, state) takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out)
-    and the new state. Its initial_state(bsz) is the state at the start of a text. A state is a
-    tensor, or tuples, lists or dictionaries of tensors, all with the batch in dimension 1. The
-    class attribute `weight_drop` names the weights that --wdrop acts on; the optional `sgd_rate` is
-    the default of --lr for SGD. Raises ValueError for an unknown name or option.
+    and the new state. Its initial_state(bsz) is the state at the start of a text, which gets no
+    gradient. A state is a tensor, or tuples, lists or dictionaries of tensors, all with the batch
+    in dimension 1. The class attribute `weight_drop` names the weights that --wdrop acts on; the
+    optional `sgd_rate` is the default of --lr for SGD. Raises ValueError for an unknown name or
+    option.
     """
     kind, colon, given = name.partition(":")
     if kind not in CELLS:
