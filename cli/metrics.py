@@ -12,7 +12,8 @@ Then comes one line for each log line, in order; "kind" tells them apart:
     {"kind": "test", "step", "test_loss"}
 
 Losses are in nats a token; each loss comes with its perplexity and bits, as `loss` with `ppl` and
-`bpc`. `time` is the seconds that the epoch took. A number that is not finite is null.
+`bpc`. `time` is the seconds that the epoch took. A number that is not finite is null. A line that
+`Session.write` is given has a kind and numbers of its own.
 """
 
 import contextlib
@@ -32,7 +33,6 @@ from files.reading import opened
 from utils import ToolkitError, bits, perplexity
 
 NAME = "metrics.jsonl"
-KINDS = ("batch", "epoch", "switch", "test")
 
 
 def versions() -> dict[str, str]:
@@ -97,10 +97,9 @@ class MetricsWriter:
         """Append a line of `kind`; `step` counts rows of the corpus laid out in columns.
 
         For `loss` the perplexity `ppl` and the bits a token `bpc` are added, for `valid_loss`
-        `valid_ppl` and `valid_bpc`, and so on. Raises ValueError for an unknown kind.
+        `valid_ppl` and `valid_bpc`, and so on. A value may be a tensor.
         """
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        values = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in values.items()}
         for name, value in list(values.items()):
             prefix = name.removesuffix("loss")
             if prefix != name:

@@ -98,9 +98,17 @@ def test_a_disk_that_fills_up_is_reported_once_and_the_run_continues(tmp_path, c
     assert out == f"Cannot write to {tmp_path} (No space left on device): going on without it\n"
 
 
+def test_a_kind_of_ones_own_with_tensors(tmp_path):
+    with writer(tmp_path) as metrics_writer:
+        metrics_writer.write("weights", step=3, norm=torch.tensor(2.5), sizes=torch.arange(2))
+    line = {"kind": "weights", "step": 3, "norm": 2.5, "sizes": [0, 1]}
+    assert metrics.read(tmp_path / metrics.NAME)[1] == line
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(s.step, s.value) for s in events.Scalars("weights/norm")] == [(3, 2.5)]
+
+
 def test_refusals(tmp_path):
-    with writer(tmp_path) as metrics_writer, pytest.raises(ValueError, match="kind must be one"):
-        metrics_writer.write("eopch", step=1)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ToolkitError, match="pass another --logdir"):
         writer(tmp_path / "file")
