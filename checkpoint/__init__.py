@@ -1,7 +1,16 @@
 """The model file that every stage reads and writes: its format, its checks, its model."""
 
-from checkpoint.model_file import Checkpoint, CheckpointError, check_writable, copy, in_memory
-from checkpoint.model_file import load, rebuild, save
+from checkpoint.model_file import (
+    Checkpoint,
+    CheckpointError,
+    check_readable,
+    check_writable,
+    copy,
+    in_memory,
+    load,
+    rebuild,
+    save,
+)
 from checkpoint.parts import (
     config_of,
     load_state,

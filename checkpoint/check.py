@@ -63,10 +63,14 @@ def problem_of(content: Mapping[str, Any]) -> str | None:
     # Checked first: a file may ask for a trillion layers, and each would become a module.
     if config["nlayers"] > len(content["model"]):
         return "its weights do not fit its configuration"
-    model, criterion = skeleton(config)
     if config["splits"] and config["splits"][-1] >= config["ntoken"]:
         return "its splits do not fit its vocabulary"
-    for module, state in ((model, content["model"]), (criterion, content["criterion"])):
+    return network_problem(config, content["model"], content["criterion"])
+
+
+def network_problem(config: Mapping[str, Any], *states: Mapping[str, Tensor]) -> str | None:
+    """The fault in the `states` of the model and the criterion of a configuration, or None."""
+    for module, state in zip(skeleton(config), states, strict=True):
         problem = _names_problem(module.state_dict(), state) or state_problem(module, state)
         if problem:
             return problem

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint.check import DAMAGE, check_whole, problem_of, told
-from checkpoint.parts import Undrawn, copies, load_state
+from checkpoint.check import DAMAGE, check_whole, network_problem, problem_of, told
+from checkpoint.parts import Undrawn, config_of, copies, load_state, snapshot
 from data import Dictionary
 from files.reading import opened, records
 from files.writing import replacing, unwritable
@@ -92,6 +92,17 @@ def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointE
         f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space or "
         "pass another --save"
     )
+
+
+def check_readable(model: RNNModel, criterion: SplitCrossEntropyLoss) -> None:
+    """Raise CheckpointError if `load` would refuse a file of this network, before it is trained."""
+    config = config_of(model, criterion)
+    problem = network_problem(config, snapshot(model), snapshot(criterion))
+    if problem:
+        raise CheckpointError(
+            f"a model file of this network could not be read ({problem}): make the network in "
+            "model.make_network, from arguments that are attributes of the model"
+        )
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

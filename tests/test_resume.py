@@ -12,7 +12,7 @@ from torch import nn
 import checkpoint
 import main
 from cli import flags
-from model import CELLS, RNNModel
+from model import CELLS, RNNModel, make_network
 from nt_asgd import NTASGD
 from splitcross import SplitCrossEntropyLoss
 from training import resume
@@ -162,6 +162,21 @@ def test_main_makes_a_cell_whose_constructor_needs_values(corpus_dir, tmp_path):
     main.main([*argv, "--model", "COUNTING", "--lr", "1"])
     model, _ = checkpoint.rebuild(checkpoint.load(tmp_path / "m.pt"), torch.device("cpu"))
     assert model.rnns[0].module.rates == [0.5, 1.0]
+
+
+def test_a_network_whose_file_could_not_be_read_is_refused_before_training(
+    corpus_dir, tmp_path, monkeypatch
+):
+    def with_an_adapter(*args, **options):
+        model, criterion = make_network(*args, **options)
+        model.adapter = nn.Linear(2, 2)
+        return model, criterion
+
+    monkeypatch.setattr(main, "make_network", with_an_adapter)
+    argv = ["--data", str(corpus_dir), *TINY, "--save", str(tmp_path / "m.pt")]
+    with pytest.raises(ToolkitError, match=r"could not be read \(it has adapter\.bias, which"):
+        main.main(argv)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_in_a_constructor_is_raised_as_it_is(corpus_dir, tmp_path, monkeypatch):

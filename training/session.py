@@ -124,7 +124,11 @@ class Session:
         criterion: SplitCrossEntropyLoss,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Set up the model, the data in columns, and the training step."""
+        """Set up the model, the data in columns, and the training step.
+
+        Raises ToolkitError if a model file of the network could not be read.
+        """
+        checkpoint.check_readable(model, criterion)
         args, ranks = self.args, self.ranks
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.flags = plain(args)
