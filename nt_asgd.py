@@ -74,7 +74,8 @@ class NTASGD(Optimizer):
 
         The gradients are taken times `gradient_scale`: clipping through it saves a pass over them.
         With a rate that is a tensor and `averaging_weight`, a tensor of 1 / counted steps, all
-        numbers stay on the device and the step, which a CUDA graph can record, is not counted.
+        numbers stay on the device, so that a CUDA graph can record the step. Such a step is not
+        counted: call `count` before each replay.
         """
         if averaging_weight is None:
             self.count()

@@ -49,7 +49,7 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Undrawn(TorchFunctionMode):
     """A context in which weights start at 0: to draw them takes most of a large model's set-up.
 
-    To draw values on the meta device, PyTorch would even import its compiler.
+    On the meta device PyTorch would also import its compiler to draw them.
     """
 
     def __torch_function__(

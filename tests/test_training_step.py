@@ -232,7 +232,7 @@ def test_an_optimiser_that_counts_its_steps_in_python_runs_eagerly_and_says_so(p
         step.say = lines.append
         results.append(train(step, (1, 2)))
     assert results[1] == results[0]
-    assert lines == ["CUDA graphs wait: every step changes steps"]
+    assert lines == ["CUDA graphs are off while every step changes steps"]
 
 
 def test_an_optimiser_whose_recording_fails_by_an_assertion_runs_eagerly_and_says_so():

@@ -23,7 +23,7 @@ MOST_GRAPHS = 64
 # the attributes of nn.Module itself.
 _NOT_FROZEN = {"lr", "params", "averaged_steps", *vars(nn.Module())} - {"training"}
 _PLAIN = (int, float, str, type(None))
-# Steps in a row with another key after which it is said that nothing is recorded.
+# After so many steps in a row that each changed the key, a log line says so.
 _KEYS_IN_A_ROW = 20
 
 Key = list[tuple[str, Any]]
@@ -35,8 +35,8 @@ class GraphedStep(TrainingStep):
     A length's first step runs eagerly, and so do steps cut short by the end of the text and steps
     beyond MOST_GRAPHS. Results are the same, random masks included: a replay draws new ones. Every
     Python number that a graph would freeze is part of its key, so a changed number makes a new
-    graph, and while one changes at every step, all steps run eagerly. They do so too if a step
-    cannot be recorded. In both cases `say` gets a message.
+    graph. Steps run eagerly while such a number changes at every step, and if a step cannot be
+    recorded; `say` then gets a message.
 
     `record(work)` returns a function that replays `work`, without running it; by default it records
     a CUDA graph.
@@ -73,7 +73,7 @@ class GraphedStep(TrainingStep):
             self._new_keys += 1
             if self._new_keys == _KEYS_IN_A_ROW:
                 changed = sorted({pair[0] for pair in frozen if pair not in self._frozen})
-                self.say(f"CUDA graphs wait: every step changes {', '.join(changed)}")
+                self.say(f"CUDA graphs are off while every step changes {', '.join(changed)}")
             self._frozen = frozen
         with self._on_one_stream():
             if rows == seq_len and self._recorded(rows):
