@@ -19,6 +19,11 @@ from kernels import aligned, cross_entropy
 _MAX_LOGITS = 2**24
 
 
+# One thread takes the first exponentials of a process here: taken by two threads at once they are
+# rounded otherwise in about one process in 60, and so is the whole run (results/determinism.md).
+torch.zeros(1).exp_()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Summed softmax cross-entropy of `hiddens @ weight.t() + bias`; the logits are not kept.
 
