@@ -247,6 +247,18 @@ def test_an_optimiser_whose_recording_fails_by_an_assertion_runs_eagerly_and_say
     assert ["capturable" in line for line in lines] == [True]
 
 
+def test_training_calls_the_step_of_a_subclass():
+    class Frozen(NTASGD):
+        def step(self, closure=None, **numbers):
+            """Change nothing."""
+
+    step = make("LSTM")
+    step.optimizer = Frozen(step.params, 1.0)
+    before = [p.clone() for p in step.params]
+    train(step, (1,))
+    assert all(map(torch.equal, before, step.params))
+
+
 @pytest.mark.parametrize("fixed", [False, True], ids=["PyTorch 2.11", "PyTorch 2.12"])
 def test_a_failed_recording_leaves_the_allocator_as_it_was(fixed, monkeypatch):
     """On a stand-in for torch.cuda, whose allocator before 2.12 stays in the graphs' pool."""
