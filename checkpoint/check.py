@@ -97,10 +97,11 @@ def state_problem(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
     if problem or len(found) != len(state):
         return problem or "it has a weight twice"
     for name, tensor in state.items():
-        like = expected[plain_name(name)]
+        plain = plain_name(name)
+        like = expected[plain]
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
             return f"{name} has the wrong shape or type"
-        problem = tensor_problem(name, tensor, finite=plain_name(name) in weights)
+        problem = tensor_problem(name, tensor, finite=plain in weights)
         if problem:
             return problem
     return None

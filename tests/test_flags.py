@@ -11,6 +11,7 @@ from conftest import ROOT, TINY
 from cli import flags, resuming
 from cli.parser import ARCHITECTURE, CLASSIC, VERSION, plain
 from cli.presets import COMMANDS
+from model import DROPOUTS
 from utils import ToolkitError
 
 TRAINING = {
@@ -74,6 +75,7 @@ def test_given_flags():
     assert "given" not in plain(args)
     rates = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.65, "dropoute": 0.1, "wdrop": 0.5}
     assert rates.items() <= flags.dropouts(args).items()
+    assert tuple(flags.dropouts(args)) == DROPOUTS
 
 
 TRAINED = {"args": {"lr": 7.0, "clip": 0.5, "when": [3], "other": 1}, "position": None, "epoch": 2}
@@ -120,7 +122,8 @@ def test_finetuning_takes_what_shapes_training(capsys):
         return args, capsys.readouterr().out
 
     args, out = taken(["--dropouth", "0.5"])
-    assert {**config, "dropouth": 0.5}.items() <= flags.dropouts(args).items()
+    unset = dict.fromkeys(DROPOUTS, 0.0)
+    assert flags.dropouts(args) == {**unset, **config, "dropouth": 0.5}
     # Adam's rate is not taken, as finetuning uses SGD.
     assert (args.alpha, args.clip, args.lr, args.fixed_length) == (0, 1, 30, True)
     assert (args.seed, args.epochs) == (1111, 8000)

@@ -643,7 +643,7 @@ generate --outf corpus | cannot write corpus
 generate --prompt "w1 zebra" | 'zebra'
 main --cuda | --cuda was given
 main --data pipe | cannot read pipe/train\.txt \(it is no plain file\)
-main --nhid 9223372036854775807 | need [\d,]+\.\d GB or more, and the memory of the CPU is
+main --nhid 9223372036854775807 | need 442,721,857,769\.0 GB or more, and the memory of the CPU is
 main --nhid 1150 --emsize 400 --nlayers 1000000 | need 42,3\d\d\.\d GB, and the memory of the CPU is
 """.strip().splitlines()
 

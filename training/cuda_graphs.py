@@ -7,7 +7,7 @@ tensors at fixed addresses.
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from training.step import TrainingStep
 
 # Most graphs kept at once. With a bptt of 70 an epoch has 44 different lengths, some only once.
 MOST_GRAPHS = 64
-# Names left out of a graph's key: settings of an optimiser that a replay reads from the device, and
-# the attributes of nn.Module itself.
-_NOT_FROZEN = {"lr", "params", "averaged_steps", *vars(nn.Module())} - {"training"}
+# Names left out of a graph's key: the attributes of nn.Module itself, and the settings of an
+# optimiser that a replay reads from the device.
+_OF_MODULE = vars(nn.Module()).keys() - {"training"}
+_ON_DEVICE = {"lr", "params", "averaged_steps"}
 _PLAIN = (int, float, str, type(None))
 # After so many steps in a row that each changed the key, a log line says so.
 _KEYS_IN_A_ROW = 20
@@ -93,15 +94,16 @@ class GraphedStep(TrainingStep):
         key = [("clip", self.clip), ("text", self.source.data_ptr())]
         key.append(("averaging", isinstance(optimizer, NTASGD) and optimizer.averaging))
         for module in self.network.modules():
-            key += _plain(vars(module))
-        for values in (vars(optimizer), *optimizer.param_groups):
-            key += _plain(values)
+            key += _plain(vars(module), _OF_MODULE)
+        for group in optimizer.param_groups:
+            key += _plain(group, _ON_DEVICE)
+        key += _plain(vars(optimizer))
         for p in self.params:
-            for name, value in optimizer.state.get(p, {}).items():
+            state = optimizer.state.get(p, {})
+            key += _plain(state)
+            for name, value in state.items():
                 if isinstance(value, Tensor) and value.device != p.device:
                     key.append((name, value.tolist()))  # such as a count of steps on the CPU
-                elif isinstance(value, _PLAIN):
-                    key.append((name, value))
         return key
 
     def _recorded(self, rows: int) -> bool:
@@ -164,11 +166,11 @@ class GraphedStep(TrainingStep):
         outside.wait_stream(stream)
 
 
-def _plain(values: dict[str, Any]) -> Key:
-    """The `values` that are numbers, strings, or tuples or lists of them."""
+def _plain(values: Mapping[str, Any], but: Collection[str] = ()) -> Key:
+    """The numbers, strings, and tuples or lists of them among `values`, without the names `but`."""
     kept: Key = []
     for name, value in values.items():
-        if name in _NOT_FROZEN:
+        if name in but:
             continue
         if isinstance(value, _PLAIN):
             kept.append((name, value))
