@@ -14,8 +14,11 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(BIN)/.runtime
 	$(BIN)/python tools/demo.py
 
-test: lint $(BIN)/.dev
+# The linter comes last: an unfinished experiment is tested too.
+test: $(BIN)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 test-fast: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "not slow and not corpora and not published"
@@ -36,6 +39,9 @@ bench: $(BIN)/.runtime
 	$(BIN)/python bench/run_all.py
 
 $(BIN)/python:
+	@$(PYTHON) -c "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || \
+	{ echo "$(PYTHON) must be Python 3.10 or newer with the module venv: on Debian and Ubuntu" \
+	"install the package python3-venv, or name another interpreter with PYTHON="; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/.runtime: requirements.txt | $(BIN)/python

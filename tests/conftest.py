@@ -4,6 +4,7 @@ import importlib
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from cli import program
 ROOT = Path(__file__).resolve().parent.parent
 # The full corpora, beside the repository; tests that need them are skipped without them.
 CORPORA = ROOT.parent / "shared" / "data"
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc or /dev/full")
 
 # The papers' cells. Tests of properties of every cell run over model.CELLS instead.
 ORIGINAL_CELLS = ("LSTM", "GRU", "QRNN")

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import linux_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli import metrics
@@ -88,6 +89,7 @@ def test_a_first_line_that_was_cut_off(tmp_path):
     assert line["command"] == ["a\x85b\u2028"]
 
 
+@linux_only
 @pytest.mark.usefixtures("no_tensorboard")
 def test_a_disk_that_fills_up_is_reported_once_and_the_run_continues(tmp_path, capsys):
     (tmp_path / metrics.NAME).symlink_to("/dev/full")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, linux_only
 
 import checkpoint
 from training import parallel
@@ -106,6 +106,7 @@ def on_two_machines(*argv):
     return [torchrun(1, "main.py", *argv, where=(*meeting, machine)) for machine in (0, 1)]
 
 
+@linux_only
 @pytest.mark.slow
 def test_two_machines_are_one(corpus_dir, tmp_path, script):
     flags = ["--data", corpus_dir, *ALIKE, "--model", "LSTM"]
@@ -128,6 +129,7 @@ def test_two_machines_are_one(corpus_dir, tmp_path, script):
     assert [path.name for path in two.parent.iterdir()] == ["two"]
 
 
+@linux_only
 @pytest.mark.slow
 def test_two_ranks_stopped_or_dead_go_on_exactly(corpus_dir, tmp_path):
     # With dropout: each rank's masks continue from its own random state.
