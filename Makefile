@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast published lint format bench clean
+.PHONY: demo test test-fast published lint format clean
 
 demo: $(BIN)/.runtime
 	$(BIN)/python tools/demo.py
@@ -34,9 +34,6 @@ lint: $(BIN)/.dev
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench: $(BIN)/.runtime
-	$(BIN)/python bench/run_all.py
 
 $(BIN)/python:
 	@$(PYTHON) -c "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || \

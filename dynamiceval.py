@@ -5,10 +5,6 @@ before each text, and the file is never changed. Statistics of the gradients ove
 collected once and kept beside the model, as SAVE.rms.
 """
 
-import sys
-
-sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
-
 import argparse
 import hashlib
 import math
@@ -16,33 +12,33 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
-from checkpoint import Checkpoint
-from cli import flags, program
-from cli.corpus import read_corpus
-from cli.device import score_as_trained, select_device
-from cli.lines import DOUBLE_RULE, dynamic_line
-from cli.parser import Parser, non_negative, positive_int
-from cli.progress import Bar
-from cli.resuming import check_architecture
+import fast
+from checkpoint import Checkpoint, resume
+from cli import flags
+from cli.parser import Parser, Recorded
+from cli.types import non_negative, positive_int
 from continuous_cache import ContinuousCache
 from data import Corpus
 from dynamic_evaluation import DynamicEvaluation, GradientStatistics
 from files.writing import replacing
 from loss import TrainingLoss
-from model import DROPOUTS, Hidden
+from model import Hidden
+from run import program
+from run.corpus import read_corpus
+from run.log_lines import DOUBLE_RULE, dynamic_line
+from run.network import network_of
+from run.progress import Bar
 from scoring.stream import Piece, with_cache
-from training.cuda_graphs import make_step
-from training.resume import fingerprint
+from training import TrainingStep
 from utils import ToolkitError, batchify, check_length, perplexity
 
 # The published grid, which --grid tries, multiplied by --bptt / 5.
 RATES = (3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4)
 LAMBDAS = (1e-3, 2e-3, 3e-3, 5e-3)
 FAST_TOKENS = 30_000
-NO_DROPOUT = dict.fromkeys(DROPOUTS, 0.0)
 
 
 def build_parser() -> Parser:
@@ -135,8 +131,15 @@ def run(
     Returns the mean loss, nats a token, of the segments, each scored before its step (with --cache,
     by the mixture), and the number of steps.
     """
-    step = make_step(network, optimizer, source, bptt=args.bptt, clip=0.0, graphs=True)
-    step.begin()
+    network.eval()
+    if network.device.type == "cuda":
+        # cuDNN has a backward pass in training mode only; a cell of PyTorch has no dropout here.
+        for module in network.modules():
+            module.train(isinstance(module, nn.RNNBase))
+    step = TrainingStep(network, optimizer, source, bptt=args.bptt, clip=0.0)
+    fast.choose(network, optimizer, step, plain=args.plain)
+    if network.device.type == "cuda" and not args.plain:
+        fast.record_steps(step)
     cached = isinstance(network, ScoredLoss)
     cache = ContinuousCache(args.window, args.theta, args.cache_from_start) if cached else None
     last, total = len(source) - 1, 0.0
@@ -163,7 +166,7 @@ def statistics(
     they are collected and written to it. Raises ToolkitError if train.txt is too short.
     """
     path = f"{args.save}.rms"
-    digest = hashlib.blake2b(fingerprint(corpus).encode(), digest_size=16)
+    digest = hashlib.blake2b(resume.fingerprint(corpus).encode(), digest_size=16)
     for tensor in (*loaded.model.values(), *loaded.criterion.values()):
         digest.update(tensor.numpy().tobytes())
     digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
@@ -220,26 +223,24 @@ def tune(
 def main(argv: Sequence[str] | None = None) -> None:
     """Score validation and test; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.sgd and args.oldhyper:
+    given = parser.given(argv)
+    if given.get("sgd") and given.get("oldhyper"):
         parser.error("--oldhyper rescales by the statistics, which --sgd does not use: give one")
-    loaded = checkpoint.load(args.save)
-    check_architecture(args, loaded.config, args.save)
-    device = select_device(args.cuda)
-    score_as_trained(loaded.args, device)
-    corpus = read_corpus(args, loaded.dictionary, loaded.args)
-    # The model is in training mode, which cuDNN needs for gradients, but without dropout.
-    model, criterion = checkpoint.rebuild(loaded, device, **NO_DROPOUT)
-    network = TrainingLoss(model, criterion)
+    path = given.get("save", parser.flags["save"].default)
+    loaded = checkpoint.load(path)
+    args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
+    corpus = read_corpus(args, loaded.dictionary)
+    network = network_of(loaded, args)
     rms, segments = (None, 1) if args.sgd else statistics(network, args, loaded, corpus)
     if args.cache:
-        network = ScoredLoss(model, criterion)
+        network = ScoredLoss(network.model, network.criterion)
     params = list(network.parameters())
     lr, lamb, epsilon = args.lr, args.lamb, args.epsilon
     if args.oldhyper:
         lr, lamb, epsilon = lr / segments**0.5, lamb / len(params), epsilon / segments**0.5
     optimizer = DynamicEvaluation(params, rms, lr, lamb, epsilon)
-    valid_data, test_data = (batchify(part, 1).to(device) for part in (corpus.valid, corpus.test))
+    parts = (corpus.valid, corpus.test)
+    valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)
     check_length(valid_data, "valid.txt", "bring a longer text")
     check_length(test_data, "test.txt", "bring a longer text")
     if args.grid or args.gridfast:

@@ -1,21 +1,20 @@
 """Finetune a trained model: averaged SGD from the first step, until it no longer improves."""
 
-import sys
-
-sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoint
 from checkpoint import Checkpoint
-from cli import flags, program, resuming
-from cli.parser import Parser
+from cli import flags
+from cli.parser import Parser, Recorded
 from data import partial_shuffle
+from loss import TrainingLoss
 from nt_asgd import NTASGD
-from training import resume
-from training.session import Session, open_session
+from run import program
+from run.corpus import read_corpus
+from run.session import Session, open_session, resumed_file
+from training import train_epoch
 from utils import ToolkitError
 
 
@@ -28,12 +27,14 @@ def build_parser() -> Parser:
     parser.flag(
         "network",
         "--tied",
+        belongs="call",
         action="store_true",
         help="no effect, kept from the original: weights are always tied",
     )
     parser.flag(
         "files",
         "--keep",
+        belongs="call",
         action="store_true",
         help="keep a copy of the file before finetuning, as SAVE.before-finetune",
     )
@@ -44,13 +45,14 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Finetune; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.resume:
-        source = resume.read(args, parser, "finetune.py")
+    given = parser.given(argv)
+    if given.get("resume"):
+        source, recorded = resumed_file(given.get("resume"), "finetune.py")
     else:
-        source = checkpoint.load(args.save)
-        resuming.check_architecture(args, source.config, args.save)
-        resuming.finetune_flags(args, parser, source.config, source.args, args.save)
+        path = given.get("save", parser.flags["save"].default)
+        source = checkpoint.load(path)
+        recorded = Recorded(path, "finetune", source.config, source.args)
+    args = parser.settle(given, recorded)
     kept = Path(f"{args.save}.before-finetune")
     if args.keep and args.resume and not kept.exists():
         raise ToolkitError(
@@ -68,19 +70,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> None:
     """Load the file's model, start averaging, and prepare or resume the session."""
-    corpus, model, criterion = session.load(source)
-    params = [*model.parameters(), *criterion.parameters()]
-    optimizer = NTASGD(params, args.lr, args.wdecay)
+    corpus = read_corpus(args, source.dictionary, first=session.ranks.first)
+    model, criterion = checkpoint.rebuild(source, session.device, **flags.dropouts(args))
+    network = TrainingLoss(
+        model,
+        criterion,
+        alpha=args.alpha,
+        beta=args.beta,
+        bf16=args.precision == "bf16",
+    )
+    optimizer = NTASGD(network.parameters(), args.lr, args.wdecay)
     optimizer.start_averaging()
-    session.prepare(corpus, model, criterion, optimizer)
+    session.prepare(corpus, {**source.config, **flags.dropouts(args)}, network, optimizer)
     session.best, session.last_good = checkpoint.in_memory(source), args.save
     if not args.resume:
         # Scored anew: the file's loss may be that of another corpus or of a trial run.
-        session.best_loss = session.evaluate("valid.txt")
+        session.best_loss = session.evaluate("valid.txt", network)
         print(f"| start of finetuning | valid loss {session.best_loss:5.2f}")
         return
     session.resume(source)
-    if session.done and "nonmono" not in args.given:
+    if session.done and args.nonmono == source.training["args"]["nonmono"]:
         print("Already done: the validation loss no longer fell; a larger --nonmono continues")
     else:
         session.done = False
@@ -88,18 +97,25 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> Non
 
 def finetune(args: argparse.Namespace, session: Session) -> None:
     """Train and validate in each epoch until finetuning is done, then score the test set."""
-    # The original's cap: a random length exceeds the base by ten tokens at most.
-    max_seq_len = args.bptt + 10 if args.max_seq_len is None else args.max_seq_len
     reorder = partial_shuffle if args.partial_shuffle else None
     with session.until_stopped("finetuning"):
         for epoch in session.epochs(session.finished if session.done else args.epochs):
-            session.train_epoch(epoch, max_seq_len, reorder)
+            session.begin_epoch(epoch, reorder)
+            for _ in train_epoch(
+                session.step,
+                session.rng,
+                # The original's cap: a random length exceeds the base by ten tokens at most.
+                max_seq_len=args.max_seq_len or args.bptt + 10,
+                fixed_length=args.fixed_length,
+                max_batches=args.max_batches,
+            ):
+                session.after_batch()
             with session.averaged():
-                valid_loss = session.validate(epoch)
+                valid_loss = session.validate()
                 session.done = session.trigger.update(valid_loss)
                 last = session.done or epoch == args.epochs
-                session.keep_if_best(epoch, valid_loss, last, "Averaged model")
-            session.end_epoch(epoch)
+                session.keep_if_best(valid_loss, last, "Averaged model")
+            session.end_epoch()
             if session.done:
                 print("Done: the validation loss no longer falls")
                 break

@@ -1,25 +1,23 @@
 """Sample text from a trained model, word by word."""
 
-import sys
-
-sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
-
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 import checkpoint
-from cli import flags, program
-from cli.device import score_as_trained, select_device
-from cli.parser import Parser, positive, positive_int, share_of_one
-from cli.progress import Bar
-from cli.resuming import check_architecture
+from cli import flags
+from cli.parser import Parser, Recorded
+from cli.types import positive, positive_int, share_of_one
 from data import EOS, UNK, Dictionary
 from files.writing import unwritable, writing
-from model import Hidden, RNNModel
-from splitcross import SplitCrossEntropyLoss
+from loss import TrainingLoss
+from model import Hidden
+from run import program
+from run.network import network_of
+from run.progress import Bar
 from utils import ToolkitError, seed_everything
 
 WORDS_PER_LINE = 20
@@ -84,13 +82,12 @@ def build_parser() -> Parser:
 
 
 @torch.inference_mode()
-def next_words(
-    model: RNNModel, criterion: SplitCrossEntropyLoss, data: Tensor, hidden: Hidden
-) -> tuple[Tensor, Hidden]:
+def next_words(network: TrainingLoss, data: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
     """`log p` (batch, ntoken) of every word after `data` (n, batch), and the new state."""
-    output, hidden = model(data, hidden)
-    decoder = model.decoder.weight, model.decoder.bias
-    return criterion.logprob(*decoder, output[-data.size(1) :]), hidden
+    output, hidden = network.model(data, hidden)
+    decoder = network.model.decoder
+    last = output[-data.size(1) :]
+    return network.criterion.logprob(decoder.weight, decoder.bias, last), hidden
 
 
 def choose(
@@ -117,8 +114,7 @@ def choose(
 
 @torch.inference_mode()
 def sample(
-    model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
+    network: TrainingLoss,
     prompt: Tensor,
     temperature: float,
     top_k: int | None = None,
@@ -129,10 +125,10 @@ def sample(
 
     The distribution is the criterion's over the full vocabulary, without the word `banned`.
     """
-    model.eval()
-    hidden, data = model.init_hidden(prompt.size(1)), prompt
+    network.eval()
+    hidden, data = network.init_hidden(prompt.size(1)), prompt
     while True:
-        logprob, hidden = next_words(model, criterion, data, hidden)
+        logprob, hidden = next_words(network, data, hidden)
         if banned is not None:
             logprob[:, banned] = -torch.inf
         word = choose(logprob, temperature, top_k, top_p)
@@ -167,13 +163,12 @@ def as_text(ids: Sequence[int], words: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write sampled words; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.next and not args.prompt.split():
+    given = parser.given(argv)
+    if given.get("next") and not given.get("prompt", "").split():
         parser.error("--next predicts the word after --prompt: give a --prompt")
-    loaded = checkpoint.load(args.checkpoint)
-    check_architecture(args, loaded.config, args.checkpoint)
-    device = select_device(args.cuda)
-    score_as_trained(loaded.args, device)
+    path = given.get("checkpoint", parser.flags["checkpoint"].default)
+    loaded = checkpoint.load(path)
+    args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
     problem = None if args.outf == "-" or args.next else unwritable(args.outf)
     if problem:
         raise ToolkitError(f"cannot write {args.outf} ({problem}): pass another --outf")
@@ -181,10 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.prompt.split():
         known = torch.tensor(prompt_ids(args.prompt.split(), dictionary))
         prompt = known.unsqueeze(1).repeat(1, args.samples)
-    model, criterion = checkpoint.rebuild(loaded, device)
+    network = network_of(loaded, args)
     if args.next:
-        model.eval()
-        logprob, _ = next_words(model, criterion, prompt[:, :1].to(device), model.init_hidden(1))
+        prompt = prompt[:, :1].to(network.device)
+        logprob, _ = next_words(network, prompt, network.init_hidden(1))
         best = logprob[0].topk(min(args.next, len(dictionary)))
         for nats, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"{math.exp(nats):.6f} {dictionary.idx2word[word]}")
@@ -194,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompt = torch.randint(len(dictionary), (1, args.samples))
     banned = dictionary.word2idx.get(UNK) if args.no_unk else None
     chosen = (args.temperature, args.top_k, args.top_p, banned)
-    words = sample(model, criterion, prompt.to(device), *chosen)
+    words = sample(network, prompt.to(network.device), *chosen)
     ids = []
     with Bar(args.words, "generating", "word") as bar:
         for number in range(1, args.words + 1):

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from model import Hidden, RNNModel
+from utils import map_state
 
 
 class TrainingLoss(nn.Module):
-    """Model, criterion and penalties as one module.
+    """The network: model, criterion and penalties as one module.
 
     `alpha` and `beta` are the weights of activation regularisation (AR) and temporal activation
-    regularisation (TAR); 0 turns either off. With `bf16` the matrix products are in bfloat16;
-    weights, their gradients and the loss stay float32.
+    regularisation (TAR); 0 turns either off. With `bf16` the matrix products of training are in
+    bfloat16; weights, their gradients and the loss stay float32.
     """
 
     def __init__(
@@ -33,19 +34,33 @@ class TrainingLoss(nn.Module):
         self.beta = beta
         self.bf16 = bf16
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.model.decoder.weight.device
+
+    def init_hidden(self, bsz: int) -> Hidden:
+        """The state at the start of a text of `bsz` columns."""
+        return self.model.init_hidden(bsz)
+
     def forward(
         self, data: Tensor, targets: Tensor, hidden: Hidden
     ) -> tuple[Tensor, Tensor, Hidden]:
         """The loss to minimise, its raw cross-entropy (both nats a token), the new hidden state.
 
-        `data` is (seq_len, batch), `targets` (seq_len * batch,).
+        `data` is (seq_len, batch), `targets` (seq_len * batch,). In evaluation there are no
+        penalties, and the two losses are equal.
         """
-        model = self.model
+        model, low = self.model, self.bf16 and self.training
         # Cast weights are not cached: the cache would outlive a recorded step.
-        with torch.autocast(data.device.type, torch.bfloat16, self.bf16, cache_enabled=False):
+        with torch.autocast(data.device.type, torch.bfloat16, low, cache_enabled=False):
             output, hidden, raw, dropped = model(data, hidden, return_h=True)
             raw_loss = self.criterion(model.decoder.weight, model.decoder.bias, output, targets)
-            loss = raw_loss + self.penalty(raw[-1], dropped[-1])
+            loss = raw_loss
+            if self.training:
+                loss = raw_loss + self.penalty(raw[-1], dropped[-1])
+        if low:
+            hidden = map_state(_as_float32, hidden)
         return loss, raw_loss.detach(), hidden
 
     def penalty(self, raw: Tensor, dropped: Tensor) -> Tensor | float:
@@ -61,3 +76,7 @@ class TrainingLoss(nn.Module):
             raw = raw.float()
             penalty = penalty + self.beta * (raw[1:] - raw[:-1]).pow(2).mean()
         return penalty
+
+
+def _as_float32(part: Tensor) -> Tensor:
+    return part.float() if part.dtype == torch.bfloat16 else part

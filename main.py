@@ -1,31 +1,24 @@
 """Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set."""
 
-import sys
-
-sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
-
 import argparse
-import functools
 from collections.abc import Sequence
 
 import torch
 
 import checkpoint
 from checkpoint import Checkpoint
-from cli import flags, program, resuming
-from cli.corpus import read_corpus
-from cli.device import check_fits
-from cli.parser import Parser
+from cli import flags
+from cli.parser import Given, Parser, Recorded
 from data import partial_shuffle
-from model import find_cell, make_network
+from loss import TrainingLoss
+from model import make_network
 from nt_asgd import NTASGD
+from run import program
+from run.corpus import read_corpus
+from run.session import Session, open_session, resumed_file
 from splitcross import default_splits
-from training import resume
-from training.session import Session, open_session
+from training import train_epoch
 from utils import ToolkitError
-
-# The default rate of 30 is for SGD; at 30 Adam diverges in the first batches.
-ADAM_RATE = 1e-3
 
 
 def build_parser() -> Parser:
@@ -33,10 +26,19 @@ def build_parser() -> Parser:
     parser = Parser("main", __doc__)
     flags.add_trainer(parser, save="model file to write")
     flags.add_vocabulary(parser)
-    parser.flag("training", "--optimizer", default="sgd", choices=["sgd", "adam"], help="optimiser")
+    parser.flag(
+        "training",
+        "--optimizer",
+        belongs="run",
+        fixed="its state belongs to that optimiser",
+        default="sgd",
+        choices=["sgd", "adam"],
+        help="optimiser",
+    )
     parser.flag(
         "training",
         "--when",
+        belongs="run",
         type=int,
         nargs="+",
         default=[-1],
@@ -46,6 +48,7 @@ def build_parser() -> Parser:
     parser.flag(
         "files",
         "--init",
+        belongs="call",
         default="",
         metavar="FILE",
         help="model file to start a new run from: its weights, architecture and vocabulary",
@@ -57,95 +60,107 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    source = starting_file(args, parser)
-    if "lr" not in args.given and not args.resume:
-        set_default_rate(args)
+    given = parser.given(argv)
+    source, recorded = starting_file(given)
+    args = parser.settle(given, recorded)
     with open_session("main.py", args) as session:
         begin(args, session, source)
         train(args, session)
 
 
-def starting_file(args: argparse.Namespace, parser: Parser) -> Checkpoint | None:
-    """The model file of --resume or --init, if there is one."""
-    if not (args.init or args.resume):
-        return None
-    if args.init and args.resume:
+def starting_file(given: Given) -> tuple[Checkpoint | None, Recorded | None]:
+    """The model file of --resume or --init, if there is one, and what it says about flags."""
+    init, path = given.get("init"), given.get("resume")
+    if init and path:
         raise ToolkitError(
             "--init starts a new run and --resume continues an old one: give one of the two"
         )
     for flag in ("vocab_size", "min_count"):
-        if flag in args.given:
+        if given.get(flag) and (init or path):
             raise ToolkitError(
                 f"--{flag.replace('_', '-')} makes a vocabulary, but --resume and --init use the "
                 "model's: leave the flag out"
             )
-    if args.resume:
-        return resume.read(args, parser, "main.py")
-    source = checkpoint.load(args.init)
-    resuming.check_architecture(args, source.config, args.init)
-    return source
-
-
-def set_default_rate(args: argparse.Namespace) -> None:
-    """Replace the default of --lr by a rate for this optimiser and cell, and print it."""
-    rate, kind = getattr(find_cell(args.model)[0], "sgd_rate", args.lr), args.model
-    if args.optimizer == "adam":
-        rate, kind = ADAM_RATE, "Adam"
-    if rate != args.lr:
-        print(f"{kind} without --lr: the learning rate is {rate:g} instead of {args.lr:g}")
-        args.lr = rate
+    if path:
+        return resumed_file(path, "main.py")
+    if init:
+        source = checkpoint.load(init)
+        return source, Recorded(init, "start", source.config, source.args)
+    return None, None
 
 
 def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None) -> None:
     """Start with a new model or a file's: load the corpus and prepare the session."""
     if source is not None:
-        corpus, model, criterion = session.load(source)
+        corpus = read_corpus(args, source.dictionary, first=session.ranks.first)
+        config = {**source.config, **flags.dropouts(args)}
+        model, criterion = checkpoint.rebuild(source, session.device, **flags.dropouts(args))
     else:
         corpus = read_corpus(args, first=session.ranks.first)
         splits = default_splits(len(corpus.dictionary))
         if splits:
             corpus = corpus.sorted_by_frequency()
-        sizes = (len(corpus.dictionary), args.emsize, args.nhid)
-        options = {**flags.dropouts(args), "tie_weights": True}
-        made = functools.partial(make_network, splits, args.model, *sizes, **options)
-        check_fits(made, sizes, args.nlayers, session.device)
-        model, criterion = made(args.nlayers)
-        model, criterion = model.to(session.device), criterion.to(session.device)
-    params = [*model.parameters(), *criterion.parameters()]
+        config = {
+            "splits": splits,
+            "rnn_type": args.model,
+            "ntoken": len(corpus.dictionary),
+            "ninp": args.emsize,
+            "nhid": args.nhid,
+            "nlayers": args.nlayers,
+            "tie_weights": True,
+            **flags.dropouts(args),
+        }
+        model, criterion = make_network(**config)
+    network = TrainingLoss(
+        model.to(session.device),
+        criterion.to(session.device),
+        alpha=args.alpha,
+        beta=args.beta,
+        bf16=args.precision == "bf16",
+    )
     if args.optimizer == "sgd":
-        optimizer = NTASGD(params, args.lr, args.wdecay)
+        optimizer = NTASGD(network.parameters(), args.lr, args.wdecay)
     else:
-        optimizer = torch.optim.Adam(params, args.lr, weight_decay=args.wdecay, fused=True)
-    session.prepare(corpus, model, criterion, optimizer)
+        optimizer = torch.optim.Adam(
+            network.parameters(), args.lr, weight_decay=args.wdecay, fused=True
+        )
+    session.prepare(corpus, config, network, optimizer)
     if args.resume:
         session.resume(source)
 
 
 def train(args: argparse.Namespace, session: Session) -> None:
     """Train, validate and apply the policy in each epoch, then score the test set."""
-    optimizer = session.optimizer
+    optimizer, step = session.optimizer, session.step
     reorder = partial_shuffle if args.partial_shuffle else None
     with session.until_stopped("training"):
         for epoch in session.epochs(args.epochs):
-            session.train_epoch(epoch, args.max_seq_len, reorder)
+            session.begin_epoch(epoch, reorder)
+            for _ in train_epoch(
+                step,
+                session.rng,
+                max_seq_len=args.max_seq_len,
+                fixed_length=args.fixed_length,
+                max_batches=args.max_batches,
+            ):
+                session.after_batch()
             averaging = args.optimizer == "sgd" and optimizer.averaging
             # Averaged weights, if any, are validated and saved; training continues on the raw.
             with session.averaged():
-                valid_loss = session.validate(epoch)
-                session.keep_if_best(epoch, valid_loss, last=epoch == args.epochs)
+                valid_loss = session.validate()
+                session.keep_if_best(valid_loss, last=epoch == args.epochs)
                 if epoch in args.when:
                     print("Saving model before learning rate decreased")
-                    session.save_copy(f"{args.save}.e{epoch}", epoch, valid_loss)
+                    session.save_copy(f"{args.save}.e{epoch}", valid_loss)
             if epoch in args.when:
                 print("Dividing learning rate by 10")
                 for group in optimizer.param_groups:
                     group["lr"] /= 10
             if args.optimizer == "sgd" and not averaging and session.trigger.update(valid_loss):
                 print("Switching to averaged SGD")
-                session.write("switch", epoch)
+                session.write("switch")
                 optimizer.start_averaging()
-            session.end_epoch(epoch)
+            session.end_epoch()
     session.test()
 
 

@@ -5,9 +5,8 @@ of Neural Language Modeling at Multiple Scales", arXiv 1803.08240.
 """
 
 import ast
-import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,9 @@ from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
 from qrnn import QRNNLayer
 from splitcross import SplitCrossEntropyLoss
-from weight_drop import WeightDrop, drop_weights
+from weight_drop import WeightDrop
 
 Hidden = list[Any]  # one state a layer: a tree of tensors with the batch in dimension 1
-# The dropout rates of RNNModel, which are flags too.
-DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
 class LSTM(nn.LSTM):
@@ -81,16 +78,16 @@ class QRNN(QRNNLayer):
         return output, state
 
 
-# The names that --model takes, and the file and class of each.
+# The names that --model takes.
 CELLS = {
-    "LSTM": "model.LSTM",
-    "QRNN": "model.QRNN",
-    "GRU": "model.GRU",
+    "LSTM": LSTM,
+    "QRNN": QRNN,
+    "GRU": GRU,
 }  # fmt: skip
 
 
 def find_cell(name: str) -> tuple[Any, dict[str, Any]]:
-    """Import and return the class of a cell, and its options: "NAME:rounds=4,gain=0.5" has two.
+    """The class of a cell, and its options: "NAME:rounds=4,gain=0.5" has two.
 
     `CELL(n_in, n_out, layer, **options)`, with layers counted from 0, makes a module whose
     forward(x, state) takes x (seq_len, batch, n_in) and returns the output (seq_len, batch, n_out)
@@ -103,14 +100,12 @@ def find_cell(name: str) -> tuple[Any, dict[str, Any]]:
     kind, colon, given = name.partition(":")
     if kind not in CELLS:
         raise ValueError(f"the cell must be one of {', '.join(CELLS)}, not {kind!r}")
-    module, _, cell = CELLS[kind].rpartition(".")
-    made = getattr(importlib.import_module(module), cell)
     options = dict(map(_option, given.split(","))) if colon else {}
     try:
-        inspect.signature(made).bind(1, 1, 0, **options)
+        inspect.signature(CELLS[kind]).bind(1, 1, 0, **options)
     except TypeError as error:
         raise ValueError(f"the cell {kind}: {error}") from error
-    return made, options
+    return CELLS[kind], options
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -122,6 +117,22 @@ def _option(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def drop_weights(cell: nn.Module, weights: Iterable[str], dropout: float) -> nn.Module:
+    """`cell` with weight drop on the named weights; without `dropout`, `cell` itself.
+
+    For a weight of a submodule, such as `linear.weight`, that submodule is wrapped, even without
+    `dropout`, so that a QRNN's weights have the original's names.
+    """
+    own = []
+    for name in weights:
+        part, _, weight = name.rpartition(".")
+        if part:
+            setattr(cell, part, WeightDrop(getattr(cell, part), [weight], dropout))
+        else:
+            own.append(name)
+    return WeightDrop(cell, own, dropout) if own and dropout else cell
 
 
 class RNNModel(nn.Module):
@@ -175,7 +186,7 @@ class RNNModel(nn.Module):
             self.decoder.weight = self.encoder.weight
             # The original first draws a decoder weight (ntoken, nhid), and then ties it. One column
             # is drawn above, the others here, so that a seed gives the original's initial weights.
-            _draw((nhid - 1) * ntoken, self.encoder.weight.device)
+            _draw((nhid - 1) * ntoken)
         else:
             self.decoder = nn.Linear(nhid, ntoken)
         self.init_weights()
@@ -221,22 +232,19 @@ class RNNModel(nn.Module):
         return result, new_hidden
 
 
-def make_network(
-    splits: Sequence[int], *sizes: Any, **options: Any
-) -> tuple[RNNModel, SplitCrossEntropyLoss]:
-    """A new model, RNNModel(*sizes, **options), and its criterion, cut at the word ids `splits`.
+def make_network(splits: Sequence[int], **options: Any) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """A new model, RNNModel(**options), and its criterion, cut at the word ids `splits`.
 
-    main.py makes a new run's network here, and every stage that of a model file.
+    main.py makes a new run's network here, and every stage that of a model file. The file records
+    all arguments.
     """
-    model = RNNModel(*sizes, **options)
+    model = RNNModel(**options)
     return model, SplitCrossEntropyLoss(model.decoder.in_features, splits)
 
 
-def _draw(count: int, device: torch.device) -> None:
+def _draw(count: int) -> None:
     """Draw and discard `count` uniform numbers, in blocks: there may be hundreds of millions."""
-    if device.type == "meta":
-        return
     size = 2**20
-    block = torch.empty(min(count, size), device=device)
+    block = torch.empty(min(count, size))
     for start in range(0, count, size):
         block[: count - start].uniform_()

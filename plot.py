@@ -4,18 +4,16 @@ A RUN is the log of main.py or finetune.py (their output in a file), a metrics.j
 that holds one. The switch to averaged SGD is marked.
 """
 
-import sys
-
-sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
-
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import metrics, plotting, program
-from cli.parser import Parser, positive
+from cli.parser import Parser
+from cli.types import positive
+from run import metrics, program
+from scoring import plotting
 from utils import ToolkitError, perplexity
 
 _EPOCH = re.compile(

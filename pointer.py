@@ -4,10 +4,6 @@ With --search the cache's window, theta and lambda are first tuned on valid.txt,
 scored with the best.
 """
 
-import sys
-
-sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
-
 import argparse
 import math
 from collections.abc import Sequence
@@ -16,19 +12,19 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from cli import flags, plotting, program
-from cli.corpus import read_corpus
-from cli.device import score_as_trained, select_device
-from cli.lines import DOUBLE_RULE, pointer_line
-from cli.parser import Parser, positive_int
-from cli.progress import Bar
-from cli.resuming import check_architecture
+from cli import flags
+from cli.parser import Parser, Recorded
+from cli.types import positive_int
 from continuous_cache import ContinuousCache
-from model import RNNModel
-from scoring import search, words
+from loss import TrainingLoss
+from run import program
+from run.corpus import read_corpus
+from run.log_lines import DOUBLE_RULE, pointer_line
+from run.network import network_of
+from run.progress import Bar
+from scoring import plotting, search, words
 from scoring.search import Setting
 from scoring.stream import Piece, joined, pieces, with_cache
-from splitcross import SplitCrossEntropyLoss
 from utils import batchify, check_length, perplexity
 
 DRAWN_WORDS = 20
@@ -69,8 +65,7 @@ def build_parser() -> Parser:
 
 @torch.inference_mode()
 def evaluate(
-    model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
+    network: TrainingLoss,
     source: Tensor,
     cache: ContinuousCache,
     *,
@@ -79,7 +74,7 @@ def evaluate(
     max_batches: int | None = None,
     what: str = "",
 ) -> float:
-    """Mean cross-entropy, nats a predicted token, of the mixture of model and `cache`.
+    """Mean cross-entropy, nats a predicted token, of the mixture of network and `cache`.
 
     `source` is (rows, 1): the cache follows one stream. Where the cache speaks, the probability of
     a word is `lambdasm * p_cache + (1 - lambdasm) * p_vocabulary`. If `what`, a name for the
@@ -88,7 +83,7 @@ def evaluate(
     total = torch.zeros((), dtype=torch.float64, device=source.device)
     rows = 0
     with Bar(predicted(source, bptt, max_batches), what, wanted=bool(what)) as bar:
-        for piece in pieces(model, criterion, source, bptt, max_batches):
+        for piece in pieces(network, source, bptt, max_batches):
             total -= with_cache(piece, cache, lambdasm)[0].double().sum()
             rows += len(piece.words)
             if bar.shown:
@@ -103,17 +98,11 @@ def predicted(source: Tensor, bptt: int, max_batches: int | None) -> int:
     return most if max_batches is None else min(most, max_batches * bptt)
 
 
-def run_once(
-    model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
-    source: Tensor,
-    bptt: int,
-    max_batches: int | None,
-) -> Piece:
-    """Outputs, words and log p of all of `source` (rows, 1), from one run of the model."""
+def run_once(network: TrainingLoss, source: Tensor, bptt: int, max_batches: int | None) -> Piece:
+    """Outputs, words and log p of all of `source` (rows, 1), from one run of the network."""
     parts = []
     with Bar(predicted(source, bptt, max_batches), "valid.txt") as bar:
-        for piece in pieces(model, criterion, source, bptt, max_batches):
+        for piece in pieces(network, source, bptt, max_batches):
             parts.append(piece)
             bar.update(len(piece.words))
     return joined(parts)
@@ -166,17 +155,17 @@ def print_search(table: Sequence[Setting], best: Setting, given: Setting, tokens
 @program.out_of_memory("--bptt")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score validation and test; raises ToolkitError for problems the user can fix."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    given = parser.given(argv)
+    path = given.get("save", parser.flags["save"].default)
+    loaded = checkpoint.load(path)
+    args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
     if args.plot:
         plotting.check(args.plot, "--plot")
-    loaded = checkpoint.load(args.save)
-    check_architecture(args, loaded.config, args.save)
-    device = select_device(args.cuda)
-    score_as_trained(loaded.args, device)
-    corpus = read_corpus(args, loaded.dictionary, loaded.args)
-    model, criterion = checkpoint.rebuild(loaded, device)
-    valid_data = batchify(corpus.valid, 1).to(device)
-    test_data = batchify(corpus.test, 1).to(device)
+    corpus = read_corpus(args, loaded.dictionary)
+    network = network_of(loaded, args)
+    parts = (corpus.valid, corpus.test)
+    valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)
     check_length(valid_data, "valid.txt", "bring a longer text")
     check_length(test_data, "test.txt", "bring a longer text")
     setting = Setting(args.window, args.theta, args.lambdasm, math.nan)
@@ -184,10 +173,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     def score(source: Tensor, what: str) -> float:
         cache = ContinuousCache(setting.window, setting.theta, args.cache_from_start)
         chunks = {"bptt": args.bptt, "max_batches": args.max_batches, "what": what}
-        return evaluate(model, criterion, source, cache, lambdasm=setting.lambdasm, **chunks)
+        return evaluate(network, source, cache, lambdasm=setting.lambdasm, **chunks)
 
     if args.search or args.by_word or args.plot:
-        stored = run_once(model, criterion, valid_data, args.bptt, args.max_batches)
+        stored = run_once(network, valid_data, args.bptt, args.max_batches)
         setting, valid_loss = study(args, stored, setting, loaded.dictionary.idx2word)
         del stored
     else:

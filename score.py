@@ -10,13 +10,10 @@ word as written, one for each space between words, one for each end of a line. I
 vocabulary is one character, or one byte written as a number, each token counts as one character.
 """
 
-import sys
-
-sys.path.insert(0, __file__.rpartition("/")[0])  # python -I and -P omit this folder
-
 import itertools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,20 +22,20 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from cli import flags, program
-from cli.corpus import check_known
-from cli.device import score_as_trained, select_device
+from cli import flags
 from cli.parser import Parser
-from cli.progress import Bar
 from continuous_cache import ContinuousCache
 from data import EOS, UNK
 from files.reading import opened
 from files.writing import unwritable, writing
-from model import RNNModel
+from loss import TrainingLoss
+from run import program
+from run.corpus import check_known
+from run.network import network_of
+from run.progress import Bar
 from scoring.page import to_html
 from scoring.stream import pieces, with_cache
 from scoring.tokens import Summary, Token, by_line, counted, is_character_level, tokenize
-from splitcross import SplitCrossEntropyLoss
 from utils import ToolkitError, bits
 
 CACHE_FLAGS = ("window", "theta", "lambdasm", "cache_from_start")
@@ -127,8 +124,7 @@ def read_text(file: str | None, text: str | None) -> str:
 
 @torch.inference_mode()
 def stream_logprobs(
-    model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
+    network: TrainingLoss,
     ids: Tensor,
     bptt: int,
     cache: ContinuousCache | None,
@@ -141,7 +137,7 @@ def stream_logprobs(
     which the cache spoke.
     """
     results, spoke = [], 0
-    for piece in pieces(model, criterion, ids.unsqueeze(1), bptt):
+    for piece in pieces(network, ids.unsqueeze(1), bptt):
         logprob = piece.logprob
         if cache is not None:
             logprob, speaks = with_cache(piece, cache, lambdasm)
@@ -155,8 +151,7 @@ def stream_logprobs(
 def fill_in(
     tokens: list[Token],
     ids: Tensor,
-    model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
+    network: TrainingLoss,
     args: Any,
     eos: int,
     bar: Bar,
@@ -179,9 +174,7 @@ def fill_in(
         cache = (
             ContinuousCache(args.window, args.theta, args.cache_from_start) if args.cache else None
         )
-        logprobs, more = stream_logprobs(
-            model, criterion, stream, args.bptt, cache, args.lambdasm, bar
-        )
+        logprobs, more = stream_logprobs(network, stream, args.bptt, cache, args.lambdasm, bar)
         for token, logprob in zip(tokens[first:end], logprobs.tolist(), strict=True):
             token.logprob = logprob
         spoke += more
@@ -282,17 +275,16 @@ def _numbers(summary: Summary, width: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a text; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    given = parser.given(argv)
+    args = parser.settle(given)
     if args.file is not None and args.text is not None:
         parser.error("give a FILE or --text, not both")
     if args.as_corpus and args.independent:
         parser.error("--as-corpus scores one stream and --independent many: give one")
-    idle = [flag for flag in CACHE_FLAGS if flag in args.given and not args.cache]
+    idle = [flag for flag in CACHE_FLAGS if flag in given.line and not args.cache]
     if idle:
         parser.error(f"--{idle[0].replace('_', '-')} is for the cache: add --cache")
     loaded = checkpoint.load(args.checkpoint)
-    device = select_device(args.cuda)
-    score_as_trained(loaded.args, device)
     problem = unwritable(args.html) if args.html else None
     if problem:
         raise ToolkitError(f"cannot write {args.html} ({problem}): pass another --html")
@@ -303,10 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ToolkitError(
             "the text is one token and --as-corpus does not score the first: leave that flag out"
         )
-    model, criterion = checkpoint.rebuild(loaded, device)
+    network = network_of(loaded, args)
     eos = dictionary.word2idx[EOS]
     with Bar(len(tokens), "scoring") as bar:
-        spoke = fill_in(tokens, ids.to(device), model, criterion, args, eos, bar)
+        spoke = fill_in(tokens, ids.to(network.device), network, args, eos, bar)
     characters = is_character_level(dictionary)
     said = notes(tokens, args, spoke, characters)
     (print_json if args.json else print_text)(tokens, args, said)

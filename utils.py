@@ -1,6 +1,5 @@
 """Small things every stage needs: batches, hidden states, seeds, perplexity."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +11,6 @@ from torch import Tensor
 
 class ToolkitError(Exception):
     """A problem the user can fix; its text is one sentence: the problem and the fix."""
-
-
-class Optimizer(torch.optim.Optimizer):
-    """PyTorch's base class of optimisers without the functions around four of its methods.
-
-    Those import PyTorch's compiler, which takes 2 s.
-    """
-
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
 def batchify(data: Tensor, bsz: int) -> Tensor:

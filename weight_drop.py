@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels import aligned, cudnn
-
 
 class WeightDrop(nn.Module):
     """Run `module` with entries of the named weights dropped afresh at every training call.
@@ -48,25 +46,20 @@ class WeightDrop(nn.Module):
         for name in self.weights:
             # On an nn.LSTM or nn.GRU this assignment also updates the list of flat weights that its
             # forward reads.
-            setattr(self.module, name, self._dropped(getattr(self.module, f"{name}_raw")))
-        if args and not kwargs and cudnn.suits(self.module, args[0]):
-            return cudnn.run_from_one_buffer(self.module, *args)
+            setattr(self.module, name, self.drop(getattr(self.module, f"{name}_raw")))
         return self.module(*args, **kwargs)
 
-    def extra_repr(self) -> str:
-        return f"weights={self.weights}, dropout={self.dropout}, variational={self.variational}"
-
-    def _dropped(self, raw: Tensor) -> Tensor:
+    def drop(self, raw: Tensor) -> Tensor:
+        """The weight of this call, from the raw weight (rows, columns)."""
         if not self.training or not self.dropout:
             # A view, because assigning the Parameter itself would register it a second time.
             return raw.view_as(raw)
         if self.variational:
             return raw * functional.dropout(raw.new_ones(raw.size(0), 1), self.dropout)
-        if isinstance(self.module, aligned.Linear) and aligned.suits(raw):
-            return aligned.dropout(raw, self.dropout)
-        if raw.device.type == "cpu":
-            return raw * _mask(raw, self.dropout)
         return functional.dropout(raw, self.dropout)
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}, dropout={self.dropout}, variational={self.variational}"
 
     def _expose_raw(self) -> None:
         """Put a plain view of the raw weight under the old name, as in evaluation."""
@@ -85,32 +78,3 @@ class WeightDrop(nn.Module):
         # The last call's tensor belongs to an autograd graph: it can be neither copied nor pickled.
         self._expose_raw()
         return self.__dict__.copy()
-
-
-def drop_weights(cell: nn.Module, weights: Iterable[str], dropout: float) -> nn.Module:
-    """`cell` with weight drop on the named weights; without `dropout`, `cell` itself.
-
-    For a weight of a submodule, such as `linear.weight`, that submodule is wrapped, even without
-    `dropout`, so that a QRNN's weights have the original's names.
-    """
-    own = []
-    for name in weights:
-        part, _, weight = name.rpartition(".")
-        if part:
-            setattr(cell, part, WeightDrop(getattr(cell, part), [weight], dropout))
-        else:
-            own.append(name)
-    return WeightDrop(cell, own, dropout) if own and dropout else cell
-
-
-def _mask(like: Tensor, dropout: float) -> Tensor:
-    """A dropout mask of the shape of `like`, on the CPU: 0, or 1 / (1 - dropout).
-
-    PyTorch draws 64 random bits for each entry, one by one, which for a large matrix takes longer
-    than most operations on it; here two entries share 64 bits.
-    """
-    bits = torch.empty((like.numel() + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
-    words = bits.view(torch.int32)[: like.numel()].view(like.shape)
-    below = min(round((1 - dropout) * 2**32) - 2**31, 2**31 - 1)
-    mask = torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format)
-    return torch.lt(words, below, out=mask).div_(1 - dropout)

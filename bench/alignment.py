@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench.common import in_turns, on_gpu, print_heading
-from cli.device import has_bf16, keep_memory, select_device, set_precision
+from run.device import has_bf16, keep_memory, select_device, set_precision
 
 # Rows, inputs and outputs for a unit of hidden width, by layer: a middle one of each cell.
 LAYERS = {"LSTM 1150": (1150, 4), "QRNN 1550": (1550, 3)}

@@ -17,12 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
 
 from bench.common import print_heading
 from data import Corpus
-from training import engine
-from training.parallel import Ranks
+from run.ranks import Ranks
 
 COLUMNS = 80
 
@@ -60,7 +58,7 @@ def load(folder: Path, rank: int, world: int) -> None:
     watcher.start()
     start = time.perf_counter()
     corpus = Corpus(folder)
-    parts = engine.in_columns(corpus, COLUMNS, torch.device("cpu"), Ranks(rank, world))
+    parts = [corpus.columns("train", COLUMNS, *Ranks(rank, world).span(COLUMNS))]
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import metrics
-from qrnn import kernels
+from qrnn import forget_mult
+from run import metrics
 
 
 def cpu_name() -> str:
@@ -111,9 +111,9 @@ def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
 def need_kernels(device: torch.device) -> None:
     """On a GPU, compile the QRNN's kernels; exit if there are none, as the times would mislead."""
     if device.type == "cuda":
-        if not kernels.available():
-            sys.exit(f"the QRNN's CUDA kernels are not there: {kernels.requirement()}")
-        kernels.warm_up(device, torch.float32)
+        way = forget_mult.way_for(torch.empty(0, device=device))
+        if not way.__name__.endswith("kernels"):
+            sys.exit("the QRNN's CUDA kernels are not used")
 
 
 def copy_bandwidth(device: torch.device, runs: int = 10) -> float:

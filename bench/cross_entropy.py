@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.common import copy_bandwidth, input_sets, on_gpu, print_heading, spread
-from cli.device import keep_memory, select_device, set_precision
-from kernels import aligned, cross_entropy, cuda
-from splitcross import _one_kernel, _operations
+from fast import cross_entropy, linear
+from fast.splitcross import _one_kernel, _operations
+from qrnn import cuda
+from run.device import keep_memory, select_device, set_precision
 
 WANTED = {"gradient": True, "bias_gradient": True}
 # Rows, vocabulary and embedding of a step: PTB, WikiText-2.
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type != "cuda":
         sys.exit("bench/cross_entropy.py needs a GPU")
     device = torch.device("cuda", torch.cuda.current_device())
-    if not cross_entropy.suits(device, torch.float32):
+    if not cross_entropy.is_usable(device, torch.float32):
         sys.exit(f"the softmax's CUDA kernel is not there: {cuda.requirement()}")
     bandwidth = copy_bandwidth(device)
     print_heading(
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             for _ in range(input_sets(rows * size * dtype.itemsize, device))
         ]  # fmt: skip
         ways = {
-            "product": lambda x, t, m=matrix: aligned.matmul(x, m.t()),
+            "product": lambda x, t, m=matrix: linear.matmul(x, m.t()),
             "one kernel": lambda x, t, m=matrix, b=bias: _one_kernel(x, m, b, t, **WANTED),
             "operations": lambda x, t, m=matrix, b=bias: _operations(x, m, b, t, **WANTED),
             "cross_entropy, autograd": lambda x, t, m=matrix, b=bias: plain(x, m, b, t),

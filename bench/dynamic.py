@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bench.common import copy_bandwidth, in_turns, on_gpu, print_heading, spread
-from cli.device import keep_memory, select_device
-from dynamic_evaluation import DynamicEvaluation
+from fast.dynamic_evaluation import FastDynamicEvaluation
 from model import RNNModel
+from run.device import keep_memory, select_device
 
 LR, LAMB, EPSILON = 5e-5, 2e-3, 2e-5
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     rms = [torch.rand_like(p).mul_(1e-3) for p in params]
     for p in params:
         p.grad = torch.randn_like(p).mul_(1e-4)
-    optimizer = DynamicEvaluation(params, rms, LR, LAMB, EPSILON)
+    optimizer = FastDynamicEvaluation(params, rms, LR, LAMB, EPSILON)
     starts = [optimizer.state[p]["start"] for p in params]
     mean = torch.stack([scale.mean() for scale in rms]).mean().item()
     ways = {

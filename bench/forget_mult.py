@@ -25,9 +25,9 @@ from bench.common import (
     print_heading,
     spread,
 )
-from cli.device import keep_memory, select_device
-from kernels import cuda
-from qrnn.forget_mult import forget_mult, forget_mult_loop
+from qrnn import cuda, definition
+from qrnn.forget_mult import forget_mult
+from run.device import keep_memory, select_device
 
 SHAPES = [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 1, 1550)]
 # The tensors that our kernels move: forward reads f and x and writes h, backward reads f, x and the
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         if device.type == "cuda":
             naive = naive_kernels()
             calls["naive serial kernel"] = lambda k, naive=naive, sets=sets: naive(*sets[k])
-        loop = lambda k, sets=sets: both_ways(forget_mult_loop, *sets[k])  # noqa: E731
+        loop = lambda k, sets=sets: both_ways(definition.forget_mult, *sets[k])  # noqa: E731
         expected = loop(0)
         # The nodes of 4,096 steps are too many for a graph.
         if device.type != "cuda" or shape[0] < 4096:

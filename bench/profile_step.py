@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import print_heading
 from bench.train_step import CPU_COLUMNS, SETTINGS, ids, our_step
-from cli.device import keep_memory, select_device, set_precision
+from run.device import keep_memory, select_device, set_precision
 
 # The first kind with a word of an operation's or kernel's name.
 KINDS = {
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     setting = SETTINGS[args.setting]
     if device.type == "cpu":
         setting.batch = CPU_COLUMNS.get(args.setting, setting.batch)
-    call, _ = our_step(setting, ids(setting, device), False, precision)
+    call, _ = our_step(setting, ids(setting, device), precision)
     for _ in range(2):
         call()
     activities = [ProfilerActivity.CPU]

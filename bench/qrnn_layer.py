@@ -26,9 +26,9 @@ from bench.common import (
     print_heading,
     spread,
 )
-from cli.device import keep_memory, select_device, set_precision
 from qrnn import QRNNLayer
-from qrnn.forget_mult import forget_mult, qrnn_pool
+from qrnn.forget_mult import forget_mult, pool
+from run.device import keep_memory, select_device, set_precision
 
 SHAPES = {
     "cuda": [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 4, 1024)],
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         grads = [torch.randn(shape, device=device) for _ in range(count)]
         ways = {
-            "fused": lambda y: qrnn_pool(y, None, None, True)[0],
+            "fused": lambda y: pool(y)[0],
             "unfused": lambda y, hidden=hidden: unfused(y, hidden),
         }
         calls = {

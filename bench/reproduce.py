@@ -35,9 +35,10 @@ import checkpoint
 from bench.common import cpu_name, read_stage
 from bench.published import BITS, ROWS
 from checkpoint import CheckpointError
-from cli import metrics, presets
-from cli.parser import positive
+from cli import presets
+from cli.types import positive
 from files.writing import replacing
+from run import metrics
 from tools.getdata import SPECS, count_tokens, wrong_files
 from utils import ToolkitError, bits, perplexity
 

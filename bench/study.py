@@ -26,8 +26,8 @@ import checkpoint
 from bench.common import read_stage
 from bench.published import ABLATIONS as PUBLISHED_ABLATIONS
 from bench.published import ROWS
-from cli import plotting
 from files.writing import replacing
+from scoring import plotting
 from tools.getdata import count_tokens
 from utils import ToolkitError, perplexity
 

@@ -8,17 +8,15 @@ and precision: an LSTM's recurrent products, which must go step by step, count a
 """
 
 import argparse
-import contextlib
 import gc
 import itertools
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,16 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+import fast
 from bench.common import in_turns, need_kernels, print_heading
-from cli.device import has_bf16, keep_memory, select_device, set_precision
-from kernels import aligned, cross_entropy, update
 from locked_dropout import LockedDropout
 from loss import TrainingLoss
 from model import make_network
 from nt_asgd import NTASGD
+from run.device import has_bf16, keep_memory, select_device, set_precision
 from splitcross import default_splits
-from training.cuda_graphs import make_step
-from training.step import TrainingStep
+from training import TrainingStep
 
 
 @dataclass
@@ -68,8 +65,8 @@ SETTINGS = {
         "QRNN", 267_735, 400, 2500, 4, 60, 140, (0.1, 0.1, 0.1, 0.0, 0.0), adam=True
     ),
 }
-# Modules of kernels/ that a row can switch off.
-SWITCHES = {"aligned": aligned, "cross_entropy": cross_entropy, "update": update}
+# Modules of fast/ that a row can leave out.
+FORMS = ("weight_drop", "linear", "splitcross", "nt_asgd", "step", "qrnn")
 # PTB, on which the ratios are claimed, is at its full size on the CPU too.
 CPU_COLUMNS = {"WT2 LSTM": 8, "WT2 QRNN": 8, "WT103 QRNN": 2}
 
@@ -132,36 +129,39 @@ def plain_step(setting: Setting, source: Tensor) -> Callable[[], None]:
 
 
 def our_step(
-    setting: Setting, source: Tensor, graphs: bool, precision: str
+    setting: Setting,
+    source: Tensor,
+    precision: str,
+    *,
+    graphs: bool = False,
+    plain: bool = False,
+    leave_out: Collection[str] = (),
 ) -> tuple[Callable[[], None], TrainingStep]:
     """A step as main.py makes it: the call, and the TrainingStep that it calls."""
     torch.manual_seed(0)
+    names = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
     model, criterion = make_network(
         default_splits(setting.ntoken),
-        setting.cell,
-        setting.ntoken,
-        setting.emsize,
-        setting.nhid,
-        setting.nlayers,
-        *setting.rates,
+        rnn_type=setting.cell,
+        ntoken=setting.ntoken,
+        ninp=setting.emsize,
+        nhid=setting.nhid,
+        nlayers=setting.nlayers,
         tie_weights=True,
+        **dict(zip(names, setting.rates, strict=True)),
     )
-    model, criterion = model.to(source.device), criterion.to(source.device)
-    params = [*model.parameters(), *criterion.parameters()]
-    if setting.adam:
-        optimizer = torch.optim.Adam(params, 1e-3, fused=True)
-    else:
-        optimizer = NTASGD(params, 30.0, 1.2e-6)
     penalties = {} if setting.adam else {"alpha": 2.0, "beta": 1.0}
-    step = make_step(
-        TrainingLoss(model, criterion, **penalties, bf16=precision == "bf16"),
-        optimizer,
-        source,
-        graphs=graphs,
-        bptt=setting.bptt,
-        clip=0.25,
-    )
-    step.begin()
+    network = TrainingLoss(model, criterion, **penalties, bf16=precision == "bf16")
+    network.to(source.device)
+    if setting.adam:
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    else:
+        optimizer = NTASGD(network.parameters(), 30.0, 1.2e-6)
+    step = TrainingStep(network, optimizer, source, bptt=setting.bptt, clip=0.25)
+    bf16 = network.bf16
+    lines = fast.choose(network, optimizer, step, plain=plain, bf16=bf16, leave_out=leave_out)
+    lines += [fast.record_steps(step)] if graphs else []
+    print(*filter(None, lines[1:]), sep="\n", end="")
 
     def take() -> None:
         step.row = 0
@@ -174,7 +174,7 @@ def recorded(call: Callable[[], None], step: TrainingStep) -> str:
     """How a step with CUDA graphs really runs: "graphs", unless its recording failed."""
     for _ in range(3):  # eager, recorded, replayed
         call()
-    return "graphs" if step.recording and step._replays else "eager (recording failed)"
+    return "graphs" if getattr(step, "_replays", None) else "eager (recording failed)"
 
 
 def products(
@@ -261,46 +261,35 @@ def peak_memory(call: Callable[[], None], device: torch.device) -> float:
     return highest / 1e6
 
 
-@contextlib.contextmanager
-def without(names: Iterable[str]) -> Iterator[None]:
-    """Within this context PyTorch's operations replace those of `names` on a GPU."""
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(SWITCHES[name], "suits", return_value=False))
-        yield
-
-
 def ways_of(
-    name: str, setting: Setting, device: torch.device, left_out: Sequence[str]
+    setting: Setting, device: torch.device, left_out: Collection[str]
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """The timed variants: name, precision and call."""
     source = ids(setting, device)
     cuda = device.type == "cuda"
     precisions = ["fp32"] + ["tf32"] * cuda + ["bf16"] * has_bf16(device)
     for precision in precisions:
-        call, step = our_step(setting, source, False, precision)
+        set_precision(precision, device)
+        call, step = our_step(setting, source, precision)
         yield f"eager {precision}", precision, call
-        if cuda and len(step.network.criterion.splits) == 1:
-            set_precision(precision, device)
-            call, graphed = our_step(setting, source, True, precision)
+        yield f"plain {precision}", precision, our_step(setting, source, precision, plain=True)[0]
+        graphs = cuda and len(step.network.criterion.splits) == 1
+        if graphs:
+            call, graphed = our_step(setting, source, precision, graphs=True)
             yield f"{recorded(call, graphed)} {precision}", precision, call
-            # A recorded step keeps the operations that it was recorded with.
-            for names in [[name] for name in left_out] + [left_out] * (len(left_out) > 1):
-                if precision == "tf32":
-                    with without(names):
-                        call, graphed = our_step(setting, source, True, precision)
-                        way = f"{recorded(call, graphed)} {precision}"
-                    yield f"{way} without {' and '.join(names)}", precision, call
+        for name in left_out if precision == ("tf32" if cuda else "fp32") else ():
+            call, _ = our_step(setting, source, precision, graphs=graphs, leave_out=[name])
+            way = "graphs" if graphs else "eager"
+            yield f"{way} {precision} without {name}", precision, call
         sizes = counts(setting, step)
-        floor = products(sizes, device, precision)
-        yield f"products {precision}", precision, floor
+        yield f"products {precision}", precision, products(sizes, device, precision)
         if cuda:
             # Rows of 1550 floats leave out the fastest kernels.
             wider = [(rows, -(-k // 16) * 16, -(-m // 16) * 16) for rows, k, m in sizes]
             yield f"products aligned {precision}", precision, products(wider, device, precision)
     if setting.cell == "LSTM":
-        plain = "tf32" if cuda else "fp32"
-        yield f"plain nn.LSTM {plain}", plain, plain_step(setting, source)
+        precision = "tf32" if cuda else "fp32"
+        yield f"plain nn.LSTM {precision}", precision, plain_step(setting, source)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -310,9 +299,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-cuda", action="store_true", help="stay on the CPU")
     parser.add_argument("--only", choices=SETTINGS, help="one setting")
     parser.add_argument(
-        "--without", nargs="*", choices=SWITCHES, default=list(SWITCHES), metavar="NAME",
-        help="on a GPU, a recorded step in tf32 without each of these, and without all: "
-        f"{', '.join(SWITCHES)}; by default all of them",
+        "--without", nargs="*", choices=FORMS, default=(), metavar="NAME",
+        help=f"also a step without each of these forms of fast/: {', '.join(FORMS)}",
     )  # fmt: skip
     args = parser.parse_args(argv)
     keep_memory()
@@ -330,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         if device.type == "cpu":
             setting.batch = CPU_COLUMNS.get(name, setting.batch)
-        rows = ways_of(name, setting, device, args.without)
+        rows = ways_of(setting, device, args.without)
         ways = {way: (precision, call) for way, precision, call in rows}
 
         def timed(precision: str, call: Callable[[], None]) -> Callable[[], None]:

@@ -1,22 +1,12 @@
-"""The model file that every stage reads and writes: its format, its checks, its model."""
+"""The model file that every stage reads and writes: its format, its network, its training state."""
 
 from checkpoint.model_file import (
     Checkpoint,
     CheckpointError,
-    check_readable,
     check_writable,
     copy,
     in_memory,
     load,
-    rebuild,
     save,
 )
-from checkpoint.parts import (
-    config_of,
-    load_state,
-    plain_name,
-    sizes_only,
-    skeleton,
-    snapshot,
-    vocabulary_of,
-)
+from checkpoint.network import check_readable, load_state, rebuild, snapshot, vocabulary_of

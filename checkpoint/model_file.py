@@ -9,27 +9,26 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
     args, stage       the flags it was trained with, and the script that wrote it
     epoch, valid_loss the epoch of the best weights, and their validation loss in nats; 0 and
                       infinity before the first epoch has ended
-    training          the state for `--resume`, or None: see training/resume.py
+    training          the state for `--resume`, or None: see checkpoint/resume.py
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from checkpoint.check import DAMAGE, check_whole, network_problem, problem_of, told
-from checkpoint.parts import Undrawn, config_of, copies, load_state, snapshot
 from data import Dictionary
-from files.reading import opened, records
+from files.reading import opened
 from files.writing import replacing, unwritable
-from model import RNNModel, make_network
-from splitcross import SplitCrossEntropyLoss
 from utils import ToolkitError
 
 FORMAT = "awd-lstm-lm"
@@ -66,6 +65,21 @@ def in_memory(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, **weights, training=None)
 
 
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors on the CPU; tensors that share memory still share it."""
+    copied: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in copied or not tensor.numel():
+            copied[key] = tensor.detach().to("cpu", copy=True)
+        state[name] = copied[key]
+    return state
+
+
+# Writing
+
+
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = False) -> None:
     """Write a model file; once it is complete, it replaces the old one in one step.
 
@@ -82,27 +96,13 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = Fals
         raise _cannot_write(path, error) from error
 
 
-def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
-    cause: BaseException | None = error
-    # torch's writer fails again as it closes, which hides the system's error.
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    reason = getattr(cause, "strerror", None) or told(error)
-    return CheckpointError(
-        f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space or "
-        "pass another --save"
-    )
-
-
-def check_readable(model: RNNModel, criterion: SplitCrossEntropyLoss) -> None:
-    """Raise CheckpointError if `load` would refuse a file of this network, before it is trained."""
-    config = config_of(model, criterion)
-    problem = network_problem(config, snapshot(model), snapshot(criterion))
-    if problem:
-        raise CheckpointError(
-            f"a model file of this network could not be read ({problem}): make the network in "
-            "model.make_network, from arguments that are attributes of the model"
-        )
+def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copy a model file; raises CheckpointError, with `target` unchanged, if that fails."""
+    try:
+        with open(source, "rb") as old, replacing(target) as new:
+            shutil.copyfileobj(old, new)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -112,11 +112,26 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"cannot write {path} ({problem}): pass another --save")
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a model file and check that it holds a model; the training state is not checked.
+def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    cause: BaseException | None = error
+    # torch's writer fails again as it closes, which hides the system's error.
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    reason = getattr(cause, "strerror", None) or in_short(error)
+    return CheckpointError(
+        f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space or "
+        "pass another --save"
+    )
 
-    No code in the file is run. Raises CheckpointError if the file is missing or damaged, has
-    another format or version, or has weights that do not fit its configuration or are not finite.
+
+# Reading
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a model file; its weights are checked by `rebuild`, its training state by `--resume`.
+
+    No code in the file is run. Raises CheckpointError if the file is missing or damaged, or has
+    another format or version.
     """
     if not Path(path).is_file():
         raise CheckpointError(
@@ -141,59 +156,78 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             f"{path} has format version {content.get('version')} but this toolkit reads {VERSION}: "
             "use the version of the toolkit that wrote the file"
         )
-    fields = {name: content.get(name) for name in Checkpoint.__dataclass_fields__}
+    loaded = Checkpoint(**{name: content.get(name) for name in Checkpoint.__dataclass_fields__})
     try:
-        problem = problem_of(fields)
-    except (*DAMAGE, MemoryError) as error:
-        problem = told(error)
+        problem = _problem(loaded)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        problem = in_short(error)
     if problem:
         raise CheckpointError(f"{path} is damaged ({problem}): train it again with main.py")
-    return Checkpoint(**fields)
+    return loaded
 
 
 def _content(path: str | os.PathLike[str]) -> Any:
     """A file's content as torch reads it, its tensors mapped, not copied; raises torch's errors."""
-    while True:
-        before = _stamp(path)
+    with opened(path) as file:
         try:
-            # torch's warnings about odd bytes do not help the user.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with opened(path) as file:
-                    places = records(file)
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            check_whole(content, places)
+            content = _checked_content(file, path)
         except Exception:
-            if _stamp(path) == before:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 raise
         else:
-            if _stamp(path) == before:
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return content
-        # Another run replaced the file meanwhile. torch opens the path twice, so it may have read
-        # the index of the old file and the tensors of the new one: read again.
+    # A running main.py has replaced the file, which torch opens by its path: read the new one.
+    return _content(path)
 
 
-def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Numbers that change when a file is replaced or rewritten."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _checked_content(file: BinaryIO, path: str | os.PathLike[str]) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise zipfile.BadZipFile("a record is compressed")
+        # torch ignores the checksums.
+        if archive.testzip():
+            raise zipfile.BadZipFile("a checksum is wrong")
+    with warnings.catch_warnings():
+        # Its warnings about odd bytes do not help the user.
+        warnings.simplefilter("ignore")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # A tensor larger than its record would read on into the next record.
+    storages = {t.data_ptr(): len(t) for t in map(Tensor.untyped_storage, tensors_of(content))}
+    records = (entry.file_size for entry in entries if "/data/" in entry.filename)
+    if sorted(filter(None, storages.values())) != sorted(filter(None, records)):
+        raise zipfile.BadZipFile("its tensors do not match its records")
+    return content
 
 
-def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Copy a model file; raises CheckpointError, with `target` unchanged, if that fails."""
-    try:
-        with open(source, "rb") as old, replacing(target) as new:
-            shutil.copyfileobj(old, new)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
+def _problem(loaded: Checkpoint) -> str | None:
+    """The fault in a file's fields, or None; a damaged file may also raise an error."""
+    kinds = {"config": dict, "args": dict, "stage": str, "epoch": int, "valid_loss": float}
+    if not all(isinstance(getattr(loaded, name), kind) for name, kind in kinds.items()):
+        return "a field has the wrong type"
+    if math.isnan(loaded.valid_loss):
+        return "its validation loss is not a number"
+    words, counts = loaded.vocabulary["words"], loaded.vocabulary["counts"]
+    # encode() raises ValueError for lone surrogates, which no text holds.
+    if not all(type(word) is str and word.encode() for word in words):
+        return "its vocabulary is not made of words"
+    if not all(type(count) is int and count >= 0 for count in counts):
+        return "its vocabulary is not made of counts"
+    if not len(words) == len(set(words)) == len(counts) == loaded.config["ntoken"]:
+        return "its vocabulary does not fit its configuration"
+    return None
 
 
-def rebuild(
-    checkpoint: Checkpoint, device: torch.device, **dropouts: float
-) -> tuple[RNNModel, SplitCrossEntropyLoss]:
-    """The model and criterion of a file, on `device`; `dropouts` override those of the file."""
-    with Undrawn():
-        model, criterion = make_network(**{**checkpoint.config, **dropouts})
-    load_state(model, checkpoint.model)
-    load_state(criterion, checkpoint.criterion)
-    return model.to(device), criterion.to(device)
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor within dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part)
+
+
+def in_short(error: Exception) -> str:
+    """An error's type and the start of its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

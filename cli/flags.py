@@ -1,23 +1,33 @@
 """The flags that several scripts share; each script adds those it has, with its own defaults."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
-from cli import parser as types
+from cli import types
 from cli.parser import Parser
-from model import CELLS, DROPOUTS, find_cell
+from model import CELLS, find_cell
 
-# Flags whose names are also arguments of the loss.
-PENALTIES = ("alpha", "beta")
+# The rate for SGD is 30; at 30 Adam diverges in the first batches.
+ADAM_RATE = 1e-3
 
 
 def dropouts(args: argparse.Namespace) -> dict[str, float]:
     """The dropout rates, as the model takes them."""
-    return {name: getattr(args, name) for name in DROPOUTS}
+    return {
+        "dropout": args.dropout,
+        "dropouth": args.dropouth,
+        "dropouti": args.dropouti,
+        "dropoute": args.dropoute,
+        "wdrop": args.wdrop,
+    }
 
 
-def penalties(args: argparse.Namespace) -> dict[str, float]:
-    """The weights of the penalties, as the loss takes them."""
-    return {name: getattr(args, name) for name in PENALTIES}
+def default_rate(flags: Mapping[str, Any]) -> float:
+    """The default of --lr for the optimiser and the cell that the other flags name."""
+    if flags.get("optimizer") == "adam":
+        return ADAM_RATE
+    return getattr(find_cell(flags["model"])[0], "sgd_rate", 30.0)
 
 
 def add_data(parser: Parser, default: str) -> None:
@@ -26,6 +36,7 @@ def add_data(parser: Parser, default: str) -> None:
         "files",
         "--data",
         default=default,
+        belongs="run",
         metavar="FOLDER",
         help="the corpus: train.txt, valid.txt and test.txt, tokens separated by white space",
     )
@@ -36,6 +47,7 @@ def add_split(parser: Parser) -> None:
     parser.flag(
         "files",
         "--split",
+        belongs="call",
         type=types.fraction,
         nargs=2,
         metavar=("VALID", "TEST"),
@@ -46,7 +58,7 @@ def add_split(parser: Parser) -> None:
 
 def add_vocabulary(parser: Parser) -> None:
     """--vocab-size and --min-count."""
-    add = parser.group("files")
+    add = parser.group("files", belongs="run")
     add(
         "--vocab-size",
         either="vocabulary",
@@ -63,21 +75,13 @@ def add_vocabulary(parser: Parser) -> None:
     )
 
 
-def cell(text: str) -> str:
-    """The type of --model: the name of a cell, with its options."""
-    try:
-        find_cell(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
 def add_model(parser: Parser) -> None:
     """--model."""
     parser.flag(
         "network",
         "--model",
-        type=cell,
+        type=types.cell,
+        config="rnn_type",
         default="LSTM",
         metavar="CELL",
         help=f"recurrent cell: {', '.join(CELLS)}; options of a cell of one's own follow a colon, "
@@ -90,6 +94,7 @@ def add_sizes(parser: Parser) -> None:
     add = parser.group("network")
     add(
         "--emsize",
+        config="ninp",
         type=types.positive_int,
         default=400,
         help="size of a word's embedding, and of the last layer, whose weights are tied to it; "
@@ -97,6 +102,7 @@ def add_sizes(parser: Parser) -> None:
     )
     add(
         "--nhid",
+        config="nhid",
         type=types.positive_int,
         default=1150,
         help="hidden units of every layer but the last; published: LSTM 1150, QRNN 1550, "
@@ -104,6 +110,7 @@ def add_sizes(parser: Parser) -> None:
     )
     add(
         "--nlayers",
+        config="nlayers",
         type=types.positive_int,
         default=3,
         help="recurrent layers; published: LSTM 3, QRNN 4",
@@ -117,6 +124,7 @@ def add_training(parser: Parser) -> None:
         "--lr",
         type=types.positive,
         default=30.0,
+        derive=default_rate,
         metavar="RATE",
         help="learning rate, multiplied by a batch's length / --bptt; published: SGD 30, "
         "Adam 1e-3, PTB characters 2e-3",
@@ -130,6 +138,7 @@ def add_training(parser: Parser) -> None:
     )
     add(
         "--epochs",
+        belongs="run",
         type=types.positive_int,
         default=8000,
         help="maximum passes over train.txt; published: PTB LSTM 500, WikiText-2 LSTM 750, "
@@ -159,6 +168,7 @@ def add_training(parser: Parser) -> None:
     )
     add(
         "--log-interval",
+        belongs="run",
         type=types.positive_int,
         default=200,
         help="batches between log lines",
@@ -285,14 +295,15 @@ def add_cache(parser: Parser) -> None:
 
 def add_save(parser: Parser, help: str) -> None:
     """--save."""
-    parser.flag("files", "--save", default="model.pt", metavar="FILE", help=help)
+    parser.flag("files", "--save", belongs="call", default="model.pt", metavar="FILE", help=help)
 
 
 def add_safety(parser: Parser) -> None:
     """--resume, --save-every and --deterministic."""
-    add = parser.group("")
+    add = parser.group("", belongs="run")
     add(
         "--resume",
+        belongs="call",
         default="",
         metavar="FILE",
         help="model file of an earlier run to continue; omitted flags come from it",
@@ -316,6 +327,7 @@ def add_logdir(parser: Parser) -> None:
     parser.flag(
         "running",
         "--logdir",
+        belongs="run",
         default="",
         metavar="DIR",
         help="also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",
@@ -324,17 +336,32 @@ def add_logdir(parser: Parser) -> None:
 
 def add_seed(parser: Parser) -> None:
     """--seed."""
-    parser.flag("running", "--seed", type=types.seed, default=1111, help="random seed")
+    parser.flag(
+        "running",
+        "--seed",
+        belongs="run",
+        fixed="its random states belong to that seed",
+        type=types.seed,
+        default=1111,
+        help="random seed",
+    )
 
 
 def add_device(parser: Parser) -> None:
-    """--cuda and --no-cuda."""
-    parser.flag(
-        "running",
+    """--cuda, --no-cuda and --plain."""
+    add = parser.group("running")
+    add(
         "--cuda",
+        belongs="call",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="require a CUDA device, or stay on the CPU; by default CUDA is used if available",
+    )
+    add(
+        "--plain",
+        belongs="run",
+        action="store_true",
+        help="run the definitions alone, without the faster forms of fast/ and qrnn/",
     )
 
 
@@ -350,6 +377,7 @@ def add_speed(parser: Parser) -> None:
     )
     add(
         "--no-cuda-graphs",
+        belongs="run",
         dest="cuda_graphs",
         action="store_false",
         help="launch each operation of a training step on a GPU separately, instead of replaying "
@@ -362,6 +390,7 @@ def add_max_batches(parser: Parser, what: str) -> None:
     parser.flag(
         "running",
         "--max-batches",
+        belongs="call",
         type=types.positive_int,
         help=f"stop after N {what}, for a trial",
     )

@@ -1,15 +1,18 @@
-"""The parser of every script: one-line errors, classic abbreviations, presets."""
+"""The parser of every script: one-line errors, classic abbreviations, presets, model files."""
 
 import argparse
 import functools
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 from cli import presets
+from cli.types import METAVARS
+from utils import ToolkitError
 
 VERSION = "0.1.0"
 
@@ -29,21 +32,22 @@ CLASSIC = {
     """.split(),
 }
 
-# A preset sets these flags too, but a resumed run keeps its own values.
+# A preset sets these flags too, but what a model file says goes before them.
 _PRESET_DEFAULTS = {"data", "save", "seed"}
 
-# The flag that sets each part of a model's configuration.
-ARCHITECTURE = {"model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers"}
 
-_TOO_LARGE = 2**63  # for PyTorch's whole numbers
-
-
-class Flag(NamedTuple):
-    """A flag as it was added: its first long name, its default, and the flags it excludes."""
+@dataclass
+class Flag:
+    """A flag as it was added; `Parser.flag` describes the fields."""
 
     name: str
     default: Any
+    belongs: str
     either: str
+    config: str
+    fixed: str
+    derive: Callable[[Mapping[str, Any]], Any] | None
+    action: argparse.Action
 
     def words(self, value: Any) -> list[str]:
         """The words of a command line that set the flag to `value`; none for an unset switch."""
@@ -51,14 +55,53 @@ class Flag(NamedTuple):
             return [] if value == self.default else [self.name]
         return [self.name, *map(str, value if isinstance(value, list) else [value])]
 
+    def accepts(self, value: Any) -> bool:
+        """Whether a command line could give the flag this value."""
+        if value == self.default or self.action.nargs == 0:
+            return type(value) is type(self.default)
+        many = self.action.nargs is not None
+        if many != isinstance(value, list) or not isinstance(value, str | int | float | list):
+            return False
+        parts, kind = (value if many else [value]), self.action.type or str
+        try:
+            same = all(kind(str(part)) == part for part in parts)
+        except (argparse.ArgumentTypeError, ValueError):
+            return False
+        return same and all(part in (self.action.choices or parts) for part in parts)
+
+
+@dataclass
+class Given:
+    """The flags that a command line gives, and those of its preset."""
+
+    line: dict[str, Any]
+    preset: dict[str, Any]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A flag's value, None if it is not given."""
+        return self.line.get(name, self.preset.get(name, default))
+
+
+@dataclass
+class Recorded:
+    """What the model file `path` says about flags: its configuration and those of its training.
+
+    `use` is what the file is for: "resume", "finetune", or "start" for a new run and for scoring.
+    `fixed` has, by name, the reasons why flags cannot be changed.
+    """
+
+    path: str
+    use: str
+    config: Mapping[str, Any]
+    args: Mapping[str, Any]
+    fixed: dict[str, str] = field(default_factory=dict)
+
 
 class Parser(argparse.ArgumentParser):
     """The parser of the script `stage`; a stage without published commands has no --preset.
 
-    `parse_args` returns every flag's value, and in `given` the names of the flags that count as
-    given: those on the command line and those of a preset, except `--data`, `--save` and `--seed`
-    of a preset. With `--resume`, a preset sets only the architecture: the other flags come from the
-    resumed run. The flags that a preset sets are printed.
+    `given` reads a command line, and `settle` makes the final flags of it and of a model file;
+    `parse_args` does both, without a file.
     """
 
     def __init__(self, stage: str, description: str | None) -> None:
@@ -78,20 +121,35 @@ class Parser(argparse.ArgumentParser):
             self.flag(
                 "",
                 "--preset",
+                belongs="call",
                 choices=self.presets,
                 help="use the published flags; flags given beside it override them",
             )
 
     def flag(
-        self, group: str, *names: str, default: Any = None, either: str = "", **options: Any
+        self,
+        group: str,
+        *names: str,
+        default: Any = None,
+        belongs: str = "training",
+        either: str = "",
+        config: str = "",
+        fixed: str = "",
+        derive: Callable[[Mapping[str, Any]], Any] | None = None,
+        **options: Any,
     ) -> None:
-        """Add a flag under the title `group` of the help; the other arguments are `add_argument`'s.
+        """Add a flag under the title `group` of the help; other `options` are `add_argument`'s.
 
-        Of the flags of a group with the same `either`, only one may be given. The default `metavar`
-        depends on the type.
+        `belongs` says which later calls take the flag's value from a model file, unless it is
+        given there: "training" are finetune.py and a resumed run, "run" is a resumed run alone, and
+        "call" is none. A flag with `config`, the name of an argument of `model.make_network`,
+        belongs to the architecture: every stage takes it from the file and refuses another value.
+        `fixed` is the reason why a resumed run cannot change the flag. `derive` computes the
+        default from the other flags. Of the flags of a group with the same `either`, only one may
+        be given. The default `metavar` depends on the type.
         """
-        if options.get("type") in _METAVARS:
-            options.setdefault("metavar", _METAVARS[options["type"]])
+        if options.get("type") in METAVARS:
+            options.setdefault("metavar", METAVARS[options["type"]])
         place: Any = self
         if group:
             if group not in self._groups:
@@ -105,47 +163,52 @@ class Parser(argparse.ArgumentParser):
             default = options["action"] == "store_false"
         elif default not in (None, "", [-1]):
             options["help"] += f" (default: {default})"
-        # The namespace holds only the flags given: `parse_known_args` adds the defaults.
+        # The parser itself sets no defaults, so that it returns the flags given.
         action = place.add_argument(*names, default=argparse.SUPPRESS, **options)
-        self.flags[action.dest] = Flag(names[0], default, either)
+        self.flags[action.dest] = Flag(
+            names[0], default, belongs, either, config, fixed, derive, action
+        )
 
-    def group(self, title: str) -> Callable[..., None]:
-        """`flag` for the flags under one title."""
-        return functools.partial(self.flag, title)
+    def group(self, title: str, **common: Any) -> Callable[..., None]:
+        """`flag` for the flags under one title, with `common` options."""
+        return functools.partial(self.flag, title, **common)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        found, unknown = super().parse_known_args([self._expanded(w) for w in words], namespace)
-        given, counted, preset = vars(found), {*vars(found)}, {}
-        if "preset" in given:
-            preset = self._given(self.presets[given["preset"]].split())
-            if given.get("resume"):
-                preset = {name: preset[name] for name in ARCHITECTURE if name in preset}
-            counted |= preset.keys() - _PRESET_DEFAULTS
-            said = self.spelled({name: preset[name] for name in preset.keys() - given.keys()})
-            sys.stdout.write(f"--preset {given['preset']}: {said}\n")
-        defaults = {name: flag.default for name, flag in self.flags.items()}
-        return argparse.Namespace(**{**defaults, **preset, **given, "given": counted}), unknown
+    def given(self, argv: Sequence[str] | None = None) -> Given:
+        """Read a command line, by default the process's; prints what its preset adds."""
+        line = self._read(sys.argv[1:] if argv is None else argv)
+        if "preset" not in line:
+            return Given(line, {})
+        preset = self._read(self.presets[line["preset"]].split())
+        if line.get("resume"):
+            # The other flags come from the resumed run.
+            preset = {name: value for name, value in preset.items() if self.flags[name].config}
+        added = self.spelled({name: preset[name] for name in preset.keys() - line.keys()})
+        print(f"--preset {line['preset']}: {added}")
+        return Given(line, preset)
 
-    def checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of `values` that belong to flags of this parser and are not None.
+    def settle(self, given: Given, file: Recorded | None = None) -> argparse.Namespace:
+        """The final value of every flag, from the command line, its preset and a model file.
 
-        Raises ValueError, naming the flag, for a value that no command line could give.
+        Raises ToolkitError if a flag that was given cannot take effect, or if a recorded value is
+        not valid for its flag.
         """
-        result = {}
-        self.exit_on_error = False
-        for name in values.keys() & self.flags.keys():
-            value, flag = values[name], self.flags[name]
-            try:
-                given = {} if value == flag.default else self._given(flag.words(value))
-            except argparse.ArgumentError as error:
-                raise ValueError(f"{flag.name}: {error.message}") from error
-            if value is not None and given.get(name, flag.default) != value:
-                raise ValueError(f"{flag.name}: it is {value!r}")
-            if value is not None:
-                result[name] = value
-        self.exit_on_error = True
-        return result
+        chosen = {**given.preset, **given.line}
+        counted = given.line.keys() | given.preset.keys() - _PRESET_DEFAULTS
+        values = {name: flag.default for name, flag in self.flags.items()} | chosen
+        recorded = {}
+        if file is not None:
+            self._check_given({name: chosen[name] for name in counted}, file)
+            recorded = self._recorded(counted, values, file)
+        values |= recorded
+        for name, flag in self.flags.items():
+            if flag.derive and name not in counted and name not in recorded:
+                values[name] = flag.derive(values)
+                if values[name] != flag.default:
+                    print(f"{flag.name} is {values[name]:g} here, not {flag.default:g}")
+        return argparse.Namespace(**values)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        return self.settle(self.given(args))
 
     def spelled(self, values: Mapping[str, Any]) -> str:
         """Flags and their values as on a command line, sorted by name."""
@@ -154,9 +217,62 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
-    def _given(self, words: Sequence[str]) -> dict[str, Any]:
-        """What `words` set, and nothing else; raises ArgumentError unless `exit_on_error`."""
-        return vars(super().parse_known_args([self._expanded(word) for word in words])[0])
+    def _check_given(self, given: Mapping[str, Any], file: Recorded) -> None:
+        """Raise ToolkitError for a flag that contradicts the file."""
+        for name, value in given.items():
+            flag = self.flags[name]
+            if flag.config and value != file.config[flag.config]:
+                raise ToolkitError(
+                    f"--{name} {value} contradicts {file.path}, whose model has {name} "
+                    f"{file.config[flag.config]}: leave the flag out or name another model file"
+                )
+            reason = file.fixed.get(name) or flag.fixed
+            recorded = file.args.get(name)
+            if file.use == "resume" and reason and value != recorded:
+                raise ToolkitError(
+                    f"--{name} {value} contradicts {file.path}, which was trained with "
+                    f"{recorded}, and {reason}: leave the flag out, or train from the start "
+                    "without --resume"
+                )
+
+    def _recorded(
+        self, given: set[str], values: Mapping[str, Any], file: Recorded
+    ) -> dict[str, Any]:
+        """The flags to take from the file, where they are not `given`; `values` are the others."""
+        excluded = {self.flags[name].either for name in given} - {""}
+        model = {n: file.config[flag.config] for n, flag in self.flags.items() if flag.config}
+        kinds = {"resume": ("training", "run"), "finetune": ("training",)}.get(file.use, ())
+        # The configuration has the dropouts.
+        recorded = {**file.args, **file.config} if file.use == "finetune" else file.args
+        taken = {
+            name: recorded[name]
+            for name, flag in self.flags.items()
+            if flag.belongs in kinds and not flag.config and flag.either not in excluded
+            if name not in given and recorded.get(name) is not None
+        }
+        if file.use == "finetune":
+            if file.args.get("optimizer", "sgd") != "sgd":
+                taken.pop("lr", None)  # it is another optimiser's
+            print(f"From {file.path}: {self.spelled(taken)}")
+        split = file.args.get("split")
+        if "split" in self.flags and split and "split" not in given:
+            folder = Path(taken.get("data", values["data"]))
+            # The file's split is for its own text, which is a train.txt alone.
+            if not (folder / "valid.txt").exists() and not (folder / "test.txt").exists():
+                taken["split"] = split
+        for name, value in taken.items():
+            if not self.flags[name].accepts(value):
+                raise ToolkitError(
+                    f"{file.path} is damaged (its {self.flags[name].name} is {value!r}): give the "
+                    "flag, or train again with main.py"
+                )
+        if file.use == "resume" and "save" not in given:
+            taken["save"] = file.path
+        return model | taken
+
+    def _read(self, words: Sequence[str]) -> dict[str, Any]:
+        """What `words` set, and nothing else."""
+        return vars(super().parse_args([self._expanded(word) for word in words]))
 
     def _expanded(self, word: str) -> str:
         flag, equals, value = word.partition("=")
@@ -164,80 +280,3 @@ class Parser(argparse.ArgumentParser):
             return word
         matches = [classic for classic in self.classic if classic.startswith(flag)]
         return f"{matches[0]}{equals}{value}" if len(matches) == 1 else word
-
-
-def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as a dictionary of plain values, to be kept in a model file."""
-    return {name: value for name, value in vars(args).items() if name != "given"}
-
-
-# The types of flags. Each raises ArgumentTypeError.
-
-
-def positive_int(text: str) -> int:
-    """A whole number of 1 or more."""
-    return _number(text, int, lambda n: 1 <= n < _TOO_LARGE, "a whole number of 1 or more")
-
-
-def natural(text: str) -> int:
-    """A whole number of 0 or more."""
-    return _number(text, int, lambda n: 0 <= n < _TOO_LARGE, "a whole number of 0 or more")
-
-
-def seed(text: str) -> int:
-    """A seed that PyTorch and numpy both take."""
-    return _number(text, int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
-
-
-def vocabulary_size(text: str) -> int:
-    """A whole number of 3 or more."""
-    return _number(text, int, lambda n: 3 <= n < _TOO_LARGE, "a whole number of 3 or more")
-
-
-def positive(text: str) -> float:
-    """A finite number above 0."""
-    return _number(text, float, lambda x: 0 < x < math.inf, "a number above 0")
-
-
-def non_negative(text: str) -> float:
-    """A finite number of 0 or more."""
-    return _number(text, float, lambda x: 0 <= x < math.inf, "a number of 0 or more")
-
-
-def sharpness(text: str) -> float:
-    """A number from 0 to 1e30: products with a larger one overflow float32."""
-    return _number(text, float, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")
-
-
-def probability(text: str) -> float:
-    """A number in [0, 1)."""
-    return _number(text, float, lambda x: 0 <= x < 1, "in [0, 1)")
-
-
-def share_of_one(text: str) -> float:
-    """A number above 0, and at most 1."""
-    return _number(text, float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-
-
-def fraction(text: str) -> float:
-    """A number above 0 and below 1."""
-    return _number(text, float, lambda x: 0 < x < 1, "above 0 and below 1")
-
-
-def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], what: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not fits(value):
-        if kind is int and value is not None and value >= _TOO_LARGE:
-            what += " and below 2**63"
-        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-    return value
-
-
-_METAVARS = {
-    **dict.fromkeys((positive_int, natural, seed, vocabulary_size), "N"),
-    **dict.fromkeys((positive, non_negative, sharpness), "X"),
-    probability: "P",
-}

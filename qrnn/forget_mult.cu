@@ -35,7 +35,7 @@
 #error "define SCALAR as double, float, Float16 or BFloat16, and CHUNK as a number of steps"
 #endif
 
-#include "../kernels/scalars.cuh"
+#include "scalars.cuh"
 
 #ifdef __CUDACC__
 

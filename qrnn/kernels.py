@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import aligned, cuda
-from kernels.cuda import SCALARS, KernelUnavailable, available, requirement, wide  # noqa: F401
+from qrnn import cuda
+from qrnn.cuda import SCALARS, wide
 
 # Steps per chunk. The forward kernel stores the state before each chunk; the backward kernel holds
 # two chunks of every stream in registers. float64 is for checking gradients, not for speed.
@@ -42,15 +42,25 @@ BLOCK = 64  # threads per block, the kernels' launch bound
 _MAX_STEPS = 2**31 - 64  # the kernels count steps, and look two chunks ahead, in 32 bits
 
 
-def warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile and load every kernel for `dtype` on `device` now, such as before a graph capture.
+def forget_mult(
+    f: Tensor, x: Tensor, hidden_init: Tensor | None = None, reverse: bool = False
+) -> Tensor:
+    """As definition.forget_mult."""
+    return ForgetMultFunction.apply(f, x, hidden_init, reverse)
 
-    Raises TypeError for an unsupported dtype and KernelUnavailable without CuPy.
-    """
-    if dtype not in SCALARS:
-        raise TypeError(f"the QRNN kernels take {_dtype_names()}, not {dtype}")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    SOURCE.kernels(index, compile_options(dtype))
+
+def pool(
+    y: Tensor,
+    c_init: Tensor | None = None,
+    zoneout: Tensor | float | None = None,
+    output_gate: bool = True,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As definition.pool of `y + bias`."""
+    mask, scale = (zoneout, None) if isinstance(zoneout, Tensor) else (None, zoneout)
+    return QRNNFunction.apply(y, c_init, mask, scale, output_gate, reverse, lengths, bias)
 
 
 def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
@@ -119,7 +129,6 @@ def qrnn_forward(
     gate: bool,
     reverse: bool = False,
     lengths: Tensor | None = None,
-    out: Tensor | None = None,
     keep: bool = True,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -134,20 +143,16 @@ def qrnn_forward(
 
     or `h_t = c_t` without `gate`. `reverse` walks time from the end. `lengths`, int64 or int32
     (batch,), ends a batch column early: beyond its length `h` is 0 and nothing is read; a reverse
-    walk starts at the last valid step. `out`, (seq_len, batch, hidden), receives `h`; it may be a
-    slice of the columns of a wider tensor, as may `y`.
+    walk starts at the last valid step. `y` may be a slice of the columns of a wider tensor.
 
     Returns `h` (seq_len, batch, hidden), the last state (batch, hidden) and, with `keep`, the
     states for the backward pass.
     """
     y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths, bias)
-    _check(y, ("c0", c0, sizes[1:]), ("out", out, sizes))
-    h, h_row = _rows(_empty(sizes, y) if out is None else out)
-    if out is not None and h is not out:
-        raise ValueError("out must be contiguous, or a slice of the columns of such a tensor")
-    c_last = _empty(sizes[1:], y)
+    _check(y, ("c0", c0, sizes[1:]))
+    h, c_last = _empty(sizes, y), _empty(sizes[1:], y)
     states = _empty_states(y, sizes) if keep else None
-    outputs = (_contiguous(c0), h, h_row, states, c_last)
+    outputs = (_contiguous(c0), h, sizes[2], states, c_last)
     _launch_columns(_FORWARD[gate, mask is not None], y, sizes, reverse, (*inputs, *outputs))
     return h, c_last, states
 
@@ -169,8 +174,8 @@ def qrnn_backward(
 
     `grad_h` (seq_len, batch, hidden) and `grad_c_last` (batch, hidden) may be None for zeros;
     `states` is the third result of `qrnn_forward`. The initial state's gradient is computed if
-    `need_c0`, the bias's if there is a bias. The gradient of `y` has aligned rows
-    (`kernels.aligned.empty`).
+    `need_c0`, the bias's if there is a bias. The rows of the gradient of `y` begin at multiples of
+    16 bytes, as the fastest matrix products require.
     """
     y, sizes, inputs = _layer_inputs(y, mask, scale, gate, lengths, bias)
     _check(y, ("grad_h", grad_h, sizes), ("grad_c_last", grad_c_last, sizes[1:]))
@@ -242,65 +247,6 @@ class QRNNFunction(torch.autograd.Function):
         options = (mask, *ctx.options, lengths, ctx.needs_input_grad[1], bias)
         grads = qrnn_backward(grad_h, grad_c_last, y, states, *options)
         return *grads[:2], *(None,) * 5, grads[2]
-
-
-class BidirectionalQRNNFunction(torch.autograd.Function):
-    """Both directions of a layer, written side by side without a copy.
-
-    `BidirectionalQRNNFunction.apply(y, y_reverse, c0, mask, mask_reverse, scale, gate, lengths)`
-    takes each direction's `y` and mask as `qrnn_forward` does, and `c0` (2, batch, hidden),
-    forwards first, or None. Returns `h` (seq_len, batch, 2 * hidden) and the last states
-    (2, batch, hidden).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        y_reverse: Tensor,
-        c0: Tensor | None,
-        mask: Tensor | None = None,
-        mask_reverse: Tensor | None = None,
-        scale: float | None = None,
-        gate: bool = True,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        sizes = _sizes(y, 3 if gate else 2)
-        _check(y, ("c0", c0, torch.Size((2, *sizes[1:]))))
-        h = _empty(torch.Size((*sizes[:2], 2 * sizes[2])), y)
-        states, last_states = [], []
-        for reverse, source, zoneout in ((False, y, mask), (True, y_reverse, mask_reverse)):
-            initial = None if c0 is None else c0[int(reverse)]
-            half = h[..., reverse * sizes[2] : (reverse + 1) * sizes[2]]
-            options = (scale, gate, reverse, lengths, half, any(ctx.needs_input_grad))
-            _, c_last, kept = qrnn_forward(source, initial, zoneout, *options)
-            states.append(kept)
-            last_states.append(c_last)
-        ctx.save_for_backward(y, y_reverse, mask, mask_reverse, lengths, *states)
-        ctx.options = scale, gate
-        ctx.set_materialize_grads(False)
-        return h, torch.stack(last_states)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_h: Tensor | None, grad_c_last: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if grad_h is None and grad_c_last is None:
-            return (None,) * 8
-        y, y_reverse, mask, mask_reverse, lengths, *states = ctx.saved_tensors
-        scale, gate = ctx.options
-        need_c0 = ctx.needs_input_grad[2]
-        halves = (None, None) if grad_h is None else grad_h.chunk(2, dim=2)
-        grads_y, grads_c0 = [], []
-        for reverse, source, zoneout in ((False, y, mask), (True, y_reverse, mask_reverse)):
-            side = int(reverse)
-            last = None if grad_c_last is None else grad_c_last[side]
-            options = (zoneout, scale, gate, reverse, lengths, need_c0)
-            grads = qrnn_backward(halves[side], last, source, states[side], *options)
-            grads_y.append(grads[0])
-            grads_c0.append(grads[1])
-        return *grads_y, torch.stack(grads_c0) if need_c0 else None, *(None,) * 5
 
 
 def _forget_mult_inputs(f: Tensor, x: Tensor, sizes: torch.Size) -> tuple:
@@ -412,7 +358,8 @@ def _empty(shape: torch.Size, like: Tensor, dtype: torch.dtype | None = None) ->
 
 def _empty_rows(shape: torch.Size, like: Tensor) -> Tensor:
     """As `_empty`, with aligned rows."""
-    padded = torch.Size((*shape[:-1], aligned.row(shape[-1], like)))
+    line = max(1, 16 // like.element_size())
+    padded = torch.Size((*shape[:-1], -(-shape[-1] // line) * line))
     return _empty(padded, like)[..., : shape[-1]]
 
 

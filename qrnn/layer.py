@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from kernels.aligned import Linear
-from qrnn.forget_mult import adds_bias, qrnn_pool, qrnn_pool_both_ways, valid_steps
+from qrnn.definition import valid_steps
+from qrnn.forget_mult import pool
 
 
 class QRNNLayer(nn.Module):
@@ -21,11 +21,13 @@ class QRNNLayer(nn.Module):
 
     `hidden_size` defaults to `input_size`. `zoneout` is the probability that a unit keeps its last
     state. `save_prev_x` keeps the inputs that the window needs at the next call, detached, until
-    `reset()`. `use_cuda=False` uses PyTorch operations on a GPU too. `reverse` walks time from its
-    end, and the window then looks ahead.
+    `reset()`. `use_cuda=False` uses PyTorch operations on a GPU too, and the attribute `plain` set
+    to True the definition. `reverse` walks time from its end, and the window then looks ahead.
 
     Raises ValueError for a window below 1, a zoneout outside [0, 1), or `save_prev_x` in reverse.
     """
+
+    plain = False
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class QRNNLayer(nn.Module):
         self.use_cuda = use_cuda
         self.reverse = reverse
         self.prevX: Tensor | None = None
-        self.linear = Linear(window * input_size, (3 if output_gate else 2) * self.hidden_size)
+        self.linear = nn.Linear(window * input_size, (3 if output_gate else 2) * self.hidden_size)
 
     def reset(self) -> None:
         """Forget the inputs kept from the last call."""
@@ -71,19 +73,25 @@ class QRNNLayer(nn.Module):
         (1, batch, hidden_size). Raises ValueError if the kept inputs have another batch size, or
         for `save_prev_x` together with `lengths`.
         """
-        # A WeightDrop may wrap the linear map.
-        linear = getattr(self.linear, "module", self.linear)
-        bias = None
-        if isinstance(linear, Linear) and adds_bias(X, self.use_cuda):
-            y, bias = self.linear(self._windowed(X, lengths), with_bias=False), linear.bias
-        else:
-            y = self.project(X, lengths)
-        options = (self.zoneout_factor(y), self.output_gate, self.reverse, lengths, self.use_cuda)
-        return qrnn_pool(y, hidden, *options, bias)
+        y, bias = self.project(X, lengths)
+        return pool(
+            y,
+            hidden,
+            self.zoneout_factor(y),
+            output_gate=self.output_gate,
+            reverse=self.reverse,
+            lengths=lengths,
+            bias=bias,
+            use_cuda=self.use_cuda,
+            plain=self.plain,
+        )
 
-    def project(self, X: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The linear map of the windowed input: Z | F | O, (seq_len, batch, 3 * hidden_size)."""
-        return self.linear(self._windowed(X, lengths))
+    def project(self, X: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The linear map of the windowed input: Z | F | O, (seq_len, batch, 3 * hidden_size).
+
+        The second result is a bias that is still to be added, or None.
+        """
+        return self.linear(self.windowed(X, lengths)), None
 
     def zoneout_factor(self, y: Tensor) -> Tensor | float | None:
         """The forget gate's factor: a new mask in training, a number in evaluation, or None."""
@@ -97,7 +105,7 @@ class QRNNLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"window={self.window}, zoneout={self.zoneout}, output_gate={self.output_gate}"
 
-    def _windowed(self, X: Tensor, lengths: Tensor | None) -> Tensor:
+    def windowed(self, X: Tensor, lengths: Tensor | None) -> Tensor:
         """`[X_t, X_{t-1}, ...]` side by side: (seq_len, batch, window * input_size).
 
         One product of the concatenation moves fewer bytes than one product for each place in the
@@ -213,26 +221,16 @@ class QRNN(nn.Module):
             first = i * self.directions
             state = None if hidden is None else hidden[first : first + self.directions]
             if self.bidirectional:
-                x, last = self._both_ways(layer, self.layers_reverse[i], x, state, lengths)
+                backwards = self.layers_reverse[i]
+                h, last = layer(x, None if state is None else state[:1], lengths)
+                h_back, last_back = backwards(x, None if state is None else state[1:], lengths)
+                x, last = torch.cat([h, h_back], dim=2), torch.cat([last, last_back])
             else:
                 x, last = layer(x, state, lengths)
             last_states.append(last)
             if i < self.num_layers - 1:
                 x = functional.dropout(x, self.dropout, self.training)
         return x, torch.cat(last_states)
-
-    @staticmethod
-    def _both_ways(
-        layer: QRNNLayer,
-        reverse: QRNNLayer,
-        x: Tensor,
-        state: Tensor | None,
-        lengths: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        y, y_reverse = layer.project(x, lengths), reverse.project(x, lengths)
-        zoneout = (layer.zoneout_factor(y), reverse.zoneout_factor(y_reverse))
-        options = (zoneout, layer.output_gate, lengths, layer.use_cuda)
-        return qrnn_pool_both_ways(y, y_reverse, state, *options)
 
 
 def _packed_like(packed: PackedSequence, output: Tensor, lengths: Tensor) -> PackedSequence:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from continuous_cache import ContinuousCache
-from model import RNNModel
-from splitcross import SplitCrossEntropyLoss
+from loss import TrainingLoss
 from utils import get_batch
 
 
@@ -23,19 +22,15 @@ class Piece(NamedTuple):
 
 @torch.inference_mode()
 def pieces(
-    model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
-    source: Tensor,
-    bptt: int,
-    max_batches: int | None = None,
+    network: TrainingLoss, source: Tensor, bptt: int, max_batches: int | None = None
 ) -> Iterator[Piece]:
-    """Run the model once over `source` (rows, 1), `bptt` positions at a time.
+    """Run the network once over `source` (rows, 1), `bptt` positions at a time.
 
     The hidden state is carried, so `bptt` changes only the size of the pieces. Together they hold
     every word but the first, `rows - 1` in all. `max_batches` stops early.
     """
-    model.eval()
-    hidden = model.init_hidden(1)
+    network.eval()
+    model, criterion, hidden = network.model, network.criterion, network.init_hidden(1)
     for chunk, i in enumerate(range(0, source.size(0) - 1, bptt)):
         if chunk == max_batches:
             break

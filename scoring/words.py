@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cli import plotting
+from scoring import plotting
 
 
 class Change(NamedTuple):

@@ -22,12 +22,12 @@ import finetune
 import generate
 import main
 import pointer
-from cli.signals import Stopped
-from training import engine
+import training
+from run.signals import Stopped
 from utils import ToolkitError
 
 CORPUS, FOLDER = sys.argv[1:]
-DRAW = engine.draw_seq_len
+DRAW = training.draw_seq_len
 
 
 def call(script, path, *flags, stop_at=None):
@@ -40,7 +40,7 @@ def call(script, path, *flags, stop_at=None):
             signal.raise_signal(signal.SIGTERM)
         return DRAW(*args)
 
-    engine.draw_seq_len = draw
+    training.draw_seq_len = draw
     try:
         script.main([str(flag) for flag in (*flags, "--save", path)])
     except Stopped:
@@ -84,5 +84,5 @@ test_replayed_steps_are_the_eager_ones("MOGRIFIER", "sgd")
 eager, graphed = make("MOGRIFIER"), make("MOGRIFIER", graphs=True)
 for step in (eager, graphed):
     train(step, (1, 2))
-    step.loss.gamma = 5.0
+    step.network.gamma = 5.0
 assert train(graphed, (2,)) == pytest.approx(train(eager, (2,)), rel=1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli import program
+from run import program
 
 ROOT = Path(__file__).resolve().parent.parent
 # The full corpora, beside the repository; tests that need them are skipped without them.

@@ -22,6 +22,7 @@ from conftest import TINY, assert_same
 import checkpoint
 import main
 import nt_asgd
+from run import program
 
 
 def switch_after_two_epochs(self, loss):
@@ -65,6 +66,7 @@ def assert_same_files(path, other):
 def survive(corpus, folder, cell, kills):
     """Train once undisturbed, then with `kills` kills in total; all runs must end equal."""
     torch.set_num_threads(1)
+    program.start_optimizers_sooner()
     nt_asgd.NonMonotonicTrigger.update = switch_after_two_epochs
     folder = Path(folder)
     few = ["--max-batches", 12, "--save-every", 0]

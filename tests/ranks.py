@@ -10,8 +10,11 @@ import os
 import runpy
 import socket
 import sys
+from pathlib import Path
 
 import torch._dynamo  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def run(ranks, command):

@@ -91,68 +91,8 @@ def pointer_losses(
     return losses
 
 
-def naive_forget_mult(f, x, h0, reverse):
-    """`h_t = f_t * x_t + (1 - f_t) * h_{t-1}` (`h_{t+1}` in reverse), step by step."""
-    steps = range(len(x) - 1, -1, -1) if reverse else range(len(x))
-    h = torch.zeros_like(x[0]) if h0 is None else h0
-    result = [None] * len(x)
-    for t in steps:
-        h = f[t] * x[t] + (1 - f[t]) * h
-        result[t] = h
-    return torch.stack(result)
-
-
-def naive_qrnn(y, c0, mask, scale, gate, reverse, lengths):
-    """A layer's recurrence on its linear map's output `y`, column by column and step by step."""
-    hidden = y.size(2) // (3 if gate else 2)
-    z, f, *o = y.split(hidden, dim=2)
-    f = f.sigmoid() * (1 if mask is None else mask) * (1 if scale is None else scale)
-    z, o = z.tanh(), o[0].sigmoid() if gate else torch.ones_like(z)
-    # One unbind, because each indexing step would have a full tensor of zeros as its gradient.
-    zs, fs, os = ([column.unbind() for column in part.unbind(1)] for part in (z, f, o))
-    h_columns, last_columns = [], []
-    for b in range(y.size(1)):
-        length = len(y) if lengths is None else int(lengths[b])
-        c = torch.zeros_like(z[0, 0]) if c0 is None else c0[b]
-        h = [torch.zeros_like(c)] * len(y)
-        for t in range(length - 1, -1, -1) if reverse else range(length):
-            c = fs[b][t] * zs[b][t] + (1 - fs[b][t]) * c
-            h[t] = os[b][t] * c
-        h_columns.append(torch.stack(h))
-        last_columns.append(c)
-    return torch.stack(h_columns, dim=1), torch.stack(last_columns)
-
-
 def assert_near(actual, expected, tolerance, what):
     """Shapes equal, and no error above `tolerance` relative to 1 + |expected|."""
     assert actual.shape == expected.shape, what
     error = ((actual.double().cpu() - expected).abs() / (1 + expected.abs())).max().item()
     assert error <= tolerance, f"{what}: off by {error:.2e}, more than {tolerance:.0e}"
-
-
-def eager_and_compiled(layer, x):
-    """Output, last state and gradients of a QRNN layer, eagerly and through torch.compile."""
-    results = []
-    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        output, last = call(x)
-        grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
-        results.append([output, last, *grads])
-    return results
-
-
-def naive_update(
-    p: Tensor,
-    grad: Tensor | None,
-    average: Tensor | None,
-    lr: float,
-    decay: float,
-    scale: float,
-    weight: float,
-) -> tuple[Tensor, Tensor | None]:
-    """NT-ASGD's step in float64; what has no gradient, or no average, stays as it is."""
-    p = p.detach().double()
-    if grad is not None:
-        p = p - lr * (scale * grad.double() + decay * p)
-    if average is not None:
-        average = average.double() + weight * (p - average.double())
-    return p, average

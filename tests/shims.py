@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from kernels import cuda
+from qrnn import cuda
 
 SHIM = Path(__file__).with_name("shim")
 ARCHITECTURES = [80, 90]  # of A100 and H100
@@ -57,12 +56,9 @@ class ShimLauncher:
         self.libraries = {each: ctypes.CDLL(str(path)) for each, path in paths.items()}
         for library in self.libraries.values():
             library.kernel_parameters.restype = library.launch_kernel.restype = ctypes.c_char_p
-            library.kernel_sizes.restype = ctypes.POINTER(ctypes.c_size_t)
             for name in source.names:
                 kinds = library.kernel_parameters(name.encode()).decode()
-                assert not set(kinds) - set("pids"), f"a parameter of {name} is not 64 bits wide"
-                sizes = library.kernel_sizes(name.encode())[: len(kinds)]
-                assert sum(sizes) <= 4096, f"{name} has {sum(sizes)} bytes of parameters"
+                assert not set(kinds) - set("pid"), f"a parameter of {name} is not 64 bits wide"
         self.launched: list[str] = []
 
     def __call__(self, name, options, device, grid, block, arguments, shared=0) -> None:
@@ -71,18 +67,12 @@ class ShimLauncher:
         assert grid[0] >= 1, "an empty grid is an error of the driver's"
         library = self.libraries[options]
         kinds = library.kernel_parameters(name.encode()).decode()
-        assert [type(argument) for argument in arguments] == [
-            {"d": float, "s": np.ndarray}.get(kind, int) for kind in kinds
-        ], (name, kinds, arguments)
-        values = []
-        sizes = library.kernel_sizes(name.encode())[: len(kinds)]
-        for kind, size, argument in zip(kinds, sizes, arguments, strict=True):
-            if kind == "s":
-                # CuPy takes only arrays of one element; the driver reads the struct's size.
-                assert (argument.size, argument.nbytes) == (1, size), (name, argument.dtype)
-                values.append((ctypes.c_char * size).from_buffer(argument))
-            else:
-                values.append((ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument))
+        expected = [float if kind == "d" else int for kind in kinds]
+        assert [type(argument) for argument in arguments] == expected, (name, kinds, arguments)
+        values = [
+            (ctypes.c_double if kind == "d" else ctypes.c_longlong)(argument)
+            for kind, argument in zip(kinds, arguments, strict=True)
+        ]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         # The driver's default limit per block.
         assert 0 <= shared <= 48 << 10

@@ -15,9 +15,10 @@ from shims import (
     needs_compiler,
 )
 
-from kernels import aligned, cuda
-from kernels import cross_entropy as kernel
-from splitcross import SplitCrossEntropyLoss
+from fast import cross_entropy as kernel
+from fast import linear
+from fast.splitcross import FastSplitCrossEntropyLoss
+from qrnn import cuda
 
 DTYPES = list(cuda.SCALARS)
 # Largest error, relative to 1 + |reference|: of the losses, and of gradients of at most 1.
@@ -61,7 +62,7 @@ def shim(launcher, monkeypatch):
     monkeypatch.setattr(kernel, "THREADS", 64)
     monkeypatch.setattr(kernel.SOURCE, "launch", launcher)
     monkeypatch.setattr(kernel, "_empty", canaries.empty)
-    monkeypatch.setattr(kernel, "suits", lambda device, dtype: True)
+    monkeypatch.setattr(kernel, "is_usable", lambda device, dtype: True)
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 1)
     yield canaries
     canaries.check()
@@ -191,7 +192,7 @@ class TestAgainstTheDefinition:
 class TestWithinTheLoss:
     @pytest.fixture(autouse=True)
     def as_on_a_gpu(self, shim, monkeypatch):
-        monkeypatch.setattr(aligned, "suits", lambda tensor: True)
+        monkeypatch.setattr(linear, "_on_gpu", lambda tensor: True)
 
     @pytest.mark.parametrize("splits", [[], [4, 9]])
     def test_gradients_against_finite_differences(self, launcher, splits):
@@ -199,7 +200,7 @@ class TestWithinTheLoss:
         factory = {"dtype": torch.float64, "requires_grad": True}
         weight, bias = torch.randn(13, 3, **factory), torch.randn(13, **factory)
         hiddens, targets = torch.randn(5, 3, **factory), torch.tensor([0, 5, 12, 3, 9])
-        criterion = SplitCrossEntropyLoss(3, splits).double()
+        criterion = FastSplitCrossEntropyLoss(3, splits).double()
         for p in criterion.parameters():
             torch.nn.init.normal_(p)
         inputs = (weight, bias, hiddens, *criterion.parameters())
@@ -215,10 +216,10 @@ class TestWithinTheLoss:
         torch.manual_seed(0)
         weight, bias = torch.randn(13, 5, requires_grad=True), torch.randn(13, requires_grad=True)
         hiddens, targets = torch.randn(7, 5, requires_grad=True), torch.randint(13, (7,))
-        criterion = SplitCrossEntropyLoss(5, [])
+        criterion = FastSplitCrossEntropyLoss(5, [])
         inputs = (weight, bias, hiddens)
         whole = torch.autograd.grad(criterion(*inputs, targets), inputs)
-        monkeypatch.setattr("splitcross._MAX_LOGITS", 3 * 13)
+        monkeypatch.setattr("fast.splitcross.MAX_LOGITS", 3 * 13)
         parts = torch.autograd.grad(criterion(*inputs, targets), inputs)
         torch.testing.assert_close(parts, whole)
 
@@ -226,7 +227,7 @@ class TestWithinTheLoss:
         torch.manual_seed(0)
         weight, bias = torch.randn(90, 16, requires_grad=True), torch.randn(90, requires_grad=True)
         hiddens, targets = torch.randn(40, 16, requires_grad=True), torch.randint(90, (40,))
-        criterion = SplitCrossEntropyLoss(16, [])
+        criterion = FastSplitCrossEntropyLoss(16, [])
         inputs = (weight, bias, hiddens)
         exact = torch.nn.functional.cross_entropy(hiddens @ weight.t() + bias, targets)
         expected = torch.autograd.grad(exact, inputs)
@@ -242,7 +243,7 @@ class TestWithinTheLoss:
         torch.manual_seed(0)
         weight, bias, hiddens = torch.randn(13, 5), torch.randn(13), torch.randn(7, 5)
         targets = torch.randint(13, (7,))
-        loss = SplitCrossEntropyLoss(5, [])(weight, bias, hiddens, targets)
+        loss = FastSplitCrossEntropyLoss(5, [])(weight, bias, hiddens, targets)
         logits = hiddens @ weight.t() + bias
         expected = -logits.log_softmax(dim=1)[torch.arange(7), targets].mean()
         torch.testing.assert_close(loss, expected)
@@ -258,15 +259,15 @@ class TestErrors:
         with pytest.raises(ValueError, match="the softmax's CUDA kernels take CUDA tensors"):
             kernel.loss_and_gradient_(torch.zeros(3, 5), torch.zeros(3).long())
 
-    def test_what_suits(self, monkeypatch):
-        loads = []
-        monkeypatch.setattr(kernel.SOURCE, "loads", lambda *key: loads.append(key) or True)
-        assert kernel.suits(torch.device("cuda", 1), torch.bfloat16)
-        assert loads == [(1, ("-DSCALAR=BFloat16", "-DTHREADS=512"))]
-        assert not kernel.suits(torch.device("cpu"), torch.float32)
-        assert not kernel.suits(torch.device("cuda", 0), torch.int32)
-        monkeypatch.setattr(kernel.SOURCE, "loads", lambda *key: False)
-        assert not kernel.suits(torch.device("cuda", 1), torch.bfloat16)
+    def test_where_it_is_usable(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(kernel.SOURCE, "problem", lambda *key: asked.append(key) or "")
+        assert kernel.is_usable(torch.device("cuda", 1), torch.bfloat16)
+        assert asked == [(1, ("-DSCALAR=BFloat16", "-DTHREADS=512"))]
+        assert not kernel.is_usable(torch.device("cpu"), torch.float32)
+        assert not kernel.is_usable(torch.device("cuda", 0), torch.int32)
+        monkeypatch.setattr(kernel.SOURCE, "problem", lambda *key: "no NVRTC")
+        assert not kernel.is_usable(torch.device("cuda", 1), torch.bfloat16)
 
 
 @needs_compiler

@@ -12,12 +12,12 @@ from test_training_step import Recorder
 
 import checkpoint
 import dynamiceval
+import fast
 from data import Corpus
 from dynamic_evaluation import DynamicEvaluation
+from fast.cuda_graphs import GraphedStep
 from loss import TrainingLoss
-from training import engine
-from training.cuda_graphs import GraphedStep
-from training.step import TrainingStep
+from training import TrainingStep, evaluate
 from utils import batchify
 
 LINE = re.compile(r"\| End of dynamic evaluation \| (val|test) loss +(\S+) \| \1 ppl +(\S+)")
@@ -124,7 +124,7 @@ def test_it_is_the_loop_written_out(cell, way, models, script, corpus_dir, tmp_p
     ]
     ppl, _ = call(script, *flags)
     assert ppl == pytest.approx(expected, rel=1e-4, abs=0.006)
-    static = engine.evaluate(*network, batchify(corpus.test, 1), 10)
+    static = evaluate(TrainingLoss(*network), batchify(corpus.test, 1), 10)
     assert abs(expected[1] - math.exp(static)) > 0.05  # learning has an effect
     assert path.read_bytes() == before
 
@@ -135,7 +135,7 @@ def test_without_a_rate_and_a_pull_it_is_the_test_score(cell, models, script, co
     flags = ["--data", corpus_dir, "--save", path, "--lr", 0, "--lamb", 0, "--batch_size", 9]
     corpus = Corpus(corpus_dir, checkpoint.load(path).dictionary)
     network = checkpoint.rebuild(checkpoint.load(path), CPU)
-    expected = math.exp(engine.evaluate(*network, batchify(corpus.test, 1), 10))
+    expected = math.exp(evaluate(TrainingLoss(*network), batchify(corpus.test, 1), 10))
     assert call(script, *flags)[0][1] == pytest.approx(expected, abs=0.006)
 
 
@@ -184,14 +184,12 @@ def test_recorded_and_replayed_it_is_the_same(sgd, models):
         params = list(model.parameters())
         rms = None if sgd else [torch.full_like(p, 1e-3) for p in params]
         optimizer = DynamicEvaluation(params, rms, 0.1 if sgd else 1e-4, 0.01, 1e-4)
-        options = {"bptt": 5, "clip": 0.0}
-        network = TrainingLoss(model, criterion)
-        model.dropout = model.dropouth = model.dropouti = model.dropoute = 0.0
-        step = TrainingStep(network, optimizer, source, **options)
+        network = TrainingLoss(model, criterion).eval()
+        step = TrainingStep(network, optimizer, source, bptt=5, clip=0.0)
+        fast.choose(network, optimizer, step)
         if recorded:
-            step = GraphedStep(network, optimizer, source, record=0, **options)
-            step._record = Recorder(step)
-        step.begin()
+            step.__class__ = GraphedStep
+            step.set_up(record=Recorder(step))
         while step.row < len(source) - 1:
             step.take(min(5, len(source) - 1 - step.row), 5)
         losses.append(step.total.item() / step.row)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from cli import flags, resuming
-from cli.parser import ARCHITECTURE, CLASSIC, VERSION, plain
+from cli import flags
+from cli.parser import CLASSIC, VERSION, Recorded
 from cli.presets import COMMANDS
-from model import DROPOUTS
 from utils import ToolkitError
 
 TRAINING = {
@@ -61,41 +60,68 @@ def test_every_classic_abbreviation_still_works(script):
             if flag.startswith("--drop") or flag == "--wdrop":
                 value = "0.5"
             argv = [short] if value is None else [short, value]
-            args = parser_of(script).parse_args(argv)
-            assert args.given == {flag.removeprefix("--").replace("-", "_")}, short
+            line = parser_of(script).given(argv).line
+            assert {*line} == {flag.removeprefix("--").replace("-", "_")}, short
             if value is not None:
-                joined = parser_of(script).parse_args([f"{short}={value}"])
-                assert vars(joined) == vars(args)
+                assert parser_of(script).given([f"{short}={value}"]).line == line
 
 
-def test_given_flags():
-    args = parser_of("main").parse_args("--lr 30 --when 3 4 --no-cuda".split())
-    assert args.given == {"lr", "when", "cuda"}
-    assert args.cuda is False
-    assert "given" not in plain(args)
-    rates = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.65, "dropoute": 0.1, "wdrop": 0.5}
-    assert rates.items() <= flags.dropouts(args).items()
-    assert tuple(flags.dropouts(args)) == DROPOUTS
+def test_given_flags_and_dropouts():
+    argv = "--lr 30 --when 3 4 --no-cuda".split()
+    assert parser_of("main").given(argv).line == {"lr": 30.0, "when": [3, 4], "cuda": False}
+    args = parser_of("main").parse_args(argv)
+    assert flags.dropouts(args) == {
+        "dropout": 0.4, "dropouth": 0.3, "dropouti": 0.65, "dropoute": 0.1, "wdrop": 0.5,
+    }  # fmt: skip
 
 
-TRAINED = {"args": {"lr": 7.0, "clip": 0.5, "when": [3], "other": 1}, "position": None, "epoch": 2}
+def test_the_default_rate_depends_on_optimiser_and_cell(capsys):
+    for argv, rate in (([], 30), (["--model", "GRU"], 5), (["--optimizer", "adam"], 0.001)):
+        assert parser_of("main").parse_args(argv).lr == rate
+        expected = f"--lr is {rate:g} here, not 30\n" if argv else ""
+        assert capsys.readouterr().out == expected
+        assert parser_of("main").parse_args([*argv, "--lr", "7"]).lr == 7
+
+
+CONFIG = {"rnn_type": "GRU", "ninp": 8, "nhid": 9, "nlayers": 2, "dropouth": 0.2, "wdrop": 0.0}
+
+
+def settled(script, argv, use, recorded, **fixed):
+    parser = parser_of(script)
+    return parser.settle(parser.given(argv), Recorded("m.pt", use, CONFIG, recorded, fixed))
 
 
 def resumed(argv, **recorded):
-    args = parser_of("main").parse_args(argv)
-    training = {**TRAINED, "args": {**TRAINED["args"], **recorded}}
-    resuming.resume_flags(args, parser_of("main"), training, "m.pt")
-    return args
+    return settled("main", argv, "resume", {"lr": 7.0, "clip": 0.5, "when": [3], **recorded})
 
 
 def test_a_resumed_run_takes_what_is_not_given():
-    args = resumed(["--lr", "3"])
-    assert (args.lr, args.clip, args.when) == (3, 0.5, [3])
-    assert args.given == {"lr"}
-    # A flag equal to the recorded one does not count as given.
-    args = resumed(["--lr", "7", "--when", "3", "--save", "m.pt", "--clip", "2"], save="m.pt")
-    assert (args.lr, args.clip, args.save) == (7, 2, "m.pt")
-    assert args.given == {"clip", "save"}
+    args = resumed(["--lr", "3", "--epochs", "9"], epochs=4, cuda=True, max_batches=3, other=1)
+    assert (args.lr, args.clip, args.when, args.epochs) == (3, 0.5, [3], 9)
+    assert (args.model, args.emsize, args.nhid, args.nlayers) == ("GRU", 8, 9, 2)
+    # These belong to a call, not to a run.
+    assert (args.cuda, args.max_batches, args.save) == (None, None, "m.pt")
+    assert resumed(["--save", "n.pt"], save="o.pt").save == "n.pt"
+    # A recorded rate stays, even if it is another cell's default.
+    assert resumed([], lr=30.0).lr == 30
+
+
+@pytest.mark.parametrize(
+    ("argv", "fixed", "message"),
+    [
+        ("--model LSTM", {}, "--model LSTM contradicts m.pt, whose model has model GRU"),
+        ("--nhid 10", {}, "--nhid 10 contradicts m.pt, whose model has nhid 9"),
+        ("--seed 2", {}, "--seed 2 contradicts m.pt, .* with 1, and its random states"),
+        ("--optimizer adam", {}, "--optimizer adam contradicts m.pt, .* with sgd"),
+        ("--batch_size 5", {"batch_size": "why"}, "--batch_size 5 contradicts .* and why"),
+    ],
+)
+def test_a_flag_that_would_make_it_another_run_is_refused(argv, fixed, message):
+    recorded = {"seed": 1, "optimizer": "sgd", "batch_size": 4}
+    with pytest.raises(ToolkitError, match=message):
+        settled("main", argv.split(), "resume", recorded, **fixed)
+    again = "--model GRU --nhid 9 --seed 1 --optimizer sgd --batch_size 4".split()
+    assert settled("main", again, "resume", recorded, **fixed).batch_size == 4
 
 
 @pytest.mark.parametrize(
@@ -111,28 +137,35 @@ def test_flags_recorded_in_a_file_are_checked(bad):
 
 
 def test_finetuning_takes_what_shapes_training(capsys):
-    config = {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4, "wdrop": 0.0}
     recorded = {"alpha": 0.0, "clip": 1.0, "lr": 7.0, "seed": 3, "optimizer": "adam", "epochs": 9,
                 "fixed_length": True, "partial_shuffle": False, "precision": None}  # fmt: skip
 
     def taken(argv, **more):
-        args = parser_of("finetune").parse_args(argv)
-        parser = parser_of("finetune")
-        resuming.finetune_flags(args, parser, config, {**recorded, **more}, "m.pt")
+        args = settled("finetune", argv, "finetune", {**recorded, **more})
         return args, capsys.readouterr().out
 
-    args, out = taken(["--dropouth", "0.5"])
-    unset = dict.fromkeys(DROPOUTS, 0.0)
-    assert flags.dropouts(args) == {**unset, **config, "dropouth": 0.5}
+    args, out = taken(["--dropouti", "0.5"])
+    assert (args.dropouth, args.dropouti, args.wdrop) == (0.2, 0.5, 0)
     # Adam's rate is not taken, as finetuning uses SGD.
-    assert (args.alpha, args.clip, args.lr, args.fixed_length) == (0, 1, 30, True)
+    assert (args.alpha, args.clip, args.lr, args.fixed_length) == (0, 1, 5, True)
     assert (args.seed, args.epochs) == (1111, 8000)
     assert out == (
-        "From m.pt: --alpha 0.0 --clip 1.0 --dropout 0.1 --dropoute 0.4 --dropouti 0.3 "
-        "--fixed-length --wdrop 0.0\n"
+        "From m.pt: --alpha 0.0 --clip 1.0 --dropouth 0.2 --fixed-length --wdrop 0.0\n"
+        "--lr is 5 here, not 30\n"
     )
     args, _ = taken(["--max-seq-len", "9"], optimizer="sgd")
     assert (args.lr, args.fixed_length, args.max_seq_len) == (7, False, 9)
+
+
+def test_a_split_is_the_file_s_where_the_folder_has_a_train_txt_alone(tmp_path):
+    (tmp_path / "train.txt").write_text("a\n")
+    argv, recorded = ["--data", str(tmp_path)], {"split": [0.1, 0.2]}
+    for script, use in (("finetune", "finetune"), ("main", "start"), ("pointer", "start")):
+        assert settled(script, argv, use, recorded).split == [0.1, 0.2]
+        given = [*argv, "--split", "0.3", "0.3"]
+        assert settled(script, given, use, recorded).split == [0.3, 0.3]
+    (tmp_path / "valid.txt").write_text("a\n")
+    assert settled("finetune", argv, "finetune", recorded).split is None
 
 
 BAD_FLAGS = {
@@ -201,21 +234,21 @@ def test_version(name, script):
     status, out, _ = script(name, "--version")
     assert status == 0
     assert f" {VERSION} (torch {torch.__version__})\n" in out
-    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f"## {VERSION}, " in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("row", COMMANDS)
 def test_a_preset_is_the_published_command(row, capsys):
     for name, published in COMMANDS[row].items():
         given = parser_of(name).parse_args(shlex.split(published))
+        capsys.readouterr()
         preset = parser_of(name).parse_args(["--preset", row])
-        assert plain(preset) == {**plain(given), "preset": row}
-        assert preset.given == (given.given - {"data", "save", "seed"}) | {"preset"}
+        assert vars(preset) == {**vars(given), "preset": row}
         # The printed flags are equivalent to the preset.
-        (said,) = capsys.readouterr().out.splitlines()
-        assert said.startswith(f"--preset {row}: --")
-        spelled = parser_of(name).parse_args(shlex.split(said.split(": ", 1)[1]))
-        assert {**plain(spelled), "preset": row} == plain(preset)
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.startswith(f"--preset {row}: --")
+        spelled = parser_of(name).parse_args(shlex.split(line.split(": ", 1)[1]))
+        assert {**vars(spelled), "preset": row} == vars(preset)
 
 
 def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
@@ -225,25 +258,24 @@ def test_a_flag_overrides_a_preset_on_either_side_of_it(capsys):
         ["--lr", "0.5", "--when", "7", "--pres", "ptbc"],
     ):
         args = parser_of("main").parse_args(argv)
-        assert (args.lr, args.when, args.nhid) == (0.5, [7], 1000)
+        assert (args.lr, args.when, args.nhid, args.dropouti) == (0.5, [7], 1000, 0.1)
         out = capsys.readouterr().out
         assert "--nhid 1000" in out
         assert "--lr" not in out
         assert "--when" not in out
-    assert {"lr", "nhid", "dropouth"} <= args.given
-    # A resumed run takes these three from the file.
-    assert not {"data", "save", "seed"} & args.given
-    assert {"dropouti"} <= args.given
-    assert flags.dropouts(args)["dropouti"] == 0.1
 
 
 def test_a_preset_in_a_resumed_run_sets_the_architecture_alone(capsys):
     argv = ["--preset", "wt103", "--resume", "m.pt", "--epochs", "20"]
-    args = parser_of("main").parse_args(argv)
-    assert args.given == {"preset", "resume", "epochs", *ARCHITECTURE}
-    training = {"args": {"lr": 1e-4, "when": [3]}, "position": None, "epoch": 1}
-    resuming.resume_flags(args, parser_of("main"), training, "m.pt")
-    assert (args.lr, args.when, args.nhid) == (1e-4, [3], 2500)
+    parser = parser_of("main")
+    config = {"rnn_type": "QRNN", "ninp": 400, "nhid": 2500, "nlayers": 4}
+    recorded = {"lr": 1e-4, "when": [3], "data": "elsewhere", "seed": 3}
+    args = parser.settle(parser.given(argv), Recorded("m.pt", "resume", config, recorded))
+    assert (args.lr, args.when, args.nhid, args.epochs) == (1e-4, [3], 2500, 20)
+    assert (args.data, args.seed, args.save) == ("elsewhere", 3, "m.pt")
+    assert capsys.readouterr().out == (
+        "--preset wt103: --emsize 400 --model QRNN --nhid 2500 --nlayers 4\n"
+    )
 
 
 def test_a_preset_that_contradicts_the_model_is_an_error(script, trained, corpus_dir):

@@ -13,7 +13,7 @@ import pytest
 from conftest import ORIGINAL_CELLS
 
 import main
-from cli import metrics
+from run import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden.json")

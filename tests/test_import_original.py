@@ -7,9 +7,9 @@ import torch
 from conftest import ORIGINAL_CELLS, ROOT
 
 import checkpoint
-from cli import program
 from data import Corpus
 from model import RNNModel
+from run import program
 
 
 @pytest.fixture

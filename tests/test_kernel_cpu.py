@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from references import assert_near, eager_and_compiled, naive_forget_mult, naive_qrnn
+from references import assert_near
 from shims import (
     ARCHITECTURES,
     Canaries,
@@ -25,12 +25,14 @@ from shims import (
     check_nvrtc,
     needs_compiler,
 )
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import aligned, cuda
-from qrnn import QRNNLayer, kernels, operators
-from qrnn import forget_mult as eager
+import fast.qrnn
+from fast import linear
+from fast.linear import FastLinear
+from fast.qrnn import FastQRNN
+from qrnn import cuda, definition, kernels
+from qrnn import forget_mult as choice
 from weight_drop import WeightDrop
 
 DTYPES = list(kernels.SCALARS)
@@ -116,7 +118,8 @@ def check_qrnn(shim, case):
     clean = y if lengths is None else y.detach().masked_fill(padding[..., None], 0)
     reference = (wide(clean.requires_grad_()), wide(c0), wide(bias))
     added = reference[0] if bias is None else reference[0] + reference[2]
-    true_h, true_last = naive_qrnn(added, reference[1], wide(mask), *options[1:])
+    zoneout = scale if mask is None else wide(mask)
+    true_h, true_last = definition.pool(added, reference[1], zoneout, *options[2:])
     true_wanted = [tensor for tensor in reference if tensor is not None]
     true_grads = torch.autograd.grad(
         [true_h, true_last], true_wanted, [wide(weight_h), wide(weight_last)], allow_unused=True
@@ -152,7 +155,7 @@ def check_forget_mult(shim, case):
     grads = torch.autograd.grad(h, wanted, shim.copy(weight))
 
     reference = [wide(f), wide(x), wide(h0)]
-    true_h = naive_forget_mult(*reference, case.reverse)
+    true_h = definition.forget_mult(*reference, case.reverse)
     true_wanted = [tensor for tensor in reference if tensor is not None]
     true_grads = torch.autograd.grad(true_h, true_wanted, wide(weight))
 
@@ -201,7 +204,7 @@ class TestAgainstTheDefinition:
         y = torch.tensor([100.0, -100.0, 1e30, -1e30]).repeat(2, 1, 3).requires_grad_()
         h, _ = kernels.QRNNFunction.apply(y, None)
         h.sum().backward()
-        expected, _ = naive_qrnn(y.detach().double(), None, None, None, True, False, None)
+        expected, _ = definition.pool(y.detach().double())
         assert_near(h, expected, 1e-6, "h")
         assert_near(y.grad, torch.zeros_like(y).double(), 1e-6, "gradient")
 
@@ -276,7 +279,7 @@ class TestGradients:
                 kernels.QRNNFunction.apply(y, c0, None, None, gate)[result].sum(), (y, c0)
             )
             expected = torch.autograd.grad(
-                naive_qrnn(y, c0, None, None, gate, False, None)[result].sum(), (y, c0)
+                definition.pool(y, c0, None, gate)[result].sum(), (y, c0)
             )
             torch.testing.assert_close(grads, expected)
 
@@ -309,7 +312,7 @@ class TestGradients:
             expected = actual if expected is None else expected
             assert torch.equal(actual, expected)
         f, x = torch.rand(9, 4, 5, requires_grad=True), torch.randn(9, 4, 5, requires_grad=True)
-        true = torch.autograd.grad(naive_forget_mult(f, x, None, False).sum(), (f, x))
+        true = torch.autograd.grad(definition.forget_mult(f, x).sum(), (f, x))
         actual = torch.autograd.grad(kernels.ForgetMultFunction.apply(f, x, None).sum(), (f, x))
         torch.testing.assert_close(actual, true)
 
@@ -326,7 +329,6 @@ class TestGradients:
         f, x = torch.rand(9, 2, 2), torch.randn(9, 2, 2)
         calls = [
             lambda: kernels.QRNNFunction.apply(y, None)[0],
-            lambda: kernels.BidirectionalQRNNFunction.apply(y, y, None)[0],
             lambda: kernels.ForgetMultFunction.apply(f, x, None),
         ]
         results = [call() for call in calls]
@@ -335,7 +337,7 @@ class TestGradients:
         x.requires_grad_()
         for call, expected in zip(calls, results, strict=True):
             assert torch.equal(call(), expected)
-        assert [tuple(states.shape) for states in kept] == [(2, 2, 2)] * 4
+        assert [tuple(states.shape) for states in kept] == [(2, 2, 2)] * 2
 
     def test_second_derivatives_are_refused(self, shim):
         y = torch.randn(3, 2, 6, requires_grad=True)
@@ -349,28 +351,20 @@ class TestGradients:
 class TestStridesAndDirections:
     @pytest.mark.parametrize("gate", [False, True])
     def test_slices_of_wider_tensors(self, shim, gate):
-        """`y` and `out` as columns of a wider tensor are used in place; the rest is unchanged."""
+        """`y` as columns of a wider tensor is used in place."""
         torch.manual_seed(0)
         width = 21 if gate else 14
         y = torch.randn(9, 3, 2 * width)
-        out = torch.full((9, 3, 20), 7.0)
         for side in (0, 1):
             part = y[..., side * width : (side + 1) * width]
-            target = out[..., 3 + 7 * side : 10 + 7 * side]
-            h, last, states = kernels.qrnn_forward(
-                part, None, None, None, gate, side == 1, None, target
-            )
-            expected = kernels.qrnn_forward(part.contiguous(), None, None, None, gate, side == 1)
-            assert h is target
-            assert torch.equal(target, expected[0])
-            assert torch.equal(last, expected[1])
-            weight = torch.randn(9, 3, 7)
-            options = (states, None, None, gate, side == 1)
-            grad, _, _ = kernels.qrnn_backward(weight, None, part, *options)
-            true_grad, _, _ = kernels.qrnn_backward(weight, None, part.contiguous(), *options)
-            assert torch.equal(grad, true_grad)
-        assert (out[..., :3] == 7).all()
-        assert (out[..., 17:] == 7).all()
+            results = []
+            for source in (part, part.contiguous()):
+                h, last, states = kernels.qrnn_forward(source, None, None, None, gate, side == 1)
+                options = (states, None, None, gate, side == 1)
+                grad, _, _ = kernels.qrnn_backward(torch.ones_like(h), None, source, *options)
+                results.append((h, last, grad))
+            for ours, expected in zip(*results, strict=True):
+                assert torch.equal(ours, expected)
 
     @pytest.mark.parametrize("function", ["layer", "ForgetMult"])
     def test_every_input_may_be_strided(self, shim, function):
@@ -413,14 +407,6 @@ class TestStridesAndDirections:
 
         for actual, expected in zip(results(strided), results(lambda t: t), strict=True):
             assert torch.equal(actual, expected)
-
-    def test_out_of_one_batch_column(self, shim):
-        """A dimension of size 1 may have any stride: such a tensor must be accepted."""
-        y = torch.randn(4, 1, 6)
-        out = torch.zeros(1, 4, 9).transpose(0, 1)[..., :2]
-        h, _, _ = kernels.qrnn_forward(y, None, None, None, True, out=out)
-        assert h is out
-        assert torch.equal(out, kernels.qrnn_forward(y, None, None, None, True)[0])
 
     @pytest.mark.parametrize("shape", [(1, 4, 6), (4, 1, 6), (1, 1, 6), (4, 3, 3), (2, 2, 3)])
     def test_strides_of_single_dimensions_mean_nothing(self, shim, shape):
@@ -471,93 +457,6 @@ class TestStridesAndDirections:
         assert torch.equal(last, c0)
         assert torch.equal(y.grad, torch.zeros_like(y))
 
-    @pytest.mark.parametrize("gate", [False, True])
-    @pytest.mark.parametrize("zoneout", [None, "mask", 0.7])
-    def test_bidirectional(self, shim, gate, zoneout):
-        torch.manual_seed(0)
-        width = 15 if gate else 10
-        size = {"dtype": torch.float64, "requires_grad": True}
-        y, y_reverse = torch.randn(9, 3, width, **size), torch.randn(9, 3, width, **size)
-        c0 = torch.randn(2, 3, 5, **size)
-        masks = [None, None]
-        if zoneout == "mask":
-            masks = [torch.rand(9, 3, 5).lt(0.5).double() for _ in range(2)]
-        scale = zoneout if zoneout == 0.7 else None
-        for lengths, initial in itertools.product((None, torch.tensor([9, 4, 1])), (c0, None)):
-            inputs = [y, y_reverse] + ([] if initial is None else [initial])
-            both = kernels.BidirectionalQRNNFunction.apply(
-                y, y_reverse, initial, *masks, scale, gate, lengths
-            )
-            expected = []
-            for side, source in enumerate((y, y_reverse)):
-                state = None if initial is None else initial[side]
-                options = (masks[side], scale, gate, side == 1, lengths)
-                expected.append(naive_qrnn(source, state, *options))
-            expected = (
-                torch.cat([h for h, _ in expected], dim=2),
-                torch.stack([last for _, last in expected]),
-            )
-            weights = [torch.randn_like(result) for result in expected]
-            torch.testing.assert_close(both, expected)
-            for used in ((0, 1), (0,), (1,)):
-                pick = [([r[i] for i in used]) for r in (both, expected, weights)]
-                actual = torch.autograd.grad(pick[0], inputs, pick[2], retain_graph=True)
-                true = torch.autograd.grad(pick[1], inputs, pick[2], retain_graph=True)
-                torch.testing.assert_close(actual, true)
-
-
-@needs_compiler
-class TestOperators:
-    """The registered operators with the kernels beneath them, as on a GPU."""
-
-    @pytest.fixture(autouse=True)
-    def through_kernels(self, shim, monkeypatch):
-        monkeypatch.setattr(eager, "_kernels_for", lambda x: kernels)
-        # Without canaries: opcheck compares strides and storage with those of plain fake tensors.
-        monkeypatch.setattr(
-            kernels, "_empty", lambda shape, like, dtype=None: like.new_empty(shape, dtype=dtype)
-        )
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("gate", [False, True])
-    @pytest.mark.parametrize("initial", [False, True])
-    def test_pool(self, shim, initial, gate, dtype):
-        torch.manual_seed(0)
-        y = torch.randn(19, 2, 9 if gate else 6, dtype=dtype, requires_grad=True)
-        c0 = torch.randn(2, 3, dtype=dtype, requires_grad=True) if initial else None
-        args = (y, c0, None, 0.7, gate, True, torch.tensor([19, 5]))
-        torch.library.opcheck(operators.pool, args)
-        inputs = [tensor for tensor in (y, c0) if tensor is not None]
-        results = operators.pool(*args)[:2], kernels.QRNNFunction.apply(*args)
-        weights = [torch.randn_like(result) for result in results[0]]
-        grads = [torch.autograd.grad(result, inputs, weights) for result in results]
-        torch.testing.assert_close(*results, rtol=0, atol=0)
-        torch.testing.assert_close(*grads, rtol=0, atol=0)
-        assert len(shim.launched) > 4
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("initial", [False, True])
-    def test_forget_mult(self, shim, initial, dtype):
-        torch.manual_seed(0)
-        f, x = (torch.rand(19, 2, 3, dtype=dtype, requires_grad=True) for _ in range(2))
-        h0 = torch.randn(2, 3, dtype=dtype, requires_grad=True) if initial else None
-        args = (f, x, h0, True)
-        torch.library.opcheck(operators.forget_mult, args)
-        inputs = [tensor for tensor in (f, x, h0) if tensor is not None]
-        results = operators.forget_mult(*args)[0], kernels.ForgetMultFunction.apply(*args)
-        weight = torch.randn_like(results[0])
-        grads = [torch.autograd.grad(result, inputs, weight) for result in results]
-        torch.testing.assert_close(*results, rtol=0, atol=0)
-        torch.testing.assert_close(*grads, rtol=0, atol=0)
-        assert len(shim.launched) > 4
-
-    def test_a_compiled_layer(self, shim):
-        torch.manual_seed(0)
-        layer = QRNNLayer(5, 6, window=2)
-        x = torch.randn(19, 3, 5, requires_grad=True)
-        torch.testing.assert_close(*eager_and_compiled(layer, x))
-        assert len(shim.launched) == 4
-
 
 class Calls(TorchDispatchMode):
     """Names of the called operations, and shapes of the tensors summed over dimension 0."""
@@ -579,24 +478,29 @@ class TestLayers:
 
     @pytest.fixture(autouse=True)
     def as_on_a_gpu(self, shim, monkeypatch):
-        monkeypatch.setattr(eager, "_kernels_for", lambda x: kernels)
-        monkeypatch.setattr(aligned, "suits", lambda tensor: True)
+        for place in (choice, fast.qrnn):
+            monkeypatch.setattr(place, "way_for", lambda *_: kernels)
+        monkeypatch.setattr(linear, "_on_gpu", lambda tensor: True)
 
-    @pytest.mark.parametrize("gate", [False, True])
-    @pytest.mark.parametrize("bare", [False, True])
-    def test_a_layer_is_its_definition(self, shim, gate, bare):
+    def layer(self, number=0):
         torch.manual_seed(0)
-        layer = QRNNLayer(5, 7, window=2, output_gate=gate).double()
-        linear = layer.linear
+        layer = FastQRNN(5, 7, number)
+        layer.linear.__class__ = FastLinear
+        return layer
+
+    @pytest.mark.parametrize("bare", [False, True])
+    def test_a_layer_is_its_definition(self, shim, bare):
+        layer = self.layer().double()
+        module = layer.linear
         if not bare:
-            layer.linear = WeightDrop(linear, ["weight"])
+            layer.linear = WeightDrop(module, ["weight"])
         x = torch.randn(9, 3, 5, dtype=torch.float64, requires_grad=True)
         windowed = torch.cat([x, torch.cat([torch.zeros_like(x[:1]), x[:-1]])], dim=2)
         parameters = [x, *layer.parameters()]
-        weights = linear.weight if bare else linear.weight_raw
-        y = (windowed.unsqueeze(2) * weights).sum(dim=3) + linear.bias
-        expected, _ = naive_qrnn(y, None, None, None, gate, False, None)
-        h, _ = layer(x)
+        weights = module.weight if bare else module.weight_raw
+        y = (windowed.unsqueeze(2) * weights).sum(dim=3) + module.bias
+        expected, _ = definition.pool(y)
+        h, _ = layer(x, layer.initial_state(3))
         torch.testing.assert_close(h, expected)
         weight = torch.randn_like(h)
         grads = torch.autograd.grad(h, parameters, weight)
@@ -604,10 +508,10 @@ class TestLayers:
         assert len(shim.launched) == 2
 
     def test_no_further_pass_adds_a_bias_or_sums_its_gradient(self, shim):
-        layer = QRNNLayer(5, 7)
+        layer = self.layer(1)
         x = torch.randn(9, 3, 5)
         with Calls() as calls:
-            h, _ = layer(x)
+            h, _ = layer(x, layer.initial_state(3))
             h.sum().backward()
         assert layer.linear.bias.grad is not None
         assert not {"aten.add_", "aten.add", "aten.addmm"} & set(calls.names)
@@ -615,13 +519,10 @@ class TestLayers:
         assert calls.summed == [(3, 21)]
 
     def test_a_linear_map_of_ones_own_keeps_its_bias(self, shim):
-        torch.manual_seed(0)
-        layer, other = QRNNLayer(5, 7), QRNNLayer(5, 7)
-        other.load_state_dict(layer.state_dict())
-        other.linear = nn.Linear(5, 21)
-        other.linear.load_state_dict(layer.linear.state_dict())
-        x = torch.randn(9, 3, 5)
-        torch.testing.assert_close(layer(x)[0], other(x)[0])
+        layer, other = self.layer(1), self.layer(1)
+        other.linear.__class__ = torch.nn.Linear
+        x, state = torch.randn(9, 3, 5), layer.initial_state(3)
+        torch.testing.assert_close(layer(x, state)[0], other(x, state)[0])
 
 
 class TestErrors:
@@ -637,8 +538,6 @@ class TestErrors:
             kernels.qrnn_forward(y.half(), None, y[..., :2].bool(), None, True)
         with pytest.raises(TypeError, match=r"lengths must be int64 or int32, not torch.float32"):
             kernels.qrnn_forward(y, None, None, None, True, lengths=torch.ones(2))
-        with pytest.raises(TypeError, match=r"not torch.int8"):
-            kernels.warm_up(torch.device("cuda", 0), torch.int8)
 
     @pytest.mark.parametrize(
         ("shape", "gate"),
@@ -650,9 +549,7 @@ class TestErrors:
 
     def test_shapes_of_the_rest(self):
         y = torch.zeros(4, 2, 6)
-        h, c = torch.zeros(4, 2, 2), torch.zeros(2, 2)
-        bad = torch.zeros(4, 3, 2)
-        transposed = torch.zeros(2, 4, 2).transpose(0, 1)
+        h, bad = torch.zeros(4, 2, 2), torch.zeros(4, 3, 2)
         three = torch.tensor([1, 2, 3])
         with pytest.raises(
             ValueError, match=r"c0 must have the shape \(2, 2\) on cpu, not \(3, 2\)"
@@ -660,12 +557,6 @@ class TestErrors:
             kernels.qrnn_forward(y, bad[0], None, None, True)
         with pytest.raises(ValueError, match="mask must have the shape"):
             kernels.qrnn_forward(y, None, bad, None, True)
-        with pytest.raises(ValueError, match="out must have the shape"):
-            kernels.qrnn_forward(y, None, None, None, True, out=bad)
-        with pytest.raises(ValueError, match="out must be contiguous"):
-            kernels.qrnn_forward(y, None, None, None, True, out=transposed)
-        with pytest.raises(ValueError, match="out must be contiguous"):
-            kernels.qrnn_forward(y, None, None, None, True, out=c[0].expand(4, 2, 2))
         with pytest.raises(ValueError, match=r"lengths must have the shape \(2,\) \(batch,\) on"):
             kernels.qrnn_forward(y, None, None, None, True, lengths=three)
         with pytest.raises(ValueError, match=r"a mask .* or a scale .*, not both"):
@@ -685,8 +576,6 @@ class TestErrors:
             kernels.qrnn_forward(y, None, None, None, True, bias=torch.zeros(2))
         with pytest.raises(ValueError, match="f must have the shape"):
             kernels.forget_mult_forward(bad, h)
-        with pytest.raises(ValueError, match=r"c0 must have the shape \(2, 2, 2\)"):
-            kernels.BidirectionalQRNNFunction.apply(y, y, torch.zeros(3, 2, 2))
 
     def test_device(self):
         y = torch.zeros(2, 2, 6)
@@ -721,9 +610,8 @@ class TestLaunch:
 
     def test_without_cupy(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "cupy", None)
-        assert not kernels.available()
-        with pytest.raises(kernels.KernelUnavailable, match=r"pip install cupy-cuda1\dx"):
-            kernels.warm_up(torch.device("cuda", 0), torch.float32)
+        with pytest.raises(cuda.KernelUnavailable, match=r"pip install cupy-cuda1\dx"):
+            kernels.SOURCE.kernels(0, ())
 
     def test_without_nvrtc(self, monkeypatch):
         def get_function(name):
@@ -736,17 +624,27 @@ class TestLaunch:
         )
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-        message = r"NVRTC and .*x\[ctk\]' .*libnvrtc.so.13"
-        with pytest.raises(kernels.KernelUnavailable, match=message):
-            kernels.warm_up(torch.device("cuda", 0), torch.float32)
+        message = r"libnvrtc.so.13.* needs NVRTC and .*x\[ctk\]'"
+        with pytest.raises(cuda.KernelUnavailable, match=message):
+            kernels.SOURCE.kernels(0, ())
 
     def test_with_cupy_but_no_gpu(self, monkeypatch):
         cupy = ModuleType("cupy")
         cupy.cuda = SimpleNamespace(is_available=lambda: False)
         monkeypatch.setitem(sys.modules, "cupy", cupy)
-        assert not kernels.available()
-        with pytest.raises(kernels.KernelUnavailable, match="finds no usable GPU"):
-            kernels.warm_up(torch.device("cuda", 0), torch.float32)
+        with pytest.raises(cuda.KernelUnavailable, match="finds no usable GPU"):
+            kernels.SOURCE.kernels(0, ())
+
+    def test_any_error_of_cupy_is_a_reason_and_not_the_end(self, monkeypatch):
+        class CompileException(Exception):
+            pass
+
+        def fail(*_):
+            raise CompileException("no kernel image for sm_120")
+
+        monkeypatch.setattr(cuda.Source, "_load", fail)
+        source = cuda.Source(kernels.SOURCE.path, ("one",), "kernels")
+        assert source.problem(0, ()) == "no kernel image for sm_120"
 
     @pytest.mark.parametrize("version", [13, 14])
     @needs_compiler
@@ -796,15 +694,14 @@ class TestLaunch:
             launch(name, options, device, *rest)
 
         monkeypatch.setattr(kernels.SOURCE, "launch", on_cuda)
-        assert kernels.available()
-        kernels.warm_up(device, torch.float32)
+        kernels.SOURCE.kernels(1, options)
         warm = [("compile", *options), ("device", "1"), ("cupy device", 1)]
         assert log == warm
         f, x = torch.rand(3, 2, 5), torch.randn(3, 2, 5)
         for handle in (111, 222):
             log.clear()
             h, _ = kernels.forget_mult_forward(f, x)
-            torch.testing.assert_close(h, naive_forget_mult(f, x, None, False))
+            torch.testing.assert_close(h, definition.forget_mult(f, x))
             assert log == [
                 ("device", "cuda:1"),
                 ("cupy device", 1),

@@ -5,25 +5,21 @@ import itertools
 
 import pytest
 import torch
-from references import (
-    assert_near,
-    eager_and_compiled,
-    naive_forget_mult,
-    naive_qrnn,
-    naive_update,
-)
+from references import assert_near
 
-from kernels import aligned, cross_entropy
-from kernels import update as update_kernel
-from nt_asgd import NTASGD
-from qrnn import QRNNLayer, kernels, operators
+import fast
+from fast import cross_entropy, linear
+from fast.nt_asgd import FastNTASGD
+from model import QRNN
+from qrnn import cuda, definition, forget_mult, kernels
 from weight_drop import WeightDrop
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(
-        torch.cuda.is_available() and not kernels.available(), reason="CuPy is missing or unusable"
+        torch.cuda.is_available() and isinstance(cuda.import_cupy(), Exception),
+        reason="CuPy is missing or unusable",
     ),
 ]
 
@@ -53,7 +49,7 @@ def test_forget_mult(shape, dtype):
         h0, h0_true = pair(torch.randn(shape[1:]).to(dtype) if initial else None)
         weight, weight_true = pair(torch.randn(shape).to(dtype), requires_grad=False)
         h = kernels.ForgetMultFunction.apply(f, x, h0, reverse)
-        true = naive_forget_mult(f_true, x_true, h0_true, reverse)
+        true = definition.forget_mult(f_true, x_true, h0_true, reverse)
         what = f"{shape}, initial {initial}, reverse {reverse}"
         assert_near(h, true, TOLERANCE[dtype], f"h, {what}")
         h.backward(weight)
@@ -84,7 +80,8 @@ def test_layer(shape, gate, dtype):
         bias, bias_true = pair(torch.randn(y.size(2)) if zoneout is None else None)
         results = kernels.QRNNFunction.apply(y, c0, mask, scale, gate, reverse, on_gpu, bias)
         added = y_true if bias is None else y_true + bias_true
-        true = naive_qrnn(added, c0_true, mask_true, scale, gate, reverse, lengths)
+        zoneout = scale if mask is None else mask_true
+        true = definition.pool(added, c0_true, zoneout, gate, reverse, lengths)
         what = f"{shape}, {initial}, {zoneout}, reverse {reverse}, lengths {ragged}"
         for result, reference in zip(results, true, strict=True):
             assert_near(result, reference, TOLERANCE[dtype], what)
@@ -129,29 +126,6 @@ def test_gradcheck():
             return kernels.QRNNFunction.apply(y, h0, *options)
 
         assert torch.autograd.gradcheck(layer, (y, h0))
-
-
-def test_bidirectional_is_two_layers():
-    torch.manual_seed(0)
-    y = torch.randn(2, 9, 3, 21, device="cuda", requires_grad=True)
-    c0 = torch.randn(2, 3, 7, device="cuda", requires_grad=True)
-    lengths = torch.tensor([9, 4, 1], device="cuda")
-    both, last = kernels.BidirectionalQRNNFunction.apply(
-        y[0], y[1], c0, None, None, 0.7, True, lengths
-    )
-    sides = [
-        kernels.QRNNFunction.apply(y[side], c0[side], None, 0.7, True, side == 1, lengths)
-        for side in (0, 1)
-    ]
-    assert torch.equal(both, torch.cat([h for h, _ in sides], dim=2))
-    assert torch.equal(last, torch.stack([state for _, state in sides]))
-    weight = torch.randn_like(both)
-    actual = torch.autograd.grad([both, last], (y, c0), [weight, torch.ones_like(last)])
-    results = [result for side in sides for result in side]
-    halves = weight.chunk(2, dim=2)
-    ones = torch.ones_like(c0[0])
-    expected = torch.autograd.grad(results, (y, c0), [halves[0], ones, halves[1], ones])
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_expanded_and_strided_gradients():
@@ -211,9 +185,8 @@ def test_two_devices():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_capture_in_a_graph(dtype):
-    """After `warm_up`, forward and backward can be captured, and a replay sees new inputs."""
+    """After a first call forward and backward can be captured, and a replay sees new inputs."""
     torch.manual_seed(0)
-    kernels.warm_up(torch.device("cuda"), dtype)
     y = torch.randn(13, 3, 30, device="cuda").to(dtype).requires_grad_()
     c0 = torch.randn(3, 10, device="cuda").to(dtype).requires_grad_()
     weight = torch.randn(13, 3, 10, device="cuda").to(dtype)
@@ -239,17 +212,11 @@ def test_capture_in_a_graph(dtype):
             assert torch.equal(replayed, expected)
 
 
-@pytest.mark.parametrize("gate", [True, False])
-def test_operators_for_torch_compile(gate):
-    torch.manual_seed(0)
-    y = torch.randn(19, 2, 9 if gate else 6, device="cuda", requires_grad=True)
-    c0 = torch.randn(2, 3, device="cuda", requires_grad=True)
-    torch.library.opcheck(operators.pool, (y, c0, None, 0.7, gate, False, None))
-    f, x = (torch.rand(19, 2, 3, device="cuda", requires_grad=True) for _ in range(2))
-    torch.library.opcheck(operators.forget_mult, (f, x, c0, False))
-    layer = QRNNLayer(5, 6, window=2, output_gate=gate).cuda()
-    x = torch.randn(19, 3, 5, device="cuda", requires_grad=True)
-    torch.testing.assert_close(*eager_and_compiled(layer, x))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_check_finds_that_the_kernels_agree(dtype):
+    like = torch.empty(0, device="cuda", dtype=dtype)
+    assert forget_mult.way_for(like) is kernels
+    assert forget_mult.way_for(like, use_cuda=False) is not kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -261,7 +228,7 @@ def test_cross_entropy(dtype):
         logits = torch.randn(rows, columns).mul_(3).to(dtype)
         bias = torch.randn(columns, dtype=torch.float64)
         targets = torch.randint(columns, (rows,))
-        given = aligned.empty((rows, columns), logits.cuda()).copy_(logits)
+        given = linear.empty((rows, columns), logits.cuda()).copy_(logits)
         wide = kernels.wide(dtype)
         losses, sums = cross_entropy.loss_and_gradient_(
             given, targets.cuda(), bias.cuda().to(wide), bias_gradient=True
@@ -306,18 +273,21 @@ def test_cross_entropy_in_a_graph():
 
 
 @pytest.mark.parametrize("low", [None, torch.bfloat16])
-def test_a_layer_with_aligned_rows_is_the_one_on_the_cpu(low):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_cell_with_aligned_rows_is_the_one_on_the_cpu(layer, low):
     """Widths whose rows are no multiple of 16 bytes, with weight drop in evaluation."""
     torch.manual_seed(0)
-    on_cpu = QRNNLayer(75, 155, window=2)
+    on_cpu = QRNN(75, 155, layer)
     on_cpu.linear = WeightDrop(on_cpu.linear, ["weight"], 0.5)
     on_gpu = copy.deepcopy(on_cpu.eval()).cuda()
+    assert len(fast.choose(on_gpu, bf16=low is not None)) == 1
     x = torch.randn(19, 3, 75)
     ours = x.cuda().requires_grad_()
     x.requires_grad_()
     with torch.autocast("cuda", low or torch.bfloat16, enabled=low is not None):
-        h, _ = on_gpu(ours)
-    expected, _ = on_cpu(x)
+        h, _ = on_gpu(ours, on_gpu.initial_state(3))
+    on_cpu.plain = True
+    expected, _ = on_cpu(x, on_cpu.initial_state(3))
     tolerance = {"atol": 5e-2, "rtol": 5e-2} if low else {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(h.float().cpu(), expected, **tolerance)
     weight = torch.randn_like(expected)
@@ -342,92 +312,9 @@ def test_errors():
         kernels.qrnn_forward(y.cpu(), None, None, None, True)
 
 
-def update_inputs(dtype, averaging):
-    """Parameters with gradients on the GPU, one of them without, and their averages."""
-    torch.manual_seed(0)
-    # More parameters than a launch takes, partial chunks and vectors, a parameter of many blocks.
-    shapes = [(3_000_001,), (), (4650, 81), (2048,), (2049,), (1023,), *[(5,)] * 70]
-    params = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
-    params.append(torch.randn(1027, device="cuda", dtype=dtype)[3:])
-    for p in params:
-        p.requires_grad_().grad = torch.randn_like(p)
-    params[3].grad = None
-    return params, [torch.randn_like(p) for p in params] if averaging else None
-
-
-def check_update(params, averages, before, numbers, tolerance):
-    means = averages or [None] * len(params)
-    for p, average, (p0, average0) in zip(params, means, before, strict=True):
-        grad = None if p.grad is None else p.grad.cpu()
-        true, true_average = naive_update(p0, grad, average0, **numbers)
-        assert_near(p, true, tolerance, f"parameter {tuple(p.shape)}")
-        if average is not None:
-            assert_near(average, true_average, tolerance, f"average {tuple(p.shape)}")
-
-
-def copied(params, averages):
-    return [
-        (p.detach().cpu(), None if averages is None else average.cpu())
-        for p, average in zip(params, averages or params, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("averaging", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_update(dtype, averaging, on_device):
-    params, averages = update_inputs(dtype, averaging)
-    assert update_kernel.suits(params)
-    for weight in (1.0, 0.25):
-        before = copied(params, averages)
-        numbers = {"lr": 0.5, "decay": 0.125, "scale": 0.75, "weight": weight}
-        given = {
-            name: torch.tensor(number, device="cuda") if on_device and name != "decay" else number
-            for name, number in numbers.items()
-        }
-        update_kernel.update(params, averages, **given)
-        tolerance = 1e-6 if dtype == torch.float32 else 2e-15
-        check_update(params, averages, before, numbers, tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_update_in_a_graph_takes_new_numbers(dtype):
-    params, averages = update_inputs(dtype, averaging=True)
-    places = {name: torch.zeros((), device="cuda") for name in ("lr", "scale", "weight")}
-    assert update_kernel.suits(params)  # loads the kernel
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update_kernel.update(params, averages, decay=0.125, **places)
-    for lr, scale, weight in ((0.5, 1.0, 1.0), (0.25, 0.75, 0.5), (2.0, 0.125, 0.25)):
-        before = copied(params, averages)
-        for place, number in zip(places.values(), (lr, scale, weight), strict=True):
-            place.fill_(number)
-        graph.replay()
-        numbers = {"lr": lr, "decay": 0.125, "scale": scale, "weight": weight}
-        tolerance = 2e-6 if dtype == torch.float32 else 4e-15
-        check_update(params, averages, before, numbers, tolerance)
-
-
-def test_updates_are_those_of_pytorch_operations(monkeypatch):
-    suits, results = update_kernel.suits, []
-    for choose in (suits, lambda params: False):
-        monkeypatch.setattr(update_kernel, "suits", choose)
-        params, _ = update_inputs(torch.float32, averaging=False)
-        params = [p.detach().clone().requires_grad_() for p in params]
-        optimizer = NTASGD(params, 0.5, 1.2e-6)
-        for step in range(20):
-            if step == 10:
-                optimizer.start_averaging()
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer.step(gradient_scale=torch.tensor(0.25 + 0.01 * step, device="cuda"))
-        results.append((params, [optimizer.state[p]["average"] for p in params]))
-    torch.testing.assert_close(*results, atol=5e-6, rtol=5e-6)
-
-
 def test_an_infinite_gradient_shows_after_the_update():
     p = torch.ones(5003, device="cuda", requires_grad=True)
     p.grad = torch.ones_like(p)
     p.grad[7] = torch.inf
-    NTASGD([p], 1.0).step(gradient_scale=torch.zeros((), device="cuda"))
+    FastNTASGD([p], 1.0).step(gradient_scale=torch.zeros((), device="cuda"))
     assert p.isnan().nonzero().tolist() == [[7]]

@@ -11,7 +11,7 @@ import torch
 from conftest import linux_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cli import metrics
+from run import metrics
 from utils import ToolkitError
 
 MODULES = ("tensorboard", "torch.utils.tensorboard", "tensorboardX")

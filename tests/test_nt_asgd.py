@@ -1,4 +1,4 @@
-"""nt_asgd.py: the update and the average in plain numbers, and the trigger."""
+"""nt_asgd.py and its faster form: update and average in plain numbers, and the trigger."""
 
 import copy
 import math
@@ -6,13 +6,19 @@ import math
 import pytest
 import torch
 
+from fast.nt_asgd import FastNTASGD
 from nt_asgd import NTASGD, NonMonotonicTrigger
 
 
-def test_update_and_average_in_plain_numbers():
+@pytest.fixture(params=[NTASGD, FastNTASGD], ids=["plain", "fast"])
+def kind(request):
+    return request.param
+
+
+def test_update_and_average_in_plain_numbers(kind):
     lr, decay = 0.5, 0.1
     p = torch.nn.Parameter(torch.tensor([3.0, -2.0], dtype=torch.float64))
-    optimizer = NTASGD([p], lr, decay)
+    optimizer = kind([p], lr, decay)
     raw = p.detach().clone()
     iterates = []
     for step in range(7):
@@ -30,11 +36,11 @@ def test_update_and_average_in_plain_numbers():
             torch.testing.assert_close(p.detach(), raw)
 
 
-def test_matches_torch_sgd_before_the_switch():
+def test_matches_torch_sgd_before_the_switch(kind):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = NTASGD(ours, 30.0, 1.2e-6)
+    a = kind(ours, 30.0, 1.2e-6)
     b = torch.optim.SGD(theirs, 30.0, weight_decay=1.2e-6)
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):
@@ -46,17 +52,17 @@ def test_matches_torch_sgd_before_the_switch():
         torch.testing.assert_close(p, q)
 
 
-def test_before_the_switch_averaged_lends_the_raw_weights():
+def test_before_the_switch_averaged_has_the_raw_weights(kind):
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = NTASGD([p], 1.0)
+    optimizer = kind([p], 1.0)
     assert not optimizer.averaging
     with optimizer.averaged():
         assert torch.equal(p.detach(), torch.ones(3))
 
 
-def test_weights_come_back_when_the_evaluation_fails():
+def test_weights_come_back_when_the_evaluation_fails(kind):
     p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = NTASGD([p], 1.0)
+    optimizer = kind([p], 1.0)
     optimizer.start_averaging()
     for g in (1.0, 2.0):
         p.grad = torch.full((2,), g)
@@ -72,9 +78,9 @@ def test_weights_come_back_when_the_evaluation_fails():
     assert torch.equal(p.detach(), torch.tensor([-3.0, -3.0]))
 
 
-def test_a_parameter_without_gradient_stays_and_is_averaged():
+def test_a_parameter_without_gradient_stays_and_is_averaged(kind):
     p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = NTASGD([p, q], 1.0, 0.5)
+    optimizer = kind([p, q], 1.0, 0.5)
     optimizer.start_averaging()
     p.grad = torch.ones(2)
     optimizer.step()
@@ -84,19 +90,19 @@ def test_a_parameter_without_gradient_stays_and_is_averaged():
 
 
 @pytest.mark.parametrize("averaging", [False, True])
-def test_saved_and_loaded_it_goes_on_the_same(averaging):
+def test_saved_and_loaded_it_goes_on_the_same(kind, averaging):
     def run(steps, params, optimizer):
         for step in steps:
             params[0].grad = torch.full((3,), math.sin(step))
             optimizer.step()
 
     p = [torch.nn.Parameter(torch.ones(3))]
-    optimizer = NTASGD(p, 0.3, 0.01)
+    optimizer = kind(p, 0.3, 0.01)
     if averaging:
         optimizer.start_averaging()
     run(range(4), p, optimizer)
     q = [torch.nn.Parameter(p[0].detach().clone())]
-    twin = NTASGD(q, 0.1)
+    twin = kind(q, 0.1)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert twin.averaging == averaging
     run(range(4, 9), p, optimizer)

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import plot
-from cli import metrics
-from cli.lines import end_line, epoch_line
+from run import metrics
+from run.log_lines import end_line, epoch_line
 
 LOSSES = [6.0, 5.0, 5.2, 4.8]
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cli.progress import Bar
+from run.progress import Bar
 
 
 class Terminal(io.StringIO):

@@ -1,15 +1,21 @@
-"""qrnn/: the recurrence compared with its definition, its gradients, the layers."""
+"""qrnn/: every way to compute the recurrence in plain numbers, its gradients, the layers."""
 
+import math
 import warnings
 
 import pytest
 import references
 import torch
 
-from qrnn import QRNN, ForgetMult, QRNNLayer
-from qrnn.forget_mult import forget_mult, forget_mult_loop, qrnn_pool
+from qrnn import QRNN, ForgetMult, QRNNLayer, cuda, definition, forget_mult, fused
 
 SHAPES = [(1, 1, 1), (2, 1, 3), (7, 3, 5), (33, 2, 4)]
+LENGTHS = [7, 1, 4, 6]
+
+
+@pytest.fixture(params=[definition, fused], ids=lambda way: way.__name__)
+def way(request):
+    return request.param
 
 
 def inputs(shape, initial, seed=0):
@@ -20,70 +26,75 @@ def inputs(shape, initial, seed=0):
     return f, x, h
 
 
+def in_numbers(f, x, h0, reverse, lengths=None):
+    """The states, number by number; a column that has ended keeps its state."""
+    f, x, h0 = (t if t is None else t.detach() for t in (f, x, h0))
+    result = torch.empty(x.shape, dtype=torch.float64)
+    for b in range(x.size(1)):
+        for k in range(x.size(2)):
+            state = 0.0 if h0 is None else float(h0[b, k])
+            for t in range(len(x) - 1, -1, -1) if reverse else range(len(x)):
+                if lengths is None or t < lengths[b]:
+                    state = float(f[t, b, k]) * float(x[t, b, k]) + (1 - float(f[t, b, k])) * state
+                result[t, b, k] = state
+    return result
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("initial", [False, True])
-def test_forget_mult_is_its_definition(shape, initial):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_forget_mult(way, shape, initial, reverse):
     f, x, h = inputs(shape, initial)
-    state = torch.zeros(shape[1:], dtype=torch.float64) if h is None else h
-    for t in range(shape[0]):
-        for b in range(shape[1]):
-            for k in range(shape[2]):
-                if t == b == k == 0:
-                    expected = f[0, 0, 0] * x[0, 0, 0] + (1 - f[0, 0, 0]) * state[0, 0]
-                    assert forget_mult(f, x, h)[0, 0, 0].item() == pytest.approx(expected.item())
-    torch.testing.assert_close(forget_mult(f, x, h), forget_mult_loop(f, x, h))
+    expected = in_numbers(f, x, h, reverse)
+    torch.testing.assert_close(way.forget_mult(f, x, h, reverse), expected)
+    torch.testing.assert_close(forget_mult.forget_mult(f, x, h, reverse), expected)
+    assert torch.autograd.gradcheck(lambda f, x, h: way.forget_mult(f, x, h, reverse), (f, x, h))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("initial", [False, True])
-def test_forget_mult_gradients(shape, initial):
-    assert torch.autograd.gradcheck(forget_mult, inputs(shape, initial))
-
-
-def test_forget_mult_in_float32_and_with_strided_inputs():
+def test_forget_mult_in_float32_with_strided_inputs_and_an_expanded_gradient():
     torch.manual_seed(0)
-    f = torch.rand(9, 8, 4).transpose(1, 2)
-    x = torch.randn(4, 9, 8).transpose(0, 1)
+    f = torch.rand(9, 8, 4).transpose(1, 2).requires_grad_()
+    x = torch.randn(4, 9, 8).transpose(0, 1).requires_grad_()
     h = torch.randn(8, 4).t()
-    expected = forget_mult_loop(f.double(), x.double(), h.double())
-    torch.testing.assert_close(ForgetMult()(f, x, h).double(), expected, atol=1e-6, rtol=1e-6)
-
-
-def test_forget_mult_takes_an_expanded_gradient():
-    f, x, h = inputs((5, 2, 3), True)
-    expected = torch.autograd.grad(forget_mult_loop(f, x, h).sum(), (f, x, h))
-    actual = torch.autograd.grad(forget_mult(f, x, h).sum(), (f, x, h))
-    torch.testing.assert_close(actual, expected)
+    results = []
+    for call in (ForgetMult(), lambda *args: ForgetMult()(*(t.double() for t in args)).float()):
+        output = call(f, x, h)
+        results.append([output, *torch.autograd.grad(output.sum(), (f, x))])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 def test_forget_mult_refuses_shapes_that_do_not_fit():
     f, x, h = inputs((5, 2, 3), True)
     with pytest.raises(ValueError, match="one shape"):
-        forget_mult(f[:4], x)
+        forget_mult.forget_mult(f[:4], x)
     with pytest.raises(ValueError, match="initial state"):
-        forget_mult(f, x, h[:1])
-    torch.testing.assert_close(forget_mult(f, x, h.unsqueeze(0)), forget_mult(f, x, h))
+        forget_mult.forget_mult(f, x, h[:1])
+    expected = forget_mult.forget_mult(f, x, h)
+    torch.testing.assert_close(forget_mult.forget_mult(f, x, h.unsqueeze(0)), expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("zoneout", ["none", "number", "mask"])
 @pytest.mark.parametrize("initial", [False, True])
-def test_qrnn_pool(shape, gate, zoneout, initial):
-    seq_len, batch, hidden = shape
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_pool(way, gate, zoneout, initial, reverse, lengths):
+    shape = (7, 4, 3)
     _, _, c = inputs(shape, initial)
-    y = torch.randn(seq_len, batch, (3 if gate else 2) * hidden, dtype=torch.float64)
-    y.requires_grad_()
+    y = torch.randn(7, 4, (3 if gate else 2) * 3, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(shape, dtype=torch.float64).round()
     factor = {"none": None, "number": 0.7, "mask": mask}[zoneout]
-
-    z, f, *o = y.split(hidden, dim=2)
-    states = forget_mult_loop(f.sigmoid() * (1 if factor is None else factor), z.tanh(), c)
-    expected = o[0].sigmoid() * states if gate else states
-    h, last = qrnn_pool(y, c, factor, gate)
+    z, f, *o = y.detach().split(3, dim=2)
+    f = (1 / (1 + (-f).exp())) * (1 if factor is None else factor)
+    states = in_numbers(f, z.clone().apply_(math.tanh), c, reverse, lengths)
+    expected = states / (1 + (-o[0]).exp()) if gate else states.clone()
+    for b, length in enumerate(lengths or ()):
+        expected[length:, b] = 0
+    n = None if lengths is None else torch.tensor(lengths)
+    h, last = way.pool(y, c, factor, gate, reverse, n)
     torch.testing.assert_close(h, expected)
-    torch.testing.assert_close(last, states[-1:])
-    assert torch.autograd.gradcheck(lambda y, c: qrnn_pool(y, c, factor, gate), (y, c))
+    torch.testing.assert_close(last, states[0 if reverse else -1])
+    assert torch.autograd.gradcheck(lambda y, c: way.pool(y, c, factor, gate, reverse, n), (y, c))
 
 
 def layer_reference(layer, x, c, before):
@@ -145,7 +156,7 @@ def test_zoneout_keeps_states_in_training_and_scales_in_evaluation():
     assert abs(kept - 0.3) < 0.03
     layer.eval()
     z, f = layer.linear(x).split(200, dim=2)
-    expected = forget_mult_loop(f.sigmoid() * 0.7, z.tanh())
+    expected = definition.forget_mult(f.sigmoid() * 0.7, z.tanh())
     torch.testing.assert_close(layer(x)[0], expected)
 
 
@@ -206,38 +217,6 @@ def flipped(x, lengths):
     for b, n in enumerate(lengths):
         result[:n, b] = x[:n, b].flip(0)
     return result
-
-
-@pytest.mark.parametrize("gate", [True, False])
-@pytest.mark.parametrize("zoneout", ["none", "mask"])
-def test_pool_backwards_and_with_lengths(gate, zoneout):
-    torch.manual_seed(0)
-    y = torch.randn(7, 4, (3 if gate else 2) * 3, dtype=torch.float64, requires_grad=True)
-    c = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(7, 4, 3, dtype=torch.float64).round() if zoneout == "mask" else None
-    lengths = torch.tensor(LENGTHS)
-    for reverse in (False, True):
-        for n in (None, lengths):
-            h, last = qrnn_pool(y, c, mask, gate, reverse, n)
-            # The reference is column by column: cut to its length, flipped if reverse, run
-            # forwards, flipped back.
-            for b, length in enumerate(LENGTHS if n is not None else [7] * 4):
-                turn = (lambda t: t.flip(0)) if reverse else (lambda t: t)
-                part = None if mask is None else turn(mask[:length, b : b + 1])
-                one, state = qrnn_pool(turn(y[:length, b : b + 1]), c[b : b + 1], part, gate)
-                torch.testing.assert_close(h[:length, b : b + 1], turn(one))
-                torch.testing.assert_close(last[:, b : b + 1], state)
-                assert (h[length:, b] == 0).all()
-            assert torch.autograd.gradcheck(
-                lambda y, c, r=reverse, n=n: qrnn_pool(y, c, mask, gate, r, n), (y, c)
-            )
-
-
-def test_forget_mult_backwards():
-    f, x, h = inputs((6, 2, 3), True)
-    expected = forget_mult_loop(f.flip(0), x.flip(0), h).flip(0)
-    torch.testing.assert_close(forget_mult(f, x, h, reverse=True), expected)
-    assert torch.autograd.gradcheck(lambda f, x, h: forget_mult(f, x, h, True), (f, x, h))
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -308,21 +287,38 @@ def test_under_autocast_the_carried_state_fits():
     assert output.dtype == torch.bfloat16
 
 
-def test_without_cupy_a_gpu_falls_back_with_one_warning(monkeypatch):
-    from kernels import cuda
-    from qrnn import forget_mult as module
-    from qrnn import kernels
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_layer_may_be_compiled(plain):
+    torch.manual_seed(0)
+    layer = QRNNLayer(5, 3, window=2)
+    layer.plain = plain
+    x = torch.randn(4, 2, 5, requires_grad=True)
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        output, last = call(x)
+        grads = torch.autograd.grad(output.sum() + last.sum(), [x, *layer.parameters()])
+        results.append([output, last, *grads])
+    torch.testing.assert_close(*results)
 
+
+def test_a_plain_layer_runs_the_definition(monkeypatch):
+    layer, x = QRNNLayer(5, 3), torch.randn(7, 4, 5)
+    expected, _ = layer(x)
+    monkeypatch.setattr(fused, "pool", None)
+    layer.plain = True
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+def test_without_cupy_a_gpu_falls_back_with_one_warning(monkeypatch):
     class OnGPU:
-        is_cuda = True
+        is_cuda, device, dtype = True, torch.device("cpu"), torch.float32
 
     monkeypatch.setattr(cuda, "import_cupy", lambda: ImportError("No module named 'cupy'"))
-    module._warn_without_kernels.cache_clear()
+    monkeypatch.setattr(cuda.Source, "launch", lambda self, *_: self.kernels(0, ()))
+    forget_mult._agrees.cache_clear()
     with pytest.warns(UserWarning, match=r"pip install cupy-cuda\d+x.*No module named 'cupy'"):
-        assert module._kernels_for(OnGPU()) is None
+        assert forget_mult.way_for(OnGPU()) is fused
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert module._kernels_for(OnGPU()) is None
-    monkeypatch.setattr(kernels, "available", lambda: True)
-    assert module._kernels_for(OnGPU()) is kernels
-    assert module._kernels_for(torch.zeros(1)) is None
+        assert forget_mult.way_for(OnGPU()) is fused
+    forget_mult._agrees.cache_clear()

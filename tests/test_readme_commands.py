@@ -21,7 +21,6 @@ EXCLUDED = {
     "make demo": "minutes; its stages are those of the commands below",
     "make test": "these tests",
     "make test-fast": "these tests",
-    "make bench": "minutes; tests/test_readme.py checks that the target is there",
     "pip install": "installs",
     "python bench/reproduce.py": "hours; tests/test_reproduce.py runs it at a reduced size",
     "torchrun": "starts several processes; tests of the same name in tests/ do it",

@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from cli.signals import Output, Stopped, StopRequests
-from training.save_clock import SaveClock
+from run.save_clock import SaveClock
+from run.signals import Output, Stopped, StopRequests
 from utils import ToolkitError
 
 

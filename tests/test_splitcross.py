@@ -1,19 +1,26 @@
-"""splitcross.py compared with the definition in Python floats, with one to four buckets."""
+"""splitcross.py and its faster form against Python floats, with one to four buckets."""
 
 import pytest
 import references
 import torch
 from torch.nn import functional
 
+import fast.splitcross
+from fast.splitcross import FastSplitCrossEntropyLoss
 from splitcross import SplitCrossEntropyLoss, default_splits
 
 NTOKEN, SIZE = 23, 6
 SPLITS = [[], [5], [5, 12], [5, 12, 20]]
 
 
-def criterion_and_data(splits, n=64):
+@pytest.fixture(params=[SplitCrossEntropyLoss, FastSplitCrossEntropyLoss], ids=["plain", "fast"])
+def kind(request):
+    return request.param
+
+
+def criterion_and_data(kind, splits, n=64):
     torch.manual_seed(len(splits))
-    criterion = SplitCrossEntropyLoss(SIZE, splits).double()
+    criterion = kind(SIZE, splits).double()
     for p in criterion.parameters():
         torch.nn.init.normal_(p)
     weight = torch.randn(NTOKEN, SIZE, dtype=torch.float64, requires_grad=True)
@@ -36,8 +43,8 @@ def probabilities(criterion, weight, bias, hiddens):
 
 
 @pytest.mark.parametrize("splits", SPLITS)
-def test_against_the_definition(splits):
-    criterion, weight, bias, hiddens, targets = criterion_and_data(splits)
+def test_against_the_definition(kind, splits):
+    criterion, weight, bias, hiddens, targets = criterion_and_data(kind, splits)
     expected = probabilities(criterion, weight, bias, hiddens)
     torch.testing.assert_close(criterion.logprob(weight, bias, hiddens).exp(), expected)
     losses = -expected[range(64), targets].log()
@@ -46,16 +53,16 @@ def test_against_the_definition(splits):
 
 
 @pytest.mark.parametrize("splits", SPLITS)
-def test_logprob_is_a_distribution(splits):
-    criterion, weight, bias, hiddens, _ = criterion_and_data(splits)
+def test_logprob_is_a_distribution(kind, splits):
+    criterion, weight, bias, hiddens, _ = criterion_and_data(kind, splits)
     logprob = criterion.logprob(weight, bias, hiddens)
     assert logprob.shape == (64, NTOKEN)
     torch.testing.assert_close(logprob.exp().sum(dim=1), torch.ones(64, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("splits", SPLITS)
-def test_gradients(splits):
-    criterion, weight, bias, hiddens, targets = criterion_and_data(splits, n=8)
+def test_gradients(kind, splits):
+    criterion, weight, bias, hiddens, targets = criterion_and_data(kind, splits, n=8)
     inputs = (weight, bias, hiddens, *criterion.parameters())
 
     def loss(weight, bias, hiddens, *_):
@@ -64,28 +71,27 @@ def test_gradients(splits):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_every_bucket_gets_its_own_targets():
+def test_every_bucket_gets_its_own_targets(kind):
     # The original adds boolean masks, so words of the second and later tails count as the first's.
-    criterion, weight, bias, hiddens, _ = criterion_and_data([5, 12, 20], n=NTOKEN)
+    criterion, weight, bias, hiddens, _ = criterion_and_data(kind, [5, 12, 20], n=NTOKEN)
     targets = torch.arange(NTOKEN)
     expected = -probabilities(criterion, weight, bias, hiddens)[range(NTOKEN), targets].log().mean()
     torch.testing.assert_close(criterion(weight, bias, hiddens, targets), expected)
 
 
 @pytest.mark.parametrize("target", [2, 7, 15, 21])
-def test_a_batch_of_one_bucket_only(target):
-    criterion, weight, bias, hiddens, _ = criterion_and_data([5, 12, 20], n=1)
+def test_a_batch_of_one_bucket_only(kind, target):
+    criterion, weight, bias, hiddens, _ = criterion_and_data(kind, [5, 12, 20], n=1)
     loss = criterion(weight, bias, hiddens, torch.tensor([target]))
     expected = probabilities(criterion, weight, bias, hiddens)[0, target]
     torch.testing.assert_close(loss.exp(), 1 / expected)
 
 
 def test_target_logprob_in_blocks(monkeypatch):
-    import splitcross
-
-    criterion, weight, bias, hiddens, targets = criterion_and_data([5, 12])
+    kind = FastSplitCrossEntropyLoss
+    criterion, weight, bias, hiddens, targets = criterion_and_data(kind, [5, 12])
     whole = criterion.target_logprob(weight, bias, hiddens, targets)
-    monkeypatch.setattr(splitcross, "_MAX_LOGITS", 7 * NTOKEN)
+    monkeypatch.setattr(fast.splitcross, "MAX_LOGITS", 7 * NTOKEN)
     with torch.no_grad():
         torch.testing.assert_close(criterion.target_logprob(weight, bias, hiddens, targets), whole)
 
@@ -100,9 +106,9 @@ def test_parameters_are_the_tombstones():
     assert all((p == 0).all() for p in state.values())
 
 
-def test_no_splits_is_plain_cross_entropy_and_silent(capsys):
-    _, weight, bias, hiddens, targets = criterion_and_data([])
-    loud = SplitCrossEntropyLoss(SIZE, [], verbose=True)
+def test_no_splits_is_plain_cross_entropy_and_silent(kind, capsys):
+    _, weight, bias, hiddens, targets = criterion_and_data(kind, [])
+    loud = kind(SIZE, [], verbose=True)
     expected = functional.cross_entropy(hiddens @ weight.t() + bias, targets)
     torch.testing.assert_close(loud(weight, bias, hiddens, targets), expected)
     assert capsys.readouterr().out == ""
@@ -114,8 +120,8 @@ def test_bad_splits(splits):
         SplitCrossEntropyLoss(SIZE, splits)
 
 
-def test_a_split_beyond_the_vocabulary_is_an_error_and_default_splits_make_none():
-    criterion, weight, bias, hiddens, targets = criterion_and_data([5, NTOKEN])
+def test_a_split_beyond_the_vocabulary_is_an_error_and_default_splits_make_none(kind):
+    criterion, weight, bias, hiddens, targets = criterion_and_data(kind, [5, NTOKEN])
     with pytest.raises(ValueError, match="no word"):
         criterion(weight, bias, hiddens, targets)
     assert default_splits(75_000) == []

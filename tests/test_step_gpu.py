@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import ORIGINAL_CELLS, ROOT
 
-from cli.device import set_precision
+import fast
+from fast.cuda_graphs import GraphedStep
+from fast.step import FastStep
 from loss import TrainingLoss
 from model import RNNModel
 from nt_asgd import NTASGD
+from run.device import set_precision
 from splitcross import SplitCrossEntropyLoss
-from training.cuda_graphs import GraphedStep, make_step
-from training.step import TrainingStep
+from training import TrainingStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,21 +26,38 @@ pytestmark = [
 RATES = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.4, "dropoute": 0.1, "wdrop": 0.5}
 
 
-def make(rnn_type, optimizer="sgd", graphs=False, precision="fp32", splits=()):
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Restore the precision of products after each test."""
+    old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(old[0])
+    torch.backends.cudnn.allow_tf32 = old[1]
+
+
+def chosen(network, optimizer, source, graphs, say=print):
+    """A step of the forms in fast/, on a GPU."""
+    step = TrainingStep(network, optimizer, source, bptt=20, clip=0.25)
+    lines = fast.choose(network, optimizer, step, bf16=network.bf16)
+    assert len(lines) == 1, lines
+    if graphs:
+        say(fast.record_steps(step, say))
+    return step
+
+
+def make(rnn_type, optimizer="sgd", graphs=False, precision="fp32", splits=(), say=print):
     device = torch.device("cuda")
     set_precision(precision, device)
     torch.manual_seed(0)
-    model = RNNModel(rnn_type, 1000, 40, 60, 3, **RATES, tie_weights=True).cuda()
-    criterion = SplitCrossEntropyLoss(40, splits).cuda()
-    params = [*model.parameters(), *criterion.parameters()]
+    model = RNNModel(rnn_type, 1000, 40, 60, 3, **RATES, tie_weights=True)
+    criterion = SplitCrossEntropyLoss(40, splits)
+    network = TrainingLoss(model, criterion, alpha=2.0, beta=1.0, bf16=precision == "bf16").cuda()
     if optimizer == "sgd":
-        optimizer = NTASGD(params, 1.0, 1.2e-6)
+        optimizer = NTASGD(network.parameters(), 1.0, 1.2e-6)
     else:
-        optimizer = torch.optim.Adam(params, 1e-3, weight_decay=1.2e-6, fused=True)
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1.2e-6, fused=True)
     source = torch.randint(1000, (4000, 20), device=device, dtype=torch.int32)
-    options = {"bptt": 20, "clip": 0.25}
-    network = TrainingLoss(model, criterion, alpha=2.0, beta=1.0, bf16=precision == "bf16")
-    return make_step(network, optimizer, source, graphs=graphs, **options)
+    return chosen(network, optimizer, source, graphs, say)
 
 
 def run(step, steps=200):
@@ -60,7 +79,7 @@ def run(step, steps=200):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_200_graphed_steps_are_the_eager_ones(rnn_type, optimizer):
     eager, graphed = make(rnn_type, optimizer), make(rnn_type, optimizer, graphs=True)
-    assert type(eager) is TrainingStep
+    assert type(eager) is FastStep
     assert type(graphed) is GraphedStep
     expected, losses = run(eager), run(graphed)
     assert graphed.recording
@@ -115,8 +134,7 @@ def make_at_published_width(graphs):
     model = RNNModel("LSTM", 1000, 400, 1150, 3, **RATES, tie_weights=True).cuda()
     source = torch.randint(1000, (400, 20), device="cuda", dtype=torch.int32)
     network = TrainingLoss(model, SplitCrossEntropyLoss(400, []).cuda(), alpha=2.0, beta=1.0)
-    options = {"bptt": 20, "clip": 0.25, "graphs": graphs}
-    return make_step(network, NTASGD(network.parameters(), 1.0), source, **options)
+    return chosen(network, NTASGD(network.parameters(), 1.0), source, graphs)
 
 
 def test_cudnn_takes_the_published_sizes_without_a_warning():
@@ -140,7 +158,7 @@ def test_cudnn_can_be_recorded_at_the_published_width():
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
 def test_bf16_makes_no_float16_of_recurrent_layers(rnn_type):
     step = make(rnn_type, precision="bf16")
-    model = step.model.train()
+    model = step.network.model.train()
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         outputs = model(step.source[:20], model.init_hidden(20), return_h=True)[2]
     assert all(output.dtype == torch.float32 for output in outputs)
@@ -181,10 +199,11 @@ def test_after_a_recording_that_failed_steps_run_eagerly(rnn_type):
     assert result.returncode == 0, result.stderr
 
 
-def test_the_split_softmax_runs_eagerly_and_says_so(capsys):
-    step = make("QRNN", "adam", graphs=True, splits=[100, 400])
-    assert type(step) is TrainingStep
-    assert "CUDA graphs are off: the split softmax" in capsys.readouterr().out
+def test_the_split_softmax_runs_eagerly_and_says_so():
+    lines = []
+    step = make("QRNN", "adam", graphs=True, splits=[100, 400], say=lines.append)
+    assert type(step) is FastStep
+    assert "CUDA graphs are off: the split softmax" in lines[0]
     assert run(step, 8).isfinite().all()
 
 

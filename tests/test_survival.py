@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, linux_only
 
 import checkpoint
-from training import parallel
+from run import ranks as run_ranks
 
 ALIKE = (
     "--emsize 12 --nhid 16 --nlayers 2 --batch_size 5 --bptt 10 --no-cuda --seed 7 --lr 5 "
@@ -169,7 +169,7 @@ def test_the_second_of_two_runs_with_one_file_stops(corpus_dir, tmp_path, script
     assert script("main", *flags, "--epochs", 1)[0] == 0
     command = [sys.executable, ROOT / "main.py", "--resume", path, "--epochs", "9999"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert "Args" in first.stdout.readline()
+    assert "Faster forms" in first.stdout.readline()
     seconds = [("main", *flags), ("main", "--resume", path), ("finetune", *flags)]
     for second in seconds:
         status, out, err = script(*second)
@@ -186,7 +186,7 @@ def test_the_second_of_two_runs_with_one_file_stops(corpus_dir, tmp_path, script
 
 
 def test_a_rank_without_others_says_what_it_waits_for(tmp_path, script, monkeypatch):
-    monkeypatch.setattr(parallel, "_MINUTES", 0.02)
+    monkeypatch.setattr(run_ranks, "_MINUTES", 0.02)
     rank = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
     def meet_at(port):

@@ -1,4 +1,4 @@
-"""training/cuda_graphs.py: replayed steps equal eager steps."""
+"""fast/cuda_graphs.py: replayed steps equal eager steps."""
 
 import contextlib
 import gc
@@ -11,15 +11,18 @@ import torch
 from shims import ShimLauncher, needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fast
+import fast.qrnn
 import qrnn.kernels
-from checkpoint.check import tensors_of
-from kernels import aligned, cross_entropy, cuda, update
+import training
+from checkpoint.model_file import tensors_of
+from fast import cross_entropy, cuda_graphs, linear
+from fast.cuda_graphs import GraphedStep
 from loss import TrainingLoss
-from model import CELLS, make_network
+from model import CELLS, QRNN, make_network
 from nt_asgd import NTASGD
-from training import cuda_graphs, engine
-from training.cuda_graphs import GraphedStep, make_step
-from training.step import TrainingStep
+from qrnn import cuda
+from training import TrainingStep
 from weight_drop import WeightDrop
 
 RATES = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.3, "dropoute": 0.1, "wdrop": 0.4}
@@ -99,20 +102,20 @@ class Recorder:
 
 def make(rnn_type, optimizer="sgd", graphs=False, bf16=False):
     torch.manual_seed(0)
-    model, criterion = make_network([], rnn_type, 40, 6, 9, 2, **RATES, tie_weights=True)
-    params = [*model.parameters(), *criterion.parameters()]
-    if optimizer == "sgd":
-        optimizer = NTASGD(params, 1.0, 0.01)
-    else:
-        optimizer = torch.optim.Adam(params, 0.01, weight_decay=0.01, fused=True)
-    source = torch.from_numpy(np.random.RandomState(0).randint(40, size=(300, 3))).int()
-    options = {"bptt": 8, "clip": 0.25}
+    sizes = {"ntoken": 40, "ninp": 6, "nhid": 9, "nlayers": 2, "tie_weights": True}
+    model, criterion = make_network([], rnn_type=rnn_type, **sizes, **RATES)
     network = TrainingLoss(model, criterion, alpha=2.0, beta=1.0, bf16=bf16)
-    if not graphs:
-        return TrainingStep(network, optimizer, source, **options)
-    step = GraphedStep(network, optimizer, source, record=lambda work: record(work), **options)
-    record = Recorder(step)
-    step.recorder = record
+    if optimizer == "sgd":
+        optimizer = NTASGD(network.parameters(), 1.0, 0.01)
+    else:
+        optimizer = torch.optim.Adam(network.parameters(), 0.01, weight_decay=0.01, fused=True)
+    source = torch.from_numpy(np.random.RandomState(0).randint(40, size=(300, 3))).int()
+    step = TrainingStep(network, optimizer, source, bptt=8, clip=0.25)
+    fast.choose(network, optimizer, step)
+    if graphs:
+        step.__class__ = GraphedStep
+        step.recorder = Recorder(step)
+        step.set_up(record=step.recorder)
     return step
 
 
@@ -125,11 +128,10 @@ def train(step, epochs=(1, 2, 3)):
         if epoch == 3 and isinstance(step.optimizer, NTASGD):
             step.optimizer.start_averaging()
         step.begin()
-        for _ in engine.train_epoch(step, rng):
+        for _ in training.train_epoch(step, rng):
             pass
         losses.append(step.total.item() / step.row)
-        criterion = step.network.criterion
-        losses.append(engine.evaluate(step.model, criterion, step.source[:50], 10))
+        losses.append(training.evaluate(step.network, step.source[:50], 10))
     return losses
 
 
@@ -158,9 +160,9 @@ CHANGES = {
     "the rate": lambda step: step.optimizer.param_groups[0].update(lr=0.1),
     "weight decay": lambda step: step.optimizer.param_groups[0].update(weight_decay=0.3),
     "the norm to clip at": lambda step: setattr(step, "clip", 0.01),
-    "a penalty": lambda step: setattr(step.loss, "alpha", 20.0),
-    "a dropout": lambda step: setattr(step.model, "dropouth", 0.0),
-    "weight drop": lambda step: setattr(step.model.rnns[0], "dropout", 0.9),
+    "a penalty": lambda step: setattr(step.network, "alpha", 20.0),
+    "a dropout": lambda step: setattr(step.network.model, "dropouth", 0.0),
+    "weight drop": lambda step: setattr(step.network.model.rnns[0], "dropout", 0.9),
     "the text, in place": lambda step: step.source.copy_(step.source.flip(0)),
     "the text": lambda step: setattr(step, "source", step.source.flip(0).contiguous()),
 }
@@ -178,6 +180,23 @@ def test_what_is_changed_between_epochs_reaches_what_was_recorded(change):
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     for p, q in zip(graphed.params, eager.params, strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_a_number_changed_within_an_epoch_is_reported_unless_refresh_is_called():
+    for refresh in (False, True):
+        step, lines = make("LSTM", graphs=True), []
+        step.say = lines.append
+        train(step, (1, 2))
+        step.begin()
+        for number in training.train_epoch(step, np.random.RandomState(1), fixed_length=True):
+            if number == 10:
+                step.network.alpha = 20.0
+                if refresh:
+                    assert step.refresh() == ["alpha"]
+        assert [line.split(":")[0] for line in lines] == ["alpha changed within the epoch"] * (
+            not refresh
+        )
+        assert step.recorder.replayed > 40
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "QRNN"])
@@ -296,7 +315,7 @@ def test_a_failed_recording_leaves_the_allocator_as_it_was(fixed, monkeypatch):
 
 
 def test_graphs_are_given_up_when_averaging_starts_and_never_more_than_there_is_room(monkeypatch):
-    monkeypatch.setattr("training.cuda_graphs.MOST_GRAPHS", 3)
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 3)
     graphed = make("GRU", graphs=True)
     train(graphed, (1, 2))
     assert len(graphed._replays) == graphed.recorder.recorded == 3
@@ -317,7 +336,7 @@ def test_bf16_trains_float32_weights_close_to_float32():
 @needs_compiler
 @pytest.mark.parametrize("rnn_type", ["QRNN", "LSTM"])
 def test_a_step_through_every_cuda_kernel(rnn_type, tmp_path, monkeypatch):
-    """A step as on a GPU: recurrence, loss and update run as C++, rows are aligned."""
+    """A step as on a GPU: recurrence and loss run as C++, rows are aligned."""
 
     def losses():
         step = make(rnn_type)
@@ -325,41 +344,42 @@ def test_a_step_through_every_cuda_kernel(rnn_type, tmp_path, monkeypatch):
             # Weight drop draws its masks differently on a GPU.
             if isinstance(module, WeightDrop):
                 module.dropout = 0.0
+            if type(module) is QRNN:
+                module.__class__ = fast.qrnn.FastQRNN
         return train(step, (1, 3)), step.params
 
     expected, params = losses()
     launchers = []
     monkeypatch.setattr(cross_entropy, "THREADS", 64)
-    sources = {
-        qrnn.kernels: qrnn.kernels.compile_options(torch.float32),
-        cross_entropy: cross_entropy.compile_options(torch.float32),
-        update: update.compile_options(torch.float32),
-    }
-    for module, options in sources.items():
-        folder = tmp_path / module.__name__
+    for module in (qrnn.kernels, cross_entropy):
+        folder, options = tmp_path / module.__name__, module.compile_options(torch.float32)
         folder.mkdir()
         launchers.append(
             ShimLauncher(module.SOURCE, folder, [options], fibers=module is cross_entropy)
         )
         monkeypatch.setattr(module.SOURCE, "launch", launchers[-1])
-    monkeypatch.setattr(qrnn.forget_mult, "_kernels_for", lambda x: qrnn.kernels)
-    for module in (aligned, cross_entropy, update):
-        monkeypatch.setattr(module, "suits", lambda *_: True)
+    for place in (qrnn.forget_mult, fast.qrnn):
+        monkeypatch.setattr(place, "way_for", lambda *_: qrnn.kernels)
+    monkeypatch.setattr(linear, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(cross_entropy, "is_usable", lambda *_: True)
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
     results, ours = losses()
     assert results == pytest.approx(expected, rel=1e-5)
     for p, q in zip(ours, params, strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
-    assert [bool(launcher.launched) for launcher in launchers] == [rnn_type == "QRNN", True, True]
+    assert [bool(launcher.launched) for launcher in launchers] == [rnn_type == "QRNN", True]
 
 
-def test_without_a_gpu_there_are_no_graphs_and_nothing_is_said():
-    step, said = make("LSTM"), []
-    again = make_step(
-        step.network, step.optimizer, step.source, graphs=True, say=said.append, bptt=8, clip=0.25
-    )
-    assert type(again) is TrainingStep
-    assert not said
+def test_the_check_at_start_replays_steps():
+    recorders = []
+
+    def set_up(step):
+        step.__class__ = GraphedStep
+        recorders.append(Recorder(step))
+        step.set_up(record=recorders[0])
+
+    assert fast.check.distance(*fast.step.compare(torch.empty(0), set_up)) < 1e-5
+    assert recorders[0].replayed > 1
 
 
 def tensors_held():
@@ -374,7 +394,7 @@ def tensors_held():
 @pytest.mark.parametrize("rnn_type", CELLS)
 def test_no_step_leaves_a_tensor_behind(rnn_type, graphs, monkeypatch):
     # All sequences have the same length, so all recordings are made in the first epoch.
-    monkeypatch.setattr(engine, "draw_seq_len", lambda rng, bptt, cap: bptt)
+    monkeypatch.setattr(training, "draw_seq_len", lambda rng, bptt, cap: bptt)
     step = make(rnn_type, graphs=graphs)
     train(step, (1,))
     before = tensors_held()

@@ -1,4 +1,4 @@
-"""weight_drop.py: the dropped entries, the trained weight, and errors of the original."""
+"""weight_drop.py and its faster form: the dropped entries, and errors of the original."""
 
 import copy
 
@@ -7,18 +7,25 @@ import references
 import torch
 from torch import nn
 
-import weight_drop
-from kernels import cudnn
+from fast import cudnn
+from fast import weight_drop as fast_weight_drop
+from fast.weight_drop import FastWeightDrop
+from model import GRU, LSTM
 from weight_drop import WeightDrop
 
 
-def lstm(dropout=0.5, variational=False, cell=nn.LSTM):
+@pytest.fixture(params=[WeightDrop, FastWeightDrop], ids=["plain", "fast"])
+def kind(request):
+    return request.param
+
+
+def lstm(kind=WeightDrop, dropout=0.5, variational=False, cell=nn.LSTM):
     torch.manual_seed(1)
-    return WeightDrop(cell(5, 7), ["weight_hh_l0"], dropout, variational)
+    return kind(cell(5, 7), ["weight_hh_l0"], dropout, variational)
 
 
-def test_uses_the_dropped_weight_on_nn_lstm():
-    drop = lstm()
+def test_uses_the_dropped_weight_on_nn_lstm(kind):
+    drop = lstm(kind)
     x = torch.randn(6, 3, 5)
     output, _ = drop(x)
     inner = drop.module
@@ -29,9 +36,9 @@ def test_uses_the_dropped_weight_on_nn_lstm():
     torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_kept_entries_are_scaled_and_the_share_is_right():
+def test_kept_entries_are_scaled_and_the_share_is_right(kind):
     torch.manual_seed(0)
-    drop = WeightDrop(nn.Linear(300, 200), ["weight"], 0.3)
+    drop = kind(nn.Linear(300, 200), ["weight"], 0.3)
     drop(torch.randn(2, 300))
     raw, dropped = drop.module.weight_raw, drop.module.weight
     kept = dropped != 0
@@ -45,7 +52,7 @@ def test_the_mask_of_the_cpu(dropout, dtype):
     # An odd number of entries, as two entries share one drawn number.
     torch.manual_seed(3)
     raw = torch.ones(301, 203, dtype=dtype)
-    mask = weight_drop._mask(raw, dropout)
+    mask = fast_weight_drop._mask(raw, dropout)
     assert mask.dtype == dtype
     assert mask.shape == raw.shape
     kept = mask != 0
@@ -58,10 +65,10 @@ def test_the_mask_of_the_cpu(dropout, dtype):
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
-def test_dropped_weight_is_a_plain_tensor_and_the_raw_one_trains(cell):
+def test_dropped_weight_is_a_plain_tensor_and_the_raw_one_trains(kind, cell):
     # A common fix of the original makes the dropped weight a Parameter, and then the raw weight
     # gets no gradient.
-    drop = lstm(cell=cell)
+    drop = lstm(kind, cell=cell)
     output, _ = drop(torch.randn(6, 3, 5))
     dropped = drop.module.weight_hh_l0
     assert not isinstance(dropped, nn.Parameter)
@@ -71,8 +78,8 @@ def test_dropped_weight_is_a_plain_tensor_and_the_raw_one_trains(cell):
     assert torch.equal(gradient == 0, dropped == 0)
 
 
-def test_gradient_of_the_raw_weight_against_finite_differences():
-    drop = lstm().double()
+def test_gradient_of_the_raw_weight_against_finite_differences(kind):
+    drop = lstm(kind).double()
     x = torch.randn(4, 2, 5, dtype=torch.float64)
     raw = drop.module.weight_hh_l0_raw
 
@@ -91,9 +98,9 @@ def test_gradient_of_the_raw_weight_against_finite_differences():
         assert raw.grad[i, j].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-7)
 
 
-def test_training_step_after_an_evaluation():
+def test_training_step_after_an_evaluation(kind):
     # In the original the first training call after an evaluation fails.
-    drop = lstm()
+    drop = lstm(kind)
     x = torch.randn(6, 3, 5)
     for _ in range(2):
         drop.train()
@@ -107,8 +114,8 @@ def test_training_step_after_an_evaluation():
     drop(x)[0].sum().backward()
 
 
-def test_state_dict_names_never_change():
-    drop = lstm()
+def test_state_dict_names_never_change(kind):
+    drop = lstm(kind)
     expected = [
         "module.weight_ih_l0",
         "module.bias_ih_l0",
@@ -123,9 +130,9 @@ def test_state_dict_names_never_change():
 
 
 @pytest.mark.parametrize("variational", [False, True])
-def test_nothing_is_dropped_in_evaluation(variational):
+def test_nothing_is_dropped_in_evaluation(kind, variational):
     # With variational=True the original drops rows in evaluation too.
-    drop = lstm(variational=variational)
+    drop = lstm(kind, variational=variational)
     x = torch.randn(6, 3, 5)
     drop(x)
     drop.eval()
@@ -137,14 +144,14 @@ def test_nothing_is_dropped_in_evaluation(variational):
     torch.testing.assert_close(first, plain(x)[0])
 
 
-def test_evaluation_still_differentiates_the_raw_weight():
-    drop = lstm().eval()
+def test_evaluation_still_differentiates_the_raw_weight(kind):
+    drop = lstm(kind).eval()
     drop(torch.randn(6, 3, 5))[0].sum().backward()
     assert drop.module.weight_hh_l0_raw.grad.abs().sum() > 0
 
 
-def test_variational_drops_whole_rows():
-    drop = lstm(variational=True)
+def test_variational_drops_whole_rows(kind):
+    drop = lstm(kind, variational=True)
     rows = set()
     for _ in range(20):
         drop(torch.randn(2, 1, 5))
@@ -154,8 +161,8 @@ def test_variational_drops_whole_rows():
     assert len(rows) == 28
 
 
-def test_a_fresh_mask_every_call():
-    drop = lstm()
+def test_a_fresh_mask_every_call(kind):
+    drop = lstm(kind)
     x = torch.randn(2, 1, 5)
     drop(x)
     first = drop.module.weight_hh_l0.detach().clone()
@@ -163,18 +170,18 @@ def test_a_fresh_mask_every_call():
     assert not torch.equal(first, drop.module.weight_hh_l0)
 
 
-def test_an_optimiser_made_before_wrapping_still_trains_it():
+def test_an_optimiser_made_before_wrapping_still_trains_it(kind):
     cell = nn.LSTM(5, 7)
     optimizer = torch.optim.SGD(cell.parameters(), lr=1.0)
-    drop = WeightDrop(cell, ["weight_hh_l0"], 0.5)
+    drop = kind(cell, ["weight_hh_l0"], 0.5)
     before = drop.module.weight_hh_l0_raw.detach().clone()
     drop(torch.randn(6, 3, 5))[0].sum().backward()
     optimizer.step()
     assert not torch.equal(before, drop.module.weight_hh_l0_raw)
 
 
-def test_copy_and_move_after_a_call():
-    drop = lstm()
+def test_copy_and_move_after_a_call(kind):
+    drop = lstm(kind)
     x = torch.randn(6, 3, 5)
     drop(x)
     twin = copy.deepcopy(drop)
@@ -189,33 +196,52 @@ def test_unknown_weight_name():
         WeightDrop(nn.LSTM(5, 7), ["weight_hh_l9"], 0.5)
 
 
-@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_the_dropout_of_an_aligned_weight():
+    torch.manual_seed(0)
+    raw = torch.randn(300, 7, requires_grad=True)
+    dropped = fast_weight_drop._AlignedDropout.apply(raw, 0.25)
+    assert dropped.stride(0) * 4 % 16 == 0
+    kept = dropped != 0
+    assert kept.float().mean() == pytest.approx(0.75, abs=0.03)
+    torch.testing.assert_close(dropped[kept], raw[kept] / 0.75)
+    weight = torch.randn(300, 7)
+    (grad,) = torch.autograd.grad(dropped, raw, weight)
+    torch.testing.assert_close(grad, torch.where(kept, weight / 0.75, 0.0))
+
+
+@pytest.fixture
+def as_with_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda input: True)
+
+
+@pytest.mark.usefixtures("as_with_cudnn")
+@pytest.mark.parametrize(("cell", "form"), [(LSTM, cudnn.FastLSTM), (GRU, cudnn.FastGRU)])
 @pytest.mark.parametrize("given", [False, True])
-def test_from_one_buffer_a_cell_gives_the_same(cell, given):
-    torch.manual_seed(2)
-    module, x = cell(5, 7), torch.randn(6, 3, 5, requires_grad=True)
-    hidden = None
-    if given:
-        h, c = torch.randn(2, 1, 3, 7, requires_grad=True).unbind()
-        hidden = (h, c) if cell is nn.LSTM else h
-    inputs = [x, *module.parameters()]
-    weight = torch.randn(6, 3, 7)
+def test_from_one_buffer_a_cell_gives_the_same(cell, form, given):
     results = []
-    for call in (module, lambda *args: cudnn.run_from_one_buffer(module, *args)):
-        output, state = call(x, hidden)
+    for kind in (cell, form):
+        torch.manual_seed(2)
+        drop, x = WeightDrop(kind(5, 7, 0), ["weight_hh_l0"]), torch.randn(6, 3, 5)
+        inputs = [x.requires_grad_(), *drop.parameters()]
+        h, c = torch.randn(2, 1, 3, 7).unbind()
+        state = (h, c) if cell is LSTM else h
+        weight = torch.randn(6, 3, 7)
+        output, state = drop(x, state if given else None)
         grads = torch.autograd.grad((output * weight).sum(), inputs)
-        results.append([output, *(state if cell is nn.LSTM else [state]), *grads])
+        results.append([output, *(state if cell is LSTM else [state]), *grads])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
-def test_from_one_buffer_in_float32_under_autocast_too(cell):
+@pytest.mark.usefixtures("as_with_cudnn")
+@pytest.mark.parametrize(("cell", "form"), [(LSTM, cudnn.FastLSTM), (GRU, cudnn.FastGRU)])
+def test_from_one_buffer_in_float32_under_autocast_too(cell, form):
     torch.manual_seed(0)
-    module, x = cell(5, 7), torch.randn(6, 3, 5).bfloat16()
-    expected, _ = module(x.float())
+    drop, x = WeightDrop(cell(5, 7, 0), ["weight_hh_l0"]), torch.randn(6, 3, 5).bfloat16()
+    expected, _ = drop(x.float())
+    drop.module.__class__ = form
     with torch.autocast("cpu", torch.bfloat16):
-        output, _ = cudnn.run_from_one_buffer(module, x)
+        output, _ = drop(x)
     assert output.dtype == torch.float32
     torch.testing.assert_close(output, expected)
 

@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
-from cli import flags, program  # noqa: E402
+from cli import flags  # noqa: E402
 from cli.parser import Parser  # noqa: E402
 from data import Corpus  # noqa: E402
 from model import make_network  # noqa: E402
+from run import program  # noqa: E402
 from splitcross import default_splits  # noqa: E402
 from utils import ToolkitError  # noqa: E402
 
@@ -113,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The default dropouts of main.py; finetune.py can be given others.
         wdrop = 0.5 if any(name.endswith("_raw") for name in state) else 0.0
         config.update(dropout=0.4, dropouth=0.3, dropouti=0.65, wdrop=wdrop)
-        splits = default_splits(words) if criterion_state else []
-        model, criterion = make_network(splits, **config)
+        config["splits"] = default_splits(words) if criterion_state else []
+        model, criterion = make_network(**config)
         checkpoint.load_state(model, state)
         checkpoint.load_state(criterion, criterion_state)
     except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.save(
         args.save,
         checkpoint.Checkpoint(
-            config=checkpoint.config_of(model, criterion),
+            config=config,
             model=checkpoint.snapshot(model),
             criterion=checkpoint.snapshot(criterion),
             vocabulary=checkpoint.vocabulary_of(corpus.dictionary),
@@ -137,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             valid_loss=math.inf,
         ),
     )
-    # Loading the written file also checks it.
-    config = checkpoint.load(args.save).config
+    # Reading the written file also checks it.
+    checkpoint.rebuild(checkpoint.load(args.save), torch.device("cpu"))
     print(
         f"{args.save}: {config['rnn_type']}, {config['nlayers']} layers, emsize {config['ninp']}, "
         f"nhid {config['nhid']}, {words} words, {'tied' if config['tie_weights'] else 'not tied'}"

@@ -74,28 +74,19 @@ inline unsigned short float_to_half(float v) {
     return (unsigned short)(sign | (((exponent + 14) << 10) + fraction));
 }
 
-// A parameter's kind: 'p' for a pointer, 'i' for long long, 'd' for double, 's' for a struct by value,
-// '?' for any other type.
+// A parameter's kind: 'p' for a pointer, 'i' for long long, 'd' for double, '?' for any other type.
 template <typename T>
 constexpr char kind_of() {
-    return std::is_pointer<T>::value                ? 'p'
-           : std::is_same<T, long long>::value      ? 'i'
-           : std::is_same<T, double>::value         ? 'd'
-           : std::is_class<T>::value                ? 's'
-                                                    : '?';
+    return std::is_pointer<T>::value           ? 'p'
+           : std::is_same<T, long long>::value ? 'i'
+           : std::is_same<T, double>::value    ? 'd'
+                                               : '?';
 }
 
 template <typename... Parameters>
 const char *parameter_kinds(void (*)(Parameters...)) {
     static const char kinds[] = {kind_of<Parameters>()..., 0};
     return kinds;
-}
-
-// The bytes of each argument that the driver reads.
-template <typename... Parameters>
-const std::size_t *parameter_sizes(void (*)(Parameters...)) {
-    static const std::size_t sizes[] = {sizeof(Parameters)...};
-    return sizes;
 }
 
 #ifdef FIBERS

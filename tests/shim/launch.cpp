@@ -4,12 +4,11 @@
 
 struct Entry {
     const char *name, *kinds;
-    const std::size_t *sizes;
     const char *(*run)(unsigned grid, unsigned block, void **arguments);
 };
 
 #define KERNEL_ENTRY(NAME)                                                                         \
-    {#NAME, parameter_kinds(&NAME), parameter_sizes(&NAME),                                        \
+    {#NAME, parameter_kinds(&NAME),                                                                \
      [](unsigned grid, unsigned block, void **arguments) {                                         \
          return launch(&NAME, grid, block, arguments);                                             \
      }},
@@ -23,8 +22,6 @@ static const Entry &entry(const char *name) {
 }
 
 extern "C" const char *kernel_parameters(const char *name) { return entry(name).kinds; }
-
-extern "C" const std::size_t *kernel_sizes(const char *name) { return entry(name).sizes; }
 
 #ifdef FIBERS
 alignas(16) State shared_memory[1 << 14];

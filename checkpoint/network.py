@@ -1,0 +1,101 @@
+"""A network as the tensors of a model file, and back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from checkpoint.model_file import Checkpoint, CheckpointError, copies, in_short
+from data import Dictionary
+from model import RNNModel, make_network
+from splitcross import SplitCrossEntropyLoss
+
+
+def vocabulary_of(dictionary: Dictionary) -> dict[str, Any]:
+    """A dictionary as plain values."""
+    counts = [dictionary.counter[i] for i in range(len(dictionary))]
+    return {"words": list(dictionary.idx2word), "counts": counts}
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state on the CPU; weights that are shared stay shared."""
+    return copies({_uncompiled(name): part for name, part in module.state_dict().items()})
+
+
+def rebuild(
+    checkpoint: Checkpoint, device: torch.device, **dropouts: float
+) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """The model and criterion of a file, on `device`; `dropouts` override those of the file.
+
+    Raises CheckpointError if the weights do not fit the configuration or are not finite.
+    """
+    states = (checkpoint.model, checkpoint.criterion)
+    try:
+        # Compared first: a file may ask for a trillion layers.
+        if checkpoint.config["nlayers"] > len(checkpoint.model):
+            raise ValueError("it lacks layers")
+        with _Undrawn():
+            modules = make_network(**{**checkpoint.config, **dropouts})
+        for module, state in zip(modules, states, strict=True):
+            load_state(module, state)
+            check_finite(dict(module.named_parameters()))
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CheckpointError(
+            f"the weights of the model file do not fit this code or are damaged "
+            f"({in_short(error)}): use the code that wrote the file, or train it again"
+        ) from error
+    return tuple(module.to(device) for module in modules)
+
+
+def check_readable(config: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:
+    """Raise CheckpointError if `rebuild` could not make this network again."""
+    states = snapshot(model), snapshot(criterion)
+    try:
+        rebuild(Checkpoint(dict(config), *states, {}, {}, "", 0, 0.0), torch.device("cpu"))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"a model file of this network could not be read ({error}): make the network in "
+            "model.make_network, from the arguments in main.begin"
+        ) from error
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor has a number that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights; weight drop may have been on or off when they were saved.
+
+    Raises RuntimeError if other weights are missing or too many, or have other sizes.
+    """
+    own = {plain_name(name): name for name in module.state_dict()}
+    module.load_state_dict({own.get(plain_name(name), name): state[name] for name in state})
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without the parts that WeightDrop and torch.compile add."""
+    return _uncompiled(name).replace(".module.", ".").removesuffix("_raw")
+
+
+def _uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+class _Undrawn(TorchFunctionMode):
+    """A context in which weights start at 0: drawing takes most of a large model's set-up."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Tensor's methods and the functions of torch.nn.init.
+        if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
+            return (args[0] if args else kwargs["tensor"]).data.zero_()
+        return func(*args, **kwargs)

@@ -1,0 +1,153 @@
+"""The training state in a model file, for `--resume`: its fields, and how each is restored.
+
+stage, args       the script, and the flags of the run
+data              `fingerprint` of the text it trains on
+epoch             the last epoch that has ended
+position          the position within the next epoch, None at its start: see run/session.py
+model, criterion  the weights in training: the raw ones if the best ones are averages
+optimizer         its state; `parameters` has the names of the weights in its order
+valid_losses      the validation losses so far
+best_loss, done   the lowest of them, and whether finetuning is over
+rng               the generator of sequence lengths
+random_states     PyTorch's generators, by rank
+stateful          the states of the session's further objects, by name
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from checkpoint.model_file import Checkpoint, CheckpointError, in_short
+from checkpoint.network import plain_name
+from data import Corpus
+from utils import map_state
+
+
+def check(loaded: Checkpoint, path: str, stage: str) -> None:
+    """Raise CheckpointError unless the file `path` has a training state of the script `stage`."""
+    training = loaded.training or {}
+    found = training.get("stage")
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds no training state of {stage} (it was written by {loaded.stage}): resume "
+            f"from the file that {stage} wrote"
+        )
+    if found != stage:
+        raise CheckpointError(
+            f"{path} holds no training state of {stage} but one of {found}: resume it with that "
+            "script"
+        )
+    kinds = {"args": dict, "data": str, "epoch": int, "rng": str, "valid_losses": list}
+    with restoring(path):
+        if not all(isinstance(training[name], kind) for name, kind in kinds.items()):
+            raise ValueError("its training state has a field of the wrong type")
+
+
+@contextlib.contextmanager
+def restoring(path: str) -> Iterator[None]:
+    """Turn the errors of a state that does not fit the run into one CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be resumed ({in_short(error)}): its model can still be used, and "
+            "main.py --init or finetune.py starts a new run from it"
+        ) from error
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """A digest of the ids of train.txt, as hex digits, to recognise the text of a run."""
+    digest, size = hashlib.blake2b(digest_size=16), 2**24
+    for first in range(0, len(corpus), size):
+        digest.update(corpus.part("train", first, first + size).numpy())
+    return digest.hexdigest()
+
+
+def parameter_names(network: nn.Module, params: Sequence[Tensor]) -> list[str]:
+    """The plain names of `params`, weights of a loss.TrainingLoss, in their order.
+
+    Weight drop and torch.compile add parts to a weight's own name.
+    """
+    names = {id(p): plain_name(name) for name, p in network.named_parameters()}
+    return [names[id(p)].removeprefix("model.") for p in params]
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    *,
+    before: Sequence[str],
+    now: Sequence[str],
+) -> None:
+    """Load an optimiser's state, which numbers the weights in the order of the names `before`.
+
+    `now` are the names in the order of this run, which differs with and without weight drop. The
+    weight decay is this run's. Raises ValueError if the state is one of other weights.
+    """
+    if sorted(before) != sorted(now):
+        raise ValueError("its optimiser trains other weights")
+    state = {now.index(before[n]): copy.deepcopy(parts) for n, parts in saved["state"].items()}
+    groups = []
+    pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+    for mine, theirs in pairs:
+        own = ("params", "weight_decay", "capturable")
+        kept = {name: mine[name] for name in own if name in mine}
+        # Settings that an older PyTorch did not have come from the new run, too.
+        groups.append({**mine, **theirs, **kept})
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Load the states of objects by name; raises ValueError if the names differ."""
+    if states.keys() != parts.keys():
+        raise ValueError(f"it has states of {sorted(states)}, not of {sorted(parts)}")
+    for name, part in parts.items():
+        part.load_state_dict(copy.deepcopy(states[name]))
+
+
+def check_hidden(hidden: Any, expected: Any) -> None:
+    """Raise ValueError if a hidden state has not the form of the `expected` one."""
+
+    def same(part: Tensor, wanted: Tensor) -> None:
+        if part.shape != wanted.shape or part.dtype != wanted.dtype:
+            raise ValueError("its hidden state does not fit its configuration")
+
+    map_state(same, hidden, expected)
+
+
+def rng_state(rng: np.random.RandomState) -> str:
+    """The state of a generator of sequence lengths as text."""
+    name, key, *rest = rng.get_state()
+    return json.dumps([name, key.tolist(), *rest])
+
+
+def set_rng_state(rng: np.random.RandomState, state: str) -> None:
+    """Restore the result of `rng_state`; raises ValueError for anything else."""
+    name, key, position, *rest = json.loads(state)
+    # numpy checks neither: with a bad position it reads beyond its memory, with a key of zeros
+    # it never ends.
+    if type(position) is not int or not 0 <= position <= 624 or not any(key):
+        raise ValueError("its generator of sequence lengths is damaged")
+    rng.set_state((name, np.array(key, dtype=np.uint32), position, *rest))
+
+
+def random_states() -> dict[str, Any]:
+    """The states of PyTorch's generators, CPU and CUDA."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Restore `random_states`, for CUDA only if this machine has as many devices."""
+    torch.set_rng_state(states["cpu"].clone())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.clone() for state in states["cuda"]])

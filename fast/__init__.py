@@ -1,0 +1,144 @@
+"""Faster forms of the definitions, each used only where it agrees with its definition.
+
+A module of this package has one form: a subclass of the definition's class with the same
+constructor, state and calls, and `compare(like)`, which yields the results of the form and those of
+the definition on the device and in the dtype of `like`. No definition imports this package.
+"""
+
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qrnn import QRNNLayer, check, forget_mult
+
+# The module of the form, and its class, by the class of the definition. Names, so that a script
+# that samples imports no training.
+FORMS = {
+    "weight_drop.WeightDrop": "fast.weight_drop.FastWeightDrop",
+    "torch.nn.modules.linear.Linear": "fast.linear.FastLinear",
+    "splitcross.SplitCrossEntropyLoss": "fast.splitcross.FastSplitCrossEntropyLoss",
+    "nt_asgd.NTASGD": "fast.nt_asgd.FastNTASGD",
+    "dynamic_evaluation.DynamicEvaluation": "fast.dynamic_evaluation.FastDynamicEvaluation",
+    "training.TrainingStep": "fast.step.FastStep",
+}
+GPU_FORMS = {
+    "model.LSTM": "fast.cudnn.FastLSTM",
+    "model.GRU": "fast.cudnn.FastGRU",
+    "model.QRNN": "fast.qrnn.FastQRNN",
+}
+
+
+def choose(
+    network: nn.Module,
+    *others: Any,
+    plain: bool = False,
+    bf16: bool = False,
+    leave_out: Collection[str] = (),
+) -> list[str]:
+    """Give each part of `network` and each of `others` whose class has a form that form's class.
+
+    `others` are an optimiser or a step. An object of another class, a subclass too, keeps its own
+    code; with `plain` every object does. `bf16` says that the network computes in bfloat16, and
+    `leave_out` names modules of this package to be left out. Returns one line about the forms in
+    use, and one for each that does not agree with its definition.
+    """
+    like = next(network.parameters()).detach()
+    used, problems = [], []
+    for part in (*network.modules(), *others):
+        if isinstance(part, QRNNLayer):
+            part.plain = plain
+        form = "" if plain else _form_of(type(part), like.device)
+        if not form or form.split(".")[1] in leave_out:
+            continue
+        module, _, name = form.rpartition(".")
+        problem = _problem(module, like.device, like.dtype, bf16)
+        if problem:
+            problems.append(problem)
+        else:
+            part.__class__ = getattr(importlib.import_module(module), name)
+            used.append(module)
+    if plain:
+        return ["Definitions only (--plain)"]
+    if any(isinstance(part, QRNNLayer) for part in network.modules()):
+        # The layers choose for themselves; chosen now, the way is known before a graph is recorded.
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            way = forget_mult.way_for(like.to(torch.bfloat16) if bf16 else like)
+        problems += [str(warning.message) for warning in caught]
+        used.append(way.__name__)
+    names = ", ".join(dict.fromkeys(used)) or "none"
+    return [f"Faster forms, equal to their definitions: {names}", *dict.fromkeys(problems)]
+
+
+def record_steps(step: Any, say: Callable[[str], None] = print) -> str:
+    """Make a FastStep record CUDA graphs and replay them; the reason in a sentence if it cannot.
+
+    `say` gets a message if that fails later.
+    """
+    from fast import cuda_graphs
+
+    if type(step) is not cuda_graphs.FastStep:
+        return "CUDA graphs are off: the step is not fast/step.py's"
+    if isinstance(step.network, DistributedDataParallel):
+        return "CUDA graphs are off: several processes share the batch"
+    if len(getattr(step.network.criterion, "splits", ())) > 1:
+        return (
+            "CUDA graphs are off: the split softmax works on as many rows as a batch has rare words"
+        )
+    like = step.params[0].detach()
+    problem = _problem("fast.cuda_graphs", like.device, like.dtype, False)
+    if not problem:
+        step.__class__ = cuda_graphs.GraphedStep
+        step.set_up(say)
+    return problem
+
+
+def _form_of(kind: type, device: torch.device) -> str:
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return FORMS.get(name) or (GPU_FORMS.get(name, "") if device.type == "cuda" else "")
+
+
+@functools.cache
+def _problem(module: str, device: torch.device, dtype: torch.dtype, bf16: bool) -> str:
+    """Why the form in a module is not used, in a sentence; "" if it agrees with its definition."""
+    like = torch.empty(0, device=device, dtype=dtype)
+    tolerance = check.TOLERANCE[torch.bfloat16 if bf16 else dtype]
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        tolerance = max(tolerance, 2e-3)  # TensorFloat-32 has ten bits
+    try:
+        compare = importlib.import_module(module).compare
+        with (
+            _generators_kept(device),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False),
+        ):
+            apart = check.distance(*compare(like))
+        reason = f"its results differ by {apart:.1e}" if apart > tolerance else ""
+    except Exception as error:  # of a kernel, its compiler, or a private function of PyTorch
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    place = module.replace(".", "/")
+    return reason and f"{place}.py does not do what its definition does ({reason}): it is not used"
+
+
+@contextlib.contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    """A context with fixed random numbers, after which the generators are as they were."""
+    cuda = device.type == "cuda"
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+    torch.default_generator.manual_seed(0)
+    if cuda:
+        torch.cuda.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        if cuda:
+            torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,90 @@
+"""cuDNN's LSTM and GRU, at the cost of one copy for weights that change at every call."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import GRU, LSTM
+from qrnn.check import numbers
+from weight_drop import WeightDrop
+
+
+class FastLSTM(LSTM):
+    """The cell LSTM within a WeightDrop, on a GPU."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        if _can_run(self, input):
+            return _run_from_one_buffer(self, input, hx)
+        return super().forward(input, hx)
+
+
+class FastGRU(GRU):
+    """The cell GRU within a WeightDrop, on a GPU."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        if _can_run(self, input):
+            return _run_from_one_buffer(self, input, hx)
+        return super().forward(input, hx)
+
+
+def _can_run(module: nn.RNNBase, input: Tensor) -> bool:
+    # Parameters stay in cuDNN's own buffer: only a dropped weight is another tensor at every call.
+    dropped = "weight_hh_l0" not in module._parameters
+    return dropped and input.dim() == 3 and torch.backends.cudnn.is_acceptable(input)
+
+
+class _OneBuffer(torch.autograd.Function):
+    """Copies tensors end to end into one buffer, returned as views; gradients pass unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        buffer = torch.cat([tensor.flatten() for tensor in tensors])
+        parts = buffer.split([tensor.numel() for tensor in tensors])
+        return tuple(part.view_as(t) for part, t in zip(parts, tensors, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+def _run_from_one_buffer(module: nn.RNNBase, input: Tensor, hidden: Any) -> tuple[Tensor, Any]:
+    """The call of a one-layer `module`, its weights copied to one buffer.
+
+    cuDNN requires one buffer. The dropped weight is a new tensor at every call, so `module` itself
+    would move its Parameters to a new buffer each time, or warn and copy. Both copy as many bytes,
+    and moved Parameters lose the addresses that a CUDA graph has recorded. Autocast is disabled
+    here: for cuDNN it converts everything to float16, whatever dtype is set, and gradients as small
+    as a language model's would lose most of their digits.
+    """
+    lstm = isinstance(module, nn.LSTM)
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    with torch.autocast(input.device.type, enabled=False):
+        weights = list(_OneBuffer.apply(*(getattr(module, name) for name in names)))
+        input = input.to(weights[0].dtype)
+        if hidden is None:
+            zeros = input.new_zeros(1, input.size(1), module.hidden_size)
+            hidden = (zeros, zeros) if lstm else zeros
+        options = (weights, True, 1, 0.0, module.training, False, False)
+        if lstm:
+            output, h, c = torch.lstm(input, hidden, *options)
+            return output, (h, c)
+        return torch.gru(input, hidden, *options)
+
+
+def compare(like: Tensor) -> Iterator[list[Tensor]]:
+    """Outputs, states and gradients of FastLSTM and FastGRU, then of LSTM and GRU."""
+    for kinds in ((FastLSTM, FastGRU), (LSTM, GRU)):
+        results = []
+        for kind in kinds:
+            cell = WeightDrop(kind(8, 16, 0).to(like), ["weight_hh_l0"])
+            with torch.no_grad():
+                for p in cell.parameters():
+                    p.copy_(numbers(*p.shape, like=p))
+            x = numbers(5, 3, 8, like=like).requires_grad_()
+            y, state = cell(x, cell.module.initial_state(3))
+            states = state if isinstance(state, tuple) else (state,)
+            loss = y.square().sum() + sum(part.sum() for part in states)
+            results += [y, *states, *torch.autograd.grad(loss, [x, *cell.parameters()])]
+        yield results

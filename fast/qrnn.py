@@ -1,0 +1,37 @@
+"""The cell QRNN whose kernel adds the linear map's bias: the product needs no extra pass."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fast.linear import FastLinear
+from model import QRNN
+from qrnn.check import numbers
+from qrnn.forget_mult import adds_bias, way_for
+
+
+class FastQRNN(QRNN):
+    """The cell QRNN on a GPU with CuPy."""
+
+    def project(self, X: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        # A WeightDrop wraps the linear map.
+        linear = getattr(self.linear, "module", self.linear)
+        if not isinstance(linear, FastLinear) or not adds_bias(way_for(X, self.use_cuda)):
+            return super().project(X, lengths)
+        return self.linear(self.windowed(X, lengths), with_bias=False), linear.bias
+
+
+def compare(like: Tensor) -> Iterator[list[Tensor]]:
+    """Outputs, states and gradients of FastQRNN, then of QRNN."""
+    for kind in (FastQRNN, QRNN):
+        cell = kind(8, 16, 0).to(like)
+        if kind is FastQRNN:
+            cell.linear.__class__ = FastLinear
+        with torch.no_grad():
+            for p in cell.parameters():
+                p.copy_(numbers(*p.shape, like=p))
+        x = numbers(5, 3, 8, like=like).requires_grad_()
+        y, states = cell(x, cell.initial_state(3))
+        wanted = torch.autograd.grad(y.square().sum(), [x, *cell.parameters()])
+        yield [y, *states, *wanted]

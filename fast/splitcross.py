@@ -1,0 +1,160 @@
+"""The loss of splitcross.py without its logits in memory: their gradient is computed with them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fast import cross_entropy, linear
+from qrnn.check import numbers
+from splitcross import SplitCrossEntropyLoss
+
+# The most logits in one block of rows: a long evaluation chunk over a large vocabulary would
+# otherwise need gigabytes at once. Smaller blocks, which fit the cache, were measured no faster.
+MAX_LOGITS = 2**24
+
+
+class FastSplitCrossEntropyLoss(SplitCrossEntropyLoss):
+    """SplitCrossEntropyLoss in blocks of rows, with its gradient in the same pass."""
+
+    def forward(self, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor) -> Tensor:
+        if self.nsplits == 1:
+            return _LinearCrossEntropy.apply(weight, bias, hiddens, targets) / len(targets)
+        head_weight, head_bias = self.head(weight, bias)
+        bucket, in_head = self.places(targets, len(head_bias))
+        total = _LinearCrossEntropy.apply(head_weight, head_bias, hiddens, in_head)
+        for k in range(1, self.nsplits):
+            rows = (bucket == k).nonzero().squeeze(1)
+            if len(rows):
+                words = self.words(k, len(weight))
+                total = total + _LinearCrossEntropy.apply(
+                    weight[words], bias[words], hiddens[rows], targets[rows] - self.splits[k]
+                )
+        return total / len(targets)
+
+    def target_logprob(
+        self, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor
+    ) -> Tensor:
+        """As the definition; where no gradient is recorded, rows are computed in blocks."""
+        if torch.is_grad_enabled() and hiddens.requires_grad:
+            return super().target_logprob(weight, bias, hiddens, targets)
+        definition, rows = super().target_logprob, max(1, MAX_LOGITS // len(weight))
+        pairs = zip(hiddens.split(rows), targets.split(rows), strict=True)
+        return torch.cat([definition(weight, bias, *pair) for pair in pairs])
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed softmax cross-entropy of `hiddens @ weight.t() + bias`; the logits are not kept.
+
+    The gradient of a softmax depends on the softmax alone, so the gradient of each block of logits
+    replaces the block and is multiplied out at once. This saves the three copies of all logits that
+    separate operations write and read. Under autocast the products are in its dtype;
+    sums, and on the CPU logits, stay in that of `bias`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor) -> Tensor:
+        device = hiddens.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
+        need_weight, need_bias, need_hiddens, _ = needed = ctx.needs_input_grad
+        softmax = _one_kernel if cross_entropy.is_usable(hiddens.device, low) else _operations
+        matrix = weight.to(low)
+        total = bias.new_zeros(())
+        d_weight = torch.zeros_like(weight) if need_weight else None
+        d_bias = torch.zeros_like(bias) if need_bias else None
+        d_hiddens = torch.empty_like(hiddens) if need_hiddens else None
+        rows = max(1, MAX_LOGITS // weight.size(0))
+        for start in range(0, len(hiddens), rows):
+            block = slice(start, start + rows)
+            inputs = hiddens[block].to(low)
+            loss, d_logits, sums = softmax(
+                inputs, matrix, bias, targets[block], gradient=any(needed), bias_gradient=need_bias
+            )
+            total += loss
+            if need_bias:
+                d_bias += sums
+            if need_hiddens:
+                d_hiddens[block] = d_logits @ matrix
+            if need_weight:
+                if low == weight.dtype:
+                    d_weight.addmm_(d_logits.t(), inputs)
+                else:
+                    d_weight += d_logits.t() @ inputs
+        ctx.save_for_backward(d_weight, d_bias, d_hiddens)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if d is None else d * gradient for d in ctx.saved_tensors), None
+
+
+def _one_kernel(
+    inputs: Tensor,
+    matrix: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    *,
+    gradient: bool,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Summed loss, gradient of the logits `inputs @ matrix.t() + bias`, and its sum over rows.
+
+    `inputs` (n, hidden_size), `matrix` (ntoken, hidden_size) and the gradient (n, ntoken) have one
+    dtype; the loss and the sum (ntoken,) have the dtype of `bias`.
+    """
+    logits = linear.matmul(inputs, matrix.t())
+    losses, sums = cross_entropy.loss_and_gradient_(logits, targets, bias, gradient, bias_gradient)
+    return losses.sum(), logits, sums
+
+
+def _operations(
+    inputs: Tensor,
+    matrix: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    *,
+    gradient: bool,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `_one_kernel`, in PyTorch's operations."""
+    target = targets.unsqueeze(1)
+    if inputs.dtype != bias.dtype:
+        logits = (inputs @ matrix.t()).to(bias.dtype).add_(bias)
+    elif inputs.device.type == "cpu":
+        # Not addmm: that copies the bias to every row first, at seven times the sum's time.
+        logits = linear.matmul(inputs, matrix.t()).add_(bias)
+    else:
+        logits = torch.addmm(bias, inputs, matrix.t())
+    top = logits.amax(dim=1, keepdim=True)
+    # Read now: the exponentials replace the logits.
+    chosen = logits.gather(1, target)
+    mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+    loss = (mass.log() + top - chosen).sum()
+    if not gradient:
+        return loss, logits, None
+    d_logits = logits.div_(mass)
+    # Not scatter_add_, which need not give the same bits twice on a GPU.
+    d_logits.scatter_(1, target, d_logits.gather(1, target) - 1)
+    return loss, d_logits.to(inputs.dtype), d_logits.sum(dim=0) if bias_gradient else None
+
+
+def compare(like: Tensor) -> Iterator[list[Tensor]]:
+    """Losses, their gradients and log p of FastSplitCrossEntropyLoss, then of its definition."""
+    for kind in (FastSplitCrossEntropyLoss, SplitCrossEntropyLoss):
+        results = []
+        for splits in ([], [9, 20]):
+            criterion = kind(8, splits).to(like)
+            shapes = ((40, 8), (40,), (12, 8))
+            weight, bias, hiddens = (
+                numbers(*shape, like=like, phase=shape[0]).requires_grad_() for shape in shapes
+            )
+            targets = torch.arange(12, device=like.device) * 7 % 40
+            loss = criterion(weight, bias, hiddens, targets)
+            wanted = [weight, bias, hiddens, *criterion.parameters()]
+            results += [loss, *torch.autograd.grad(loss, wanted)]
+            with torch.no_grad():
+                results.append(criterion.target_logprob(weight, bias, hiddens, targets))
+        yield results

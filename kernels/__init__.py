@@ -1,1 +1,0 @@
-"""Faster versions of PyTorch operations, with the same results."""

@@ -1,0 +1,500 @@
+"""The session of a training run: the parts that main.py and finetune.py share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+import fast
+import training
+from checkpoint import Checkpoint, CheckpointError, resume
+from checkpoint.model_file import tensors_of
+from cli.parser import Recorded
+from data import Corpus
+from files.writing import previous, sole_writer
+from loss import TrainingLoss
+from nt_asgd import NonMonotonicTrigger
+from run import ranks
+from run.device import make_deterministic, select_device, set_precision
+from run.log_lines import DOUBLE_RULE, RULE, batch_line, end_line, epoch_line
+from run.metrics import MetricsWriter
+from run.progress import Bar
+from run.ranks import Ranks
+from run.save_clock import SaveClock
+from run.signals import Stopped, StopRequests
+from utils import ToolkitError, check_length, map_state, perplexity, seed_everything
+
+EVAL_BATCH_SIZE = 10
+TEST_BATCH_SIZE = 1
+# Rows of text compared at resumption, to detect a different order of the text.
+_ROWS_TO_COMPARE = 16
+
+
+def resumed_file(path: str, stage: str) -> tuple[Checkpoint, Recorded]:
+    """The model file of --resume for the script `stage`, and what it says about flags.
+
+    Raises CheckpointError if it has no training state of that script.
+    """
+    source = checkpoint.load(path)
+    resume.check(source, path, stage)
+    state = source.training
+    fixed = {}
+    if state["position"] is not None:
+        fixed["batch_size"] = f"it is in the middle of epoch {state['epoch'] + 1}"
+    return source, Recorded(path, "resume", source.config, state["args"], fixed)
+
+
+@contextlib.contextmanager
+def open_session(stage: str, args: argparse.Namespace) -> Iterator[Session]:
+    """A session of the script `stage`, such as "main.py", with its processes, signals and metrics.
+
+    Raises ToolkitError for problems the user can fix.
+    """
+    if args.deterministic:
+        make_deterministic()
+    device = select_device(args.cuda)
+    set_precision(args.precision, device)
+    checkpoint.check_writable(args.save)
+    joined = ranks.join(device)
+    ranks.check_columns(joined, args.batch_size)
+    with (
+        joined.together(),
+        sole_writer(args.save) if joined.first else contextlib.nullcontext(),
+        StopRequests(joined.largest) as stop,
+        MetricsWriter(
+            args.logdir if joined.first else "",
+            command=sys.argv,
+            flags=vars(args),
+            device=str(device),
+        ) as writer,
+    ):
+        if writer.no_events:
+            print(writer.no_events)
+        yield Session(stage, args, device, joined, stop, writer)
+
+
+class Session:
+    """A run: its network, its progress, the best model so far, and its files.
+
+    `epoch` is the current epoch, `finished` the last one that has ended. `best` is the model file's
+    content at the lowest validation loss `best_loss` (nats a token), None before the first one.
+    `last_good` is the file that the run has written or started from, empty for a new run. `done`
+    says that finetuning is over. `stateful` has, by name, further objects to save for --resume
+    through their `state_dict` and `load_state_dict`, such as a scheduler of PyTorch; put them in
+    before `resume`. `prepare` sets `network`, `optimizer`, `trigger` and `step`.
+    """
+
+    network: TrainingLoss
+    optimizer: torch.optim.Optimizer
+    step: training.TrainingStep
+
+    def __init__(
+        self,
+        stage: str,
+        args: argparse.Namespace,
+        device: torch.device,
+        ranks: Ranks,
+        stop: StopRequests,
+        writer: MetricsWriter,
+    ) -> None:
+        self.stage = stage
+        self.args = args
+        self.device = device
+        self.ranks = ranks
+        self.stop = stop
+        self.metrics = writer
+        self.rng = seed_everything(args.seed)
+        self.best: Checkpoint | None = None
+        self.best_loss = math.inf
+        self.last_good = ""
+        self.epoch = self.finished = 0
+        self.done = False
+        self.stateful: dict[str, Any] = {}
+        # Where a resumed run goes on, until its first epoch begins.
+        self._position: Mapping[str, Any] | None = None
+        self._bar = Bar(None, "", wanted=False)
+
+    # The start
+
+    def prepare(
+        self,
+        corpus: Corpus,
+        config: Mapping[str, Any],
+        network: TrainingLoss,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Set up the network, the data in columns, and the training step.
+
+        `config` are the arguments of `make_network`. Raises ToolkitError if a model file of the
+        network could not be read, or if a text is too short.
+        """
+        checkpoint.check_readable(config, network.model, network.criterion)
+        args, ranks = self.args, self.ranks
+        self.config, self.network, self.optimizer = dict(config), network, optimizer
+        self.flags = dict(vars(args))
+        self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
+        self.fingerprint = resume.fingerprint(corpus) if ranks.first else ""
+        self.trigger = NonMonotonicTrigger(args.nonmono)
+        self.clock = SaveClock(args.save_every)
+        self._corpus = corpus
+        text = self._in_columns("train", args.batch_size)
+        self.valid_data = self._in_columns("valid", EVAL_BATCH_SIZE)
+        self.test_data = self._in_columns("test", TEST_BATCH_SIZE)
+        self.step = training.TrainingStep(
+            ranks.data_parallel(network, fraction=text.size(1) / args.batch_size),
+            optimizer,
+            text,
+            bptt=args.bptt,
+            clip=args.clip,
+        )
+        ranks.seed_masks(args.seed)
+        for line in fast.choose(network, optimizer, self.step, plain=args.plain, bf16=network.bf16):
+            print(line)
+        if args.cuda_graphs and not args.plain and self.device.type == "cuda":
+            print(fast.record_steps(self.step) or "Steps are replayed from CUDA graphs")
+        print("Args:", self.flags)
+        print("Model total parameters:", sum(p.numel() for p in self.step.params))
+
+    def _in_columns(self, part: str, count: int) -> Tensor:
+        """This rank's columns of train, valid or test, on the device."""
+        own = self._corpus.columns(part, count, *self.ranks.span(count))
+        cure = "lower --batch_size or bring a longer text"
+        check_length(own, f"{part}.txt", cure if part == "train" else "bring a longer text", count)
+        return own.to(self.device)
+
+    def resume(self, source: Checkpoint) -> None:
+        """Continue the run that wrote the file of --resume.
+
+        The weight decay is this run's, the learning rate the old run's unless another one is given.
+        Weight drop may be on in one of the two runs and off in the other. Raises CheckpointError
+        for another text, and for a state that the network or the optimiser does not accept.
+        """
+        args, state = self.args, source.training
+        if self.ranks.decided(state["data"] != self.fingerprint):
+            raise CheckpointError(
+                f"{args.resume} goes on with another text than that in {args.data}: bring back the "
+                "corpus it was trained on, or start a new run on this one with main.py --init, or "
+                "with finetune.py without --resume"
+            )
+        with resume.restoring(args.resume):
+            checkpoint.load_state(self.network.model, state["model"])
+            checkpoint.load_state(self.network.criterion, state["criterion"])
+            now = resume.parameter_names(self.network, self.step.params)
+            saved = state["optimizer"]
+            resume.load_optimizer(self.optimizer, saved, before=state["parameters"], now=now)
+            resume.set_rng_state(self.rng, state["rng"])
+            resume.load_parts(self.stateful, state["stateful"])
+            # With another number of processes no saved states fit: the ranks keep fresh seeds.
+            if len(state["random_states"]) == self.ranks.world:
+                resume.set_random_states(state["random_states"][self.ranks.rank])
+            if state["position"] is not None:
+                hidden = self.network.init_hidden(args.batch_size)
+                resume.check_hidden(state["position"]["hidden"], hidden)
+            self.finished = self.epoch = state["epoch"]
+            self.trigger.losses = list(state["valid_losses"])
+            self.best_loss, self.done = state["best_loss"], state["done"]
+        self._position = state["position"]
+        self.epoch += self._position is not None
+        self.last_good = args.resume
+        if source.epoch and self.best is None:
+            self.best = checkpoint.in_memory(dataclasses.replace(source, args=self.flags))
+        if args.lr != state["args"]["lr"]:
+            for group in self.optimizer.param_groups:
+                group["lr"] = args.lr
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first group of weights."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    # An epoch
+
+    def epochs(self, last: int) -> Iterator[int]:
+        """The numbers of the remaining epochs, up to `last`."""
+        places = {os.path.realpath(path) for path in (self.args.resume, self.args.save)}
+        if self.args.resume and self.finished >= last and len(places) == 2:
+            self.save()
+        yield from range(self.finished + 1, last + 1)
+
+    def begin_epoch(
+        self,
+        epoch: int,
+        reorder: Callable[[Tensor, np.random.RandomState], object] | None = None,
+    ) -> None:
+        """Bring the step to the start of the epoch, or to where the resumed run stopped within it.
+
+        Before, `reorder(text, rng)` may change the text (rows, batch), always given in the corpus's
+        order, in place. `rng` depends only on the seed and the epoch, so that a run resumed within
+        the epoch has the same text. Raises CheckpointError if the text differs from the recorded.
+        """
+        step, args = self.step, self.args
+        if reorder is not None:
+            text = self._corpus.columns("train", args.batch_size)
+            reorder(text, np.random.RandomState([args.seed, epoch]))
+            step.source.copy_(self.ranks.own(text))
+        position, self._position = self._position, None
+        step.begin(None if position is None else self._own_position(position))
+        if position is not None and not torch.equal(
+            self.ranks.own(position["text"]), self._next_text()
+        ):
+            raise CheckpointError(
+                "the text does not go on as it did where the run stopped: resume it with the flags "
+                "that it had"
+            )
+        self.epoch, self._began = epoch, time.time()
+        self._reported = time.perf_counter(), step.batches, step.row
+        rows, columns = step.source.shape
+        self._bar = Bar(rows * columns, f"epoch {epoch}", wanted=self.ranks.first)
+
+    def after_batch(self) -> None:
+        """Report, obey a signal, and save, where each is due."""
+        if self.step.batches % self.args.log_interval == 0:
+            self._report_batch()
+        self._bar.to(self.step.row * self.step.source.size(1))
+        self.stop.check()
+        if self.ranks.decided(self.clock.due()):
+            self.save()
+
+    def _report_batch(self) -> None:
+        """Print and write the numbers since the last report."""
+        step, args = self.step, self.args
+        # Divided by the batches counted: a resumed run may have had another interval.
+        loss = self.ranks.total(step.interval.item()) / step.since
+        self._check_finite(loss)
+        now = time.perf_counter(), step.batches, step.row
+        seconds, taken, rows = (b - a for a, b in zip(self._reported, now, strict=True))
+        self._reported = now
+        batches = max(1, (len(step.source) - 1) // step.bptt)
+        batches = batches if args.max_batches is None else args.max_batches
+        ms = seconds * 1000 / taken
+        self._bar.line(batch_line(self.epoch, step.batches, batches, self.rate, ms, loss))
+        self._bar.update(0, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
+        self.write(
+            "batch",
+            row=step.row,
+            batch=step.batches,
+            lr=self.rate,
+            loss=loss,
+            tokens_per_second=rows * args.batch_size / seconds,
+            grad_norm=float(step.norm),
+        )
+        step.interval.zero_()
+        step.since = 0
+
+    def check_loss(self) -> None:
+        """Raise ToolkitError if the loss of any batch of this epoch was not finite."""
+        self._check_finite(self.ranks.total(float(self.step.total)))
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise self.diverged(
+                f"the training loss became {loss} by batch {self.step.batches} (last gradient norm "
+                f"{float(self.step.norm):g})"
+            )
+
+    def diverged(self, what: str) -> ToolkitError:
+        """The error for numbers that are not finite; it names the last good model."""
+        left = f"{self.last_good} holds the last good model"
+        return ToolkitError(
+            f"{what} at the rate {self.rate:g}: lower --lr or set --clip; "
+            f"{left if self.last_good else 'no model has been saved yet'}"
+        )
+
+    # After an epoch
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the network has the averaged weights, if the optimiser averages."""
+        return getattr(self.optimizer, "averaged", contextlib.nullcontext)()
+
+    def evaluate(self, what: str, network: TrainingLoss) -> float:
+        """The loss of `network` on valid.txt or test.txt, in nats a token."""
+        source = self.valid_data if what == "valid.txt" else self.test_data
+        with Bar(source.numel(), what, wanted=self.ranks.first) as bar:
+
+            def after_chunk(tokens: int) -> None:
+                bar.update(tokens)
+                self.stop.check()
+
+            loss = training.evaluate(
+                network, source, self.args.bptt, self.args.max_batches, after_chunk
+            )
+        return self.ranks.mean(loss, weight=source.size(1))
+
+    def validate(self) -> float:
+        """Print and return an epoch's validation loss; raises ToolkitError if it is not finite."""
+        self._bar.close()
+        self.check_loss()
+        loss = self.evaluate("valid.txt", self.network)
+        if not math.isfinite(loss):
+            raise self.diverged(f"the validation loss became {loss} in epoch {self.epoch}")
+        seconds = time.time() - self._began
+        print(RULE)
+        print(epoch_line(self.epoch, seconds, loss))
+        print(RULE)
+        self.write("epoch", time=seconds, valid_loss=loss)
+        return loss
+
+    def keep_if_best(self, loss: float, last: bool, what: str = "Model") -> None:
+        """Keep the current weights if `loss` is the lowest so far, to save them at the epoch's end.
+
+        A save takes time, so not every short epoch is saved; the `last` one is.
+        """
+        self._saving = last or self.ranks.decided(self.clock.due_at_epoch_end())
+        if loss < self.best_loss:
+            self.best, self.best_loss = self.snapshot(self.epoch, loss), loss
+            saved = "Saving " + what[0].lower() + what[1:]
+            print(f"{saved if self._saving else f'{what} to be saved'} (new best validation)")
+
+    def end_epoch(self) -> None:
+        """Count the epoch, and save if a save is due."""
+        self.finished = self.epoch
+        if self._saving:
+            self.save()
+
+    # The files
+
+    def write(self, kind: str, row: int | None = None, **numbers: Any) -> None:
+        """Write a line of metrics, `row` rows of the text into the epoch, by default at its end."""
+        rows = self.step.source.size(0)
+        done = (self.epoch - 1) * rows + (rows if row is None else row)
+        self.metrics.write(kind, step=done, epoch=self.epoch, **numbers)
+
+    def snapshot(self, epoch: int, loss: float) -> Checkpoint:
+        """A copy of the current weights, as a model file; `loss` is the validation loss."""
+        return Checkpoint(
+            config=self.config,
+            model=checkpoint.snapshot(self.network.model),
+            criterion=checkpoint.snapshot(self.network.criterion),
+            vocabulary=self.vocabulary,
+            args=self.flags,
+            stage=self.stage,
+            epoch=epoch,
+            valid_loss=loss,
+        )
+
+    def save(self) -> None:
+        """Write best weights and training state in one file, so that the two always match."""
+        with self.clock.writing():
+            state = self._training_state()
+            if self.ranks.first:
+                best = self.snapshot(0, math.inf) if self.best is None else self.best
+                path, keep = self.args.save, not self.last_good
+                if keep and os.path.isfile(path):
+                    print(f"Keeping the old model file {path} as {previous(path)}")
+                checkpoint.save(path, dataclasses.replace(best, training=state), keep)
+            self.last_good = self.args.save
+
+    def save_copy(self, path: str, loss: float) -> None:
+        """Write the current weights to a separate file."""
+        if self.ranks.first:
+            checkpoint.save(path, self.snapshot(self.epoch, loss))
+
+    def _training_state(self) -> dict[str, Any]:
+        """Everything that `resume` needs: plain values and tensors.
+
+        The optimiser's tensors are not copied: write them before the next step. Every rank must
+        call this at once; only the first rank's result is complete. Raises ToolkitError if a weight
+        or the loss is not finite, so that such a state never replaces a good one.
+        """
+        position = self._position
+        if position is None and self.epoch > self.finished:
+            position = self._all_position()
+            self.check_loss()
+        optimizer = self.optimizer.state_dict()
+        for tensor in (*self.step.params, *tensors_of(optimizer["state"])):
+            if not tensor.isfinite().all():
+                raise self.diverged(f"weights are no longer finite after epoch {self.finished}")
+        return {
+            "stage": self.stage,
+            "args": self.flags,
+            "data": self.fingerprint,
+            "epoch": self.finished,
+            "position": position,
+            "model": checkpoint.snapshot(self.network.model),
+            "criterion": checkpoint.snapshot(self.network.criterion),
+            "optimizer": optimizer,
+            "parameters": resume.parameter_names(self.network, self.step.params),
+            "valid_losses": list(self.trigger.losses),
+            "best_loss": self.best_loss,
+            "done": self.done,
+            "rng": resume.rng_state(self.rng),
+            "random_states": self.ranks.gathered(resume.random_states()),
+            "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
+        }
+
+    def _all_position(self) -> dict[str, Any] | None:
+        """The position in the epoch with all ranks' columns, on the first rank; else None."""
+        step = self.step
+        mine = {"hidden": map_state(_on_cpu, step.hidden), "text": self._next_text()}
+        parts = self.ranks.gathered(mine)
+        total, interval = (self.ranks.total(float(t)) for t in (step.total, step.interval))
+        if parts is None:
+            return None
+        return {
+            "row": step.row,
+            "batches": step.batches,
+            "since": step.since,
+            "total": total,
+            "interval": interval,
+            **map_state(lambda *columns: torch.cat(columns, dim=1), *parts),
+        }
+
+    def _own_position(self, position: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's columns of a saved position, and its part of the sums."""
+
+        def own(part: Tensor) -> Tensor:
+            return self.ranks.own(part).clone().to(self.device)
+
+        sums = {} if self.ranks.first else {"total": 0.0, "interval": 0.0}
+        return {**position, "hidden": map_state(own, position["hidden"]), **sums}
+
+    def _next_text(self) -> Tensor:
+        """The rows of text that come next, by which a resumed run recognises its place."""
+        return self.step.source[self.step.row : self.step.row + _ROWS_TO_COMPARE].cpu()
+
+    # The end
+
+    @contextlib.contextmanager
+    def until_stopped(self, what: str) -> Iterator[None]:
+        """Within this context a signal saves the state and ends the run.
+
+        Ctrl-C ends `what` only, so that the best model so far can be tested.
+        """
+        self.stop.check()
+        try:
+            yield
+        except Stopped as stopped:
+            self._bar.close()
+            self.save()
+            if stopped.signum != signal.SIGINT or self.best is None:
+                sentence = f"{stopped}; --resume {self.args.save} continues from here"
+                raise Stopped(stopped.signum, sentence) from None
+            print(RULE)
+            print(f"Exiting from {what} early")
+
+    def test(self) -> None:
+        """Score the best model on the test set."""
+        network = TrainingLoss(*checkpoint.rebuild(self.best, self.device))
+        fast.choose(network, plain=self.args.plain)
+        loss = self.evaluate("test.txt", network)
+        print(DOUBLE_RULE)
+        print(end_line(loss))
+        self.metrics.write("test", step=self.finished * self.step.source.size(0), test_loss=loss)
+        print(DOUBLE_RULE)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,345 @@
+"""fast/: aligned products, and the choice of the forms that agree with their definitions."""
+
+import copy
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import checkpoint
+import fast
+import fast.dynamic_evaluation
+import fast.linear
+import fast.nt_asgd
+import fast.splitcross
+import fast.step
+import fast.weight_drop
+import main
+import qrnn
+from dynamic_evaluation import DynamicEvaluation
+from fast.linear import FastLinear
+from loss import TrainingLoss
+from model import make_network
+from nt_asgd import NTASGD
+from training import TrainingStep
+from weight_drop import WeightDrop
+
+MODULES = ("weight_drop", "linear", "splitcross", "nt_asgd", "dynamic_evaluation", "step")
+
+
+@pytest.fixture(autouse=True)
+def checked_anew():
+    """Each test checks the forms for itself."""
+    fast._problem.cache_clear()
+    yield
+    fast._problem.cache_clear()
+
+
+# Products with aligned rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 7), (4, 16, 32), (6, 33, 17)])
+def test_matmul_in_plain_numbers(sizes, dtype):
+    torch.manual_seed(0)
+    rows, inner, columns = sizes
+    a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype).t()
+    result = fast.linear.matmul(a, b)
+    for i in range(rows):
+        for j in range(columns):
+            expected = sum(float(a[i, k]) * float(b[k, j]) for k in range(inner))
+            assert result[i, j].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert result.shape == (rows, columns)
+    assert result.stride(0) * result.element_size() % 64 == 0
+    assert 0 <= result.stride(0) - columns < 64 // result.element_size()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients(bias):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    layer = FastLinear(5, 7, bias=bias).double()
+    assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *layer.parameters()))
+
+
+def test_inputs_of_any_layout():
+    torch.manual_seed(0)
+    layer = FastLinear(5, 7)
+    for x in (torch.randn(5), torch.randn(3, 2, 5).transpose(0, 1), torch.randn(4, 1, 5)[:, :, :]):
+        expected = (x.unsqueeze(-2) * layer.weight).sum(-1) + layer.bias
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_narrow_types_and_autocast_are_left_to_pytorch():
+    layer = FastLinear(5, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(3, 5)).dtype == torch.bfloat16
+    assert layer.bfloat16()(torch.randn(3, 5).bfloat16()).dtype == torch.bfloat16
+
+
+class TestRowsForAGPU:
+    """The GPU's rule, rows at multiples of 16 bytes, on the CPU."""
+
+    @pytest.fixture(autouse=True)
+    def as_on_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(fast.linear, "_on_gpu", lambda tensor: True)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_sizes_stay_and_rows_are_aligned(self, dtype):
+        per_line = 16 // dtype.itemsize
+        for columns in (1, 7, 8, 1550, 4650):
+            tensor = fast.linear.empty((2, 3, columns), torch.zeros(1, dtype=dtype))
+            assert tensor.shape == (2, 3, columns)
+            assert tensor.stride(1) % per_line == 0
+            assert 0 <= tensor.stride(1) - columns < per_line
+            assert tensor.stride(0) == 3 * tensor.stride(1)
+
+    def test_products_see_aligned_operands_only(self, monkeypatch):
+        seen = []
+        mm = torch.mm
+
+        def watched(a, b, out):
+            seen.extend([a, b, out])
+            return mm(a, b, out=out)
+
+        monkeypatch.setattr(torch, "mm", watched)
+        torch.manual_seed(0)
+        layer = FastLinear(7, 5).double()
+        contiguous = torch.randn(3, 2, 7, dtype=torch.float64)
+        # The row stride is aligned, but the rows begin 8 bytes late.
+        late = torch.randn(6, 8, dtype=torch.float64)[:, 1:]
+        for x in (contiguous.requires_grad_(), late.requires_grad_()):
+            inputs = (x, layer.weight)
+            assert torch.autograd.gradcheck(lambda x, _: layer(x, with_bias=False), inputs)
+        assert len(seen) > 9
+        for matrix in seen:
+            rows = matrix if matrix.stride(1) == 1 else matrix.t()
+            assert rows.stride(1) == 1
+            assert rows.stride(0) * 8 % 16 == 0
+            assert rows.data_ptr() % 16 == 0
+
+    def test_with_a_bias_it_is_the_plain_product(self):
+        torch.manual_seed(0)
+        layer, x = FastLinear(7, 5), torch.randn(3, 7)
+        expected = (x.unsqueeze(1) * layer.weight).sum(dim=2) + layer.bias
+        torch.testing.assert_close(layer(x), expected)
+        assert layer(x).is_contiguous()
+
+
+@pytest.mark.parametrize("with_rms", [True, False])
+def test_dynamic_evaluation_in_many_chunks(with_rms, monkeypatch):
+    monkeypatch.setitem(fast.dynamic_evaluation._CHUNK, "cpu", 7)
+    torch.manual_seed(0)
+    shapes = ((5, 4), (3, 9), (2,))
+    starts, grads = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    rms = [torch.rand(shape) for shape in shapes] if with_rms else None
+    results = []
+    for kind in (DynamicEvaluation, fast.dynamic_evaluation.FastDynamicEvaluation):
+        params = [start.clone().requires_grad_() for start in starts]
+        optimizer = kind(params, rms, lr=0.1, lamb=0.7, epsilon=1e-3)
+        for _ in range(3):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+        results.append(params)
+    torch.testing.assert_close(*results)
+
+
+# The choice
+
+
+def network(cell="LSTM"):
+    torch.manual_seed(0)
+    sizes = {"ntoken": 40, "ninp": 6, "nhid": 9, "nlayers": 2, "tie_weights": True}
+    return TrainingLoss(*make_network([], rnn_type=cell, wdrop=0.4, **sizes))
+
+
+def kinds(*objects):
+    return {type(part).__name__ for part in objects if type(part).__name__.startswith("Fast")}
+
+
+def test_each_object_of_a_definition_s_class_gets_the_form_s():
+    net = network("QRNN")
+    optimizer = NTASGD(net.parameters(), 1.0)
+    step = TrainingStep(net, optimizer, torch.zeros(9, 2).int(), bptt=3, clip=0.1)
+    twin = copy.deepcopy(net)
+    lines = fast.choose(net, optimizer, step)
+    assert len(lines) == 1
+    assert "fast.weight_drop" in lines[0]
+    assert "qrnn.fused" in lines[0]
+    assert kinds(*net.modules(), optimizer, step) == {
+        "FastWeightDrop", "FastLinear", "FastSplitCrossEntropyLoss", "FastNTASGD", "FastStep",
+    }  # fmt: skip
+    assert list(net.state_dict()) == list(twin.state_dict())
+    assert fast.choose(twin, plain=True) == ["Definitions only (--plain)"]
+    assert kinds(*twin.modules()) == set()
+
+
+def test_a_subclass_runs_its_own_code():
+    class Own(WeightDrop):
+        pass
+
+    class OwnStep(TrainingStep):
+        pass
+
+    net = network()
+    net.model.rnns[0].__class__ = Own
+    optimizer = NTASGD(net.parameters(), 1.0)
+    step = OwnStep(net, optimizer, torch.zeros(9, 2).int(), bptt=3, clip=0.1)
+    fast.choose(net, optimizer, step)
+    assert type(net.model.rnns[0]) is Own
+    assert type(net.model.rnns[1]) is fast.weight_drop.FastWeightDrop
+    assert type(step) is OwnStep
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("module", MODULES)
+def test_the_check_draws_nothing_and_finds_agreement(module, bf16):
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        problem = fast._problem(f"fast.{module}", torch.device("cpu"), torch.float32, bf16)
+    assert problem == ""
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def breaking(module, how):
+    """A method of a form, its results scaled, or raising."""
+    places = {
+        "weight_drop": (fast.weight_drop.FastWeightDrop, "drop"),
+        "linear": (FastLinear, "forward"),
+        "splitcross": (fast.splitcross.FastSplitCrossEntropyLoss, "forward"),
+        "nt_asgd": (fast.nt_asgd.FastNTASGD, "step"),
+        "dynamic_evaluation": (fast.dynamic_evaluation.FastDynamicEvaluation, "step"),
+        "step": (fast.step.FastStep, "update"),
+    }
+    kind, name = places[module]
+    original = getattr(kind, name)
+
+    def broken(self, *args, **kwargs):
+        if how == "raises":
+            raise RuntimeError("no such function in this release")
+        result = original(self, *args, **kwargs)
+        if result is not None:
+            return result * 1.01
+        for group in getattr(self, "optimizer", self).param_groups:
+            for p in group["params"]:
+                p.data.mul_(1.01)
+        return None
+
+    return kind, name, broken
+
+
+@pytest.mark.parametrize("how", ["raises", "is off by 1 %"])
+@pytest.mark.parametrize("module", MODULES)
+def test_a_form_that_fails_or_is_off_is_not_used_and_a_line_says_so(module, how, monkeypatch):
+    kind, name, broken = breaking(module, how)
+    monkeypatch.setattr(kind, name, broken)
+    net = network("QRNN")
+    optimizer = NTASGD(net.parameters(), 1.0)
+    step = TrainingStep(net, optimizer, torch.zeros(9, 2).int(), bptt=3, clip=0.1)
+    own = DynamicEvaluation(net.parameters(), None, 1.0, 1.0)
+    lines = fast.choose(net, optimizer, step, own)
+    reason = "no such function" if how == "raises" else r"its results differ by \d\.\de-0[123]"
+    assert any(
+        f"fast/{module}.py does not do what its definition does" in line for line in lines[1:]
+    ), lines
+    assert any(reason.split(" ")[0] in line for line in lines[1:])
+    assert kind.__name__ not in kinds(*net.modules(), optimizer, step, own)
+
+
+def test_a_share_that_is_off_is_found(monkeypatch):
+    mask = fast.weight_drop._mask
+    monkeypatch.setattr(
+        fast.weight_drop, "_mask", lambda raw, p: (mask(raw, p * 1.03) != 0) / (1 - p)
+    )
+    lines = fast.choose(network())
+    assert "it drops 3" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["fused", "kernels"])
+def test_a_way_of_the_qrnn_that_is_off_is_not_used(name, monkeypatch):
+    pool = qrnn.fused.pool
+
+    def off(*args, **kwargs):
+        h, last = pool(*args, **kwargs)
+        return h * 1.01, last
+
+    way = type(sys)("qrnn.off")
+    way.pool, way.forget_mult = off, qrnn.fused.forget_mult
+    monkeypatch.setitem(sys.modules, f"qrnn.{name}", way)
+    agrees = qrnn.forget_mult._agrees.__wrapped__
+    with pytest.warns(UserWarning, match=rf"qrnn/{name}\.py is not used .*differ by 5\.\de-03|e-0"):
+        assert not agrees(name, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "QRNN", "GRU"])
+def test_without_dropout_plain_and_fast_give_the_same_losses(cell, corpus_dir, tmp_path):
+    off = "--dropout 0 --dropouth 0 --dropouti 0 --dropoute 0 --wdrop 0 --epochs 2 --lr 5".split()
+    losses = []
+    for plain in ([], ["--plain"]):
+        path = tmp_path / f"{bool(plain)}.pt"
+        flags = ["--data", str(corpus_dir), "--model", cell, *TINY, *off, "--save", str(path)]
+        main.main([*flags, *plain])
+        losses.append(checkpoint.load(path).training["valid_losses"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+EDITS = {
+    "weight drop scales by 2": (
+        "weight_drop.py",
+        "return functional.dropout(raw, self.dropout)",
+        "return 2 * functional.dropout(raw, self.dropout)",
+        "fast/weight_drop.py",
+    ),
+    "another update": (
+        "nt_asgd.py",
+        'p -= group["lr"] * (p.grad',
+        'p -= group["lr"] * (0.5 * p.grad',
+        "fast/nt_asgd.py",
+    ),
+    "another loss": (
+        "splitcross.py",
+        "return -self.target_logprob(weight, bias, hiddens, targets).mean()",
+        "return -0.5 * self.target_logprob(weight, bias, hiddens, targets).mean()",
+        "fast/splitcross.py",
+    ),
+    "another penalty": ("loss.py", "dropped.float().pow(2)", "dropped.float().pow(4)", ""),
+    "another clip": (
+        "training.py",
+        "self.norm = nn.utils.clip_grad_norm_(self.params, self.clip)",
+        "self.norm = nn.utils.clip_grad_norm_(self.params, self.clip / 50)",
+        "fast/step.py",
+    ),
+}
+
+
+def trained_in(tree, corpus_dir, path):
+    """The validation loss of a run of the main.py in `tree`, and its output."""
+    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--epochs", 1, "--max-batches", 30]
+    command = [sys.executable, "main.py", *flags, "--save", path]
+    done = subprocess.run([*map(str, command)], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return checkpoint.load(path).valid_loss, done.stdout
+
+
+@pytest.fixture(scope="module")
+def unedited(corpus_dir, tmp_path_factory):
+    return trained_in(ROOT, corpus_dir, tmp_path_factory.mktemp("unedited") / "m.pt")[0]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_of_a_definition_takes_effect_and_is_reported(edit, unedited, corpus_dir, tmp_path):
+    file, before, after, form = EDITS[edit]
+    tree = tmp_path / "tree"
+    unneeded = shutil.ignore_patterns("data", ".*", "*.pt", "results", "docs", "tests", "bench")
+    shutil.copytree(ROOT, tree, ignore=unneeded)
+    text = (tree / file).read_text("utf-8")
+    assert text.count(before) == 1
+    (tree / file).write_text(text.replace(before, after), "utf-8")
+    loss, output = trained_in(tree, corpus_dir, tmp_path / "m.pt")
+    assert loss != pytest.approx(unedited, rel=1e-4)
+    assert (f"{form} does not do what its definition does" in output) == bool(form)
