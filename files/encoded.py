@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from files.reading import opened, records
-from files.writing import remove_stale, replacing
+from files.reading import opened
+from files.writing import replacing
 from utils import ToolkitError
 
 EOS, UNK = "<eos>", "<unk>"
@@ -27,8 +25,8 @@ SPLITS = ("train", "valid", "test")
 # the processor's cache, which is a fifth faster than blocks of 4 MiB.
 BLOCK_BYTES = 1 << 17
 
-CACHE_NAME = ".corpus-cache.npz"
-CACHE_FORMAT = b"awd-lstm-lm corpus cache 1"
+CACHE_NAME = ".corpus-cache"
+CACHE_FORMAT = b"awd-lstm-lm corpus cache 2"
 
 
 class CorpusError(ToolkitError):
@@ -206,21 +204,12 @@ def _count(splits: list[np.ndarray], vocabulary: int) -> np.ndarray:
     return counts
 
 
-# The cache
-
-
-def _new_digests() -> list[hashlib.blake2b]:
-    return [hashlib.blake2b(digest_size=32) for _ in SPLITS]
-
-
-def _cache_key(digests: list[hashlib.blake2b]) -> str:
-    """Return a digest of the three files' contents and the cache's format, as hex digits."""
-    parts = [CACHE_FORMAT, *(digest.digest() for digest in digests)]
-    return hashlib.blake2b(b"".join(parts), digest_size=32).hexdigest()
+# The cache: a file of a line with a key and a checksum, a line of JSON, and the ids as they are in
+# memory, which are mapped.
 
 
 def _hash_files(folder: Path) -> str:
-    digests = _new_digests()
+    digests = [_new_digest() for _ in SPLITS]
     for split, digest in zip(SPLITS, digests, strict=True):
         path = folder / f"{split}.txt"
         try:
@@ -232,6 +221,18 @@ def _hash_files(folder: Path) -> str:
     return _cache_key(digests)
 
 
+def _new_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=32)
+
+
+def _cache_key(digests: list[hashlib.blake2b]) -> str:
+    """Return a digest of the three files' contents and the cache's format, as hex digits."""
+    key = _new_digest()
+    for part in (CACHE_FORMAT, *(digest.digest() for digest in digests)):
+        key.update(part)
+    return key.hexdigest()
+
+
 def _cache_places(folder: Path, key: str) -> list[Path]:
     """Return the paths of a cache, best first: beside the corpus, in the user's cache folder."""
     places = [folder / CACHE_NAME]
@@ -239,7 +240,7 @@ def _cache_places(folder: Path, key: str) -> list[Path]:
     with suppress(RuntimeError):  # there may be no home folder
         user_cache = user_cache.expanduser()
     if user_cache.is_absolute():
-        places.append(user_cache / "awd-lstm-lm" / f"{key}.npz")
+        places.append(user_cache / "awd-lstm-lm" / key)
     return places
 
 
@@ -247,18 +248,17 @@ def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
     """Read the encoded corpus from a cache that fits, else encode it and write a cache."""
     key = _hash_files(folder)
     for path in _cache_places(folder, key):
-        with suppress(OSError):
-            remove_stale(path.parent)
         encoded = _read_cache(path, key)
         if encoded is not None:
             return encoded
     # Hashed again while encoding, because a file may change between the two readings.
-    digests = _new_digests()
+    digests = [_new_digest() for _ in SPLITS]
     encoded = _encode(folder, digests, tick)
     key = _cache_key(digests)
     for path in _cache_places(folder, key):
-        if _write_cache(path, key, encoded):
-            # The mapped file replaces the copy in memory.
+        # No run needs a cache: where none can be written, the encoded corpus stays in memory.
+        with suppress(OSError):
+            _write_cache(path, key, encoded)
             return _read_cache(path, key) or encoded
     return encoded
 
@@ -270,66 +270,35 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
     """
     try:
         with opened(path) as file:
-            places = records(file)
-            splits = [_mapped(file, *places[f"{split}.npy"]) for split in SPLITS]
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as stored:
-                if _array(stored["key"], np.uint8).tobytes() != key.encode():
-                    return None
-                words = _array(stored["words"], np.uint8).tobytes().decode("utf-8").split("\n")
-                counts = _array(stored["counts"], np.int64)
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        MemoryError,  # a damaged header can claim any size
-        RuntimeError,  # a damaged zip can claim any compression or a password
-        zipfile.BadZipFile,
-        zlib.error,
-    ):
+            first = file.readline(len(key) * 2 + 2)
+            if not first.startswith(key.encode()):
+                return None
+            header = file.readline()
+            ids = np.memmap(file, np.int32, "r", file.tell())
+    except (OSError, ValueError):
         return None
-    if len(counts) != len(words) or not all(map(len, splits)):
+    if first != _first_line(key, header, ids):
         return None
-    if min(ids.min() for ids in splits) < 0 or max(ids.max() for ids in splits) >= len(words):
-        return None
-    return Encoded(words, counts, splits)
+    content = json.loads(header)
+    return Encoded(
+        content["words"], np.array(content["counts"]), np.split(ids, np.cumsum(content["tokens"]))
+    )
 
 
-def _mapped(file: BinaryIO, begin: int, size: int) -> np.ndarray:
-    """Map the row of int32 in a record of a zip file; raises ValueError for anything else."""
-    file.seek(begin)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not an array")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if len(shape) != 1 or file.tell() + shape[0] * 4 > begin + size:
-        raise ValueError("not a row of its size")
-    return _array(np.memmap(file, dtype, "c", file.tell(), shape), np.int32)
+def _write_cache(path: Path, key: str, encoded: Encoded) -> None:
+    """Write the cache in one step; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokens = [len(ids) for ids in encoded.splits[:-1]]
+    content = {"tokens": tokens, "counts": encoded.counts.tolist(), "words": encoded.words}
+    header = json.dumps(content).encode() + b"\n"
+    ids = np.concatenate(encoded.splits)
+    with replacing(path, own=True) as file:
+        file.write(_first_line(key, header, ids) + header)
+        file.write(ids.data)
 
 
-def _array(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
-    if array.ndim != 1 or array.dtype != dtype:
-        raise ValueError(f"not a row of {dtype.__name__}")
-    return array
-
-
-def _write_cache(path: Path, key: str, encoded: Encoded) -> bool:
-    """Write the cache in one step; return whether that worked, since no run needs a cache."""
-    words = "\n".join(encoded.words).encode("utf-8")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.parent.stat().st_mode & 0o222:
-            return False  # root could write to a folder marked read-only, but must not
-        if path.exists() and not path.is_file():
-            return False
-        with replacing(path) as file:
-            np.savez(
-                file,
-                key=np.frombuffer(key.encode(), np.uint8),
-                words=np.frombuffer(words, np.uint8),
-                counts=encoded.counts,
-                **dict(zip(SPLITS, encoded.splits, strict=True)),
-            )
-    except OSError:
-        return False
-    return True
+def _first_line(key: str, header: bytes, ids: np.ndarray) -> bytes:
+    checksum = _new_digest()
+    checksum.update(header)
+    checksum.update(ids.data)
+    return f"{key} {checksum.hexdigest()}\n".encode()

@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import os
-import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,33 +13,37 @@ from utils import ToolkitError
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], keep: bool = False) -> Iterator[IO[bytes]]:
+def replacing(
+    path: str | os.PathLike[str], keep: bool = False, own: bool = False
+) -> Iterator[IO[bytes]]:
     """A file to write that replaces `path` in one step once it is complete and on the disk.
 
-    After a failure the old file is unchanged and no other file is left; the next call removes the
-    temporary file of a killed run. With `keep`, the old file is kept as `previous(path)`. A path
-    that is not a plain file, such as a terminal or a pipe, is written directly. Raises OSError.
+    After a failure the old file is unchanged and no other file is left. A killed process leaves
+    its temporary file, which the next call for the same path uses again. With `keep`, the old file
+    is kept as `previous(path)`. A link is followed to the file it names, and a path that is not a
+    plain file, such as a terminal or a pipe, is written directly, except for a file of the
+    toolkit's `own`, which replaces what is there. Raises OSError, also while another process writes
+    the same path.
     """
-    # A link is followed to the file it names, as a plain write would do.
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    target = Path(path) if own else Path(os.path.realpath(path))
+    if not own and target.exists() and not target.is_file():
         with open(target, "wb") as file:
             yield file
         return
-    remove_stale(target.parent)
-    temporary = _temporary(target)
-    try:
-        with open(temporary, "wb") as file:
+    temporary = _beside(target, "tmp")
+    with _locked(temporary) as file:
+        try:
+            file.truncate(0)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep and target.exists():
-            os.replace(target, previous(path))
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+            if keep and target.exists():
+                _keep(target)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    _sync_folder(target.parent)
 
 
 def previous(path: str | os.PathLike[str]) -> Path:
@@ -58,28 +62,22 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     if target.exists() and not target.is_file():
         yield
         return
-    lock = target.with_name(f".{target.name}.lock")
-    with contextlib.ExitStack() as stack:
-        same = False
-        while not same:
-            file = stack.enter_context(open(lock, "a+", encoding="utf-8"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                same = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
-            except FileNotFoundError:
-                continue  # a run that ended just now has removed the lock file
-            except BlockingIOError:
-                file.seek(0)
-                raise ToolkitError(
-                    f"another run writes {path} now ({file.read()}): wait for its end, or pass "
-                    "another --save"
-                ) from None
-            except OSError:
-                same = True  # a file system without locks
-        stack.callback(lock.unlink)
+    lock = _beside(target, "lock")
+    try:
+        file = _locked(lock)
+    except BlockingIOError:
+        raise ToolkitError(
+            f"another run writes {path} now ({lock.read_text(encoding='utf-8')}): wait for its "
+            "end, or pass another --save"
+        ) from None
+    with file:
         file.truncate(0)
-        print(f"process {os.getpid()} of {socket.gethostname()}", end="", file=file, flush=True)
-        yield
+        file.write(f"process {os.getpid()} of {socket.gethostname()}".encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink()
 
 
 @contextlib.contextmanager
@@ -94,34 +92,59 @@ def writing(path: str | os.PathLike[str], flag: str) -> Iterator[IO[bytes]]:
         ) from error
 
 
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}.tmp")
+def unwritable(path: str | os.PathLike[str]) -> str | None:
+    """The reason why `replacing(path)` would fail, or None if no reason is visible now."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        return "it is a folder"
+    if target.exists() and not os.access(target, os.W_OK):
+        return "it is write-protected"
+    if target.exists() and not target.is_file():
+        return None
+    if not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    if len(os.fsencode(_beside(target, "lock").name)) > 255:
+        return "its name is too long"
+    return None if os.access(target.parent, os.W_OK) else "its folder cannot be written"
 
 
-def _host() -> str:
-    """This machine's name, for a file name: a process number is valid on one machine only."""
-    return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove temporary files of dead runs from `folder`; raises OSError if it does not exist."""
-    pattern = re.compile(rf"\..+\.{_host()}-(\d+)\.tmp")
-    for name in os.listdir(folder):
-        match = pattern.fullmatch(name)
-        if match and not _alive(int(match[1])):
-            # Another run may have removed the file already; a file that stays is harmless.
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
+def _locked(path: Path) -> IO[bytes]:
+    """Open `path` for writing as the only process that does.
+
+    Raises BlockingIOError if another process has it open so, and OSError.
+    """
+    while True:
+        file = open(path, "wb", opener=_without_truncating)  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass  # the process that had it has just renamed or removed it
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            return file  # a file system without locks
+        file.close()
 
 
-def _alive(pid: int) -> bool:
+def _without_truncating(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+
+
+def _keep(target: Path) -> None:
+    """Keep the file as `previous(target)` too, so that at every moment there is one at `target`."""
+    kept = previous(target)
+    kept.unlink(missing_ok=True)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+        os.link(target, kept)
+    except OSError:
+        shutil.copyfile(target, kept)  # a file system without hard links
 
 
 def _sync_folder(folder: Path) -> None:
@@ -132,20 +155,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def unwritable(path: str | os.PathLike[str]) -> str | None:
-    """The reason why `replacing(path)` would fail, or None if no reason is visible now."""
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        return "it is a folder"
-    if target.exists():
-        if not os.access(target, os.W_OK):
-            return "it is write-protected"
-        if not target.is_file():
-            return None
-    if not target.parent.is_dir():
-        return f"there is no folder {target.parent}"
-    if len(os.fsencode(_temporary(target).name)) > 255:
-        return "its name is too long"
-    return None if os.access(target.parent, os.W_OK) else "its folder cannot be written"

@@ -15,7 +15,7 @@ from conftest import ORIGINAL_CELLS, flat, put
 import checkpoint
 from checkpoint import Checkpoint, CheckpointError, model_file
 from data import Dictionary
-from files.writing import replacing
+from files.writing import previous, replacing
 from model import RNNModel, make_network
 from splitcross import SplitCrossEntropyLoss
 
@@ -435,9 +435,32 @@ def test_what_a_killed_run_left_goes_with_the_next_save(tmp_path):
         finally:
             os._exit(1)
     os.waitpid(pid, 0)
-    assert len(os.listdir(tmp_path)) == 1
-    # A temporary file of a live process stays.
-    other = tmp_path / os.listdir(tmp_path)[0].replace(str(pid), str(os.getppid()))
-    other.write_bytes(b"")
+    assert os.listdir(tmp_path) == [".m.pt.tmp"]
     checkpoint.save(path, make())
-    assert sorted(os.listdir(tmp_path)) == sorted([other.name, "m.pt"])
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_two_processes_cannot_write_one_file_at_once(tmp_path):
+    path = tmp_path / "m.pt"
+    with replacing(path) as file:
+        file.write(b"first")
+        with pytest.raises(BlockingIOError), replacing(path):
+            pass
+    assert path.read_bytes() == b"first"
+    with replacing(path) as file:
+        file.write(b"second")
+    assert path.read_bytes() == b"second"
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_a_kill_between_keeping_and_replacing_leaves_a_file_of_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), replacing(path, keep=True) as file:
+        file.write(b"new")
+    assert path.read_bytes() == previous(path).read_bytes() == b"old"
+    monkeypatch.undo()
+    with replacing(path, keep=True) as file:
+        file.write(b"new")
+    assert (path.read_bytes(), previous(path).read_bytes()) == (b"new", b"old")

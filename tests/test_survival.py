@@ -226,5 +226,5 @@ def test_two_runs_may_build_the_cache_at_once(corpus_dir, tmp_path):
     assert [run.returncode for run in runs] == [0, 0]
     assert outputs[0] == outputs[1]
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".corpus-cache.npz", "test.txt", "train.txt", "valid.txt",
+        ".corpus-cache", "test.txt", "train.txt", "valid.txt",
     ]  # fmt: skip
