@@ -33,14 +33,12 @@ def rebuild(
     """
     states = (checkpoint.model, checkpoint.criterion)
     try:
-        # Compared first: a file may ask for a trillion layers.
-        if checkpoint.config["nlayers"] > len(checkpoint.model):
-            raise ValueError("it lacks layers")
         with _Undrawn():
             modules = make_network(**{**checkpoint.config, **dropouts})
         for module, state in zip(modules, states, strict=True):
             load_state(module, state)
-            check_finite(dict(module.named_parameters()))
+            if not all(p.isfinite().all() for p in module.parameters()):
+                raise ValueError("not all weights are finite")
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -61,13 +59,6 @@ def check_readable(config: Mapping[str, Any], model: nn.Module, criterion: nn.Mo
             f"a model file of this network could not be read ({error}): make the network in "
             "model.make_network, from the arguments in main.begin"
         ) from error
-
-
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a tensor has a number that is not finite."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,6 @@ stateful          the states of the session's further objects, by name
 import contextlib
 import copy
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from checkpoint.model_file import Checkpoint, CheckpointError, in_short
 from checkpoint.network import plain_name
 from data import Corpus
-from utils import map_state
 
 
 def check(loaded: Checkpoint, path: str, stage: str) -> None:
@@ -44,10 +42,6 @@ def check(loaded: Checkpoint, path: str, stage: str) -> None:
             f"{path} holds no training state of {stage} but one of {found}: resume it with that "
             "script"
         )
-    kinds = {"args": dict, "data": str, "epoch": int, "rng": str, "valid_losses": list}
-    with restoring(path):
-        if not all(isinstance(training[name], kind) for name, kind in kinds.items()):
-            raise ValueError("its training state has a field of the wrong type")
 
 
 @contextlib.contextmanager
@@ -114,30 +108,10 @@ def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         part.load_state_dict(copy.deepcopy(states[name]))
 
 
-def check_hidden(hidden: Any, expected: Any) -> None:
-    """Raise ValueError if a hidden state has not the form of the `expected` one."""
-
-    def same(part: Tensor, wanted: Tensor) -> None:
-        if part.shape != wanted.shape or part.dtype != wanted.dtype:
-            raise ValueError("its hidden state does not fit its configuration")
-
-    map_state(same, hidden, expected)
-
-
-def rng_state(rng: np.random.RandomState) -> str:
-    """The state of a generator of sequence lengths as text."""
+def rng_state(rng: np.random.RandomState) -> list[Any]:
+    """The state of a generator of sequence lengths, as plain values for its `set_state`."""
     name, key, *rest = rng.get_state()
-    return json.dumps([name, key.tolist(), *rest])
-
-
-def set_rng_state(rng: np.random.RandomState, state: str) -> None:
-    """Restore the result of `rng_state`; raises ValueError for anything else."""
-    name, key, position, *rest = json.loads(state)
-    # numpy checks neither: with a bad position it reads beyond its memory, with a key of zeros
-    # it never ends.
-    if type(position) is not int or not 0 <= position <= 624 or not any(key):
-        raise ValueError("its generator of sequence lengths is damaged")
-    rng.set_state((name, np.array(key, dtype=np.uint32), position, *rest))
+    return [name, key.tolist(), *rest]
 
 
 def random_states() -> dict[str, Any]:

@@ -55,20 +55,6 @@ class Flag:
             return [] if value == self.default else [self.name]
         return [self.name, *map(str, value if isinstance(value, list) else [value])]
 
-    def accepts(self, value: Any) -> bool:
-        """Whether a command line could give the flag this value."""
-        if value == self.default or self.action.nargs == 0:
-            return type(value) is type(self.default)
-        many = self.action.nargs is not None
-        if many != isinstance(value, list) or not isinstance(value, str | int | float | list):
-            return False
-        parts, kind = (value if many else [value]), self.action.type or str
-        try:
-            same = all(kind(str(part)) == part for part in parts)
-        except (argparse.ArgumentTypeError, ValueError):
-            return False
-        return same and all(part in (self.action.choices or parts) for part in parts)
-
 
 @dataclass
 class Given:
@@ -189,8 +175,7 @@ class Parser(argparse.ArgumentParser):
     def settle(self, given: Given, file: Recorded | None = None) -> argparse.Namespace:
         """The final value of every flag, from the command line, its preset and a model file.
 
-        Raises ToolkitError if a flag that was given cannot take effect, or if a recorded value is
-        not valid for its flag.
+        Raises ToolkitError if a flag that was given cannot take effect.
         """
         chosen = {**given.preset, **given.line}
         counted = given.line.keys() | given.preset.keys() - _PRESET_DEFAULTS
@@ -260,12 +245,6 @@ class Parser(argparse.ArgumentParser):
             # The file's split is for its own text, which is a train.txt alone.
             if not (folder / "valid.txt").exists() and not (folder / "test.txt").exists():
                 taken["split"] = split
-        for name, value in taken.items():
-            if not self.flags[name].accepts(value):
-                raise ToolkitError(
-                    f"{file.path} is damaged (its {self.flags[name].name} is {value!r}): give the "
-                    "flag, or train again with main.py"
-                )
         if file.use == "resume" and "save" not in given:
             taken["save"] = file.path
         return model | taken

@@ -256,13 +256,6 @@ def _plain(values: Mapping[str, Any], but: Collection[str] = ()) -> Key:
     return kept
 
 
-def _stop_allocating(device: int, pool: tuple[int, int]) -> None:
-    """Make the allocator serve `device` from the common memory again, instead of `pool`."""
-    before_2_8 = "_cuda_endAllocateCurrentStreamToPool"
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, before_2_8)
-    end(device, pool)
-
-
 class _CUDARecorder:
     """Records work as CUDA graphs in one memory pool, on a stream of its own.
 
@@ -284,14 +277,9 @@ class _CUDARecorder:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 work()
         except Exception:
-            device = self.stream.device.index
             # Before PyTorch 2.11 or so the generator stays in the state for recording.
-            generator = torch.cuda.default_generators[device]
+            generator = torch.cuda.default_generators[self.stream.device.index]
             generator.graphsafe_set_state(generator.clone_state())
-            # Before PyTorch 2.12 the allocator keeps serving this stream from the graphs' pool, and
-            # later recordings and empty_cache() can fail. From 2.12 on this call raises instead.
-            with contextlib.suppress(RuntimeError):
-                _stop_allocating(device, self.pool)
             raise
         self._graphs.add(graph)
         return graph.replay

@@ -195,14 +195,11 @@ class Session:
             now = resume.parameter_names(self.network, self.step.params)
             saved = state["optimizer"]
             resume.load_optimizer(self.optimizer, saved, before=state["parameters"], now=now)
-            resume.set_rng_state(self.rng, state["rng"])
+            self.rng.set_state(state["rng"])
             resume.load_parts(self.stateful, state["stateful"])
             # With another number of processes no saved states fit: the ranks keep fresh seeds.
             if len(state["random_states"]) == self.ranks.world:
                 resume.set_random_states(state["random_states"][self.ranks.rank])
-            if state["position"] is not None:
-                hidden = self.network.init_hidden(args.batch_size)
-                resume.check_hidden(state["position"]["hidden"], hidden)
             self.finished = self.epoch = state["epoch"]
             self.trigger.losses = list(state["valid_losses"])
             self.best_loss, self.done = state["best_loss"], state["done"]

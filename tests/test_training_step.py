@@ -1,9 +1,6 @@
 """fast/cuda_graphs.py: replayed steps equal eager steps."""
 
-import contextlib
 import gc
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -276,42 +273,6 @@ def test_training_calls_the_step_of_a_subclass():
     before = [p.clone() for p in step.params]
     train(step, (1,))
     assert all(map(torch.equal, before, step.params))
-
-
-@pytest.mark.parametrize("fixed", [False, True], ids=["PyTorch 2.11", "PyTorch 2.12"])
-def test_a_failed_recording_leaves_the_allocator_as_it_was(fixed, monkeypatch):
-    """On a stand-in for torch.cuda, whose allocator before 2.12 stays in the graphs' pool."""
-    pools = []
-
-    @contextlib.contextmanager
-    def capture(graph, pool, stream):
-        pools.append((0, pool))
-        yield
-        pools.remove((0, pool))
-
-    def work():
-        if fixed:
-            pools.clear()
-        raise RuntimeError("cannot be recorded")
-
-    def end(device, pool):
-        if (device, pool) not in pools:
-            raise RuntimeError("not currently recording to this pool")
-        pools.remove((device, pool))
-
-    monkeypatch.setattr(
-        torch.cuda, "Stream", lambda: SimpleNamespace(device=torch.device("cuda:0"))
-    )
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "default_generators", [MagicMock()])
-    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
-    name = "_cuda_endAllocateToPool" if fixed else "_cuda_endAllocateCurrentStreamToPool"
-    monkeypatch.setattr(torch._C, name, end, raising=False)
-    with pytest.raises(RuntimeError, match="cannot be recorded"):
-        cuda_graphs._CUDARecorder()(work)
-    assert not pools
 
 
 def test_graphs_are_given_up_when_averaging_starts_and_never_more_than_there_is_room(monkeypatch):
