@@ -146,7 +146,7 @@ def run(
     with Bar(last * source.size(1), what) as bar:
         while step.row < last and step.batches != args.max_batches:
             rows = min(args.bptt, last - step.row)
-            # A shorter last segment gets the rate of a whole segment.
+            # A shorter last segment gets the rate of a full one.
             step.take(rows, args.bptt)
             if cache is not None:
                 total -= with_cache(network.piece, cache, args.lambdasm)[0].double().sum()
@@ -190,7 +190,7 @@ def statistics(
 
 
 def read_statistics(path: str, key: str) -> tuple[list[Tensor], int] | None:
-    """The root mean squares and the number of segments in a whole file with this key, or None."""
+    """The root mean squares and the number of segments in an intact file with this key, or None."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         good = held["key"] == key and all(part.isfinite().all() for part in held["rms"])

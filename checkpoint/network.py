@@ -51,9 +51,18 @@ def rebuild(
 
 def check_readable(config: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:
     """Raise CheckpointError if `rebuild` could not make this network again."""
-    states = snapshot(model), snapshot(criterion)
+    network = Checkpoint(
+        config=dict(config),
+        model=snapshot(model),
+        criterion=snapshot(criterion),
+        vocabulary={},
+        args={},
+        stage="",
+        epoch=0,
+        valid_loss=0.0,
+    )
     try:
-        rebuild(Checkpoint(dict(config), *states, {}, {}, "", 0, 0.0), torch.device("cpu"))
+        rebuild(network, torch.device("cpu"))
     except CheckpointError as error:
         raise CheckpointError(
             f"a model file of this network could not be read ({error}): make the network in "

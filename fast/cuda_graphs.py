@@ -287,12 +287,12 @@ class _CUDARecorder:
 
 def compare(like: Tensor) -> Iterator[list[Tensor]]:
     """As fast.step.compare, of GraphedStep and TrainingStep; steps are recorded and replayed."""
-    said: list[str] = []
+    messages: list[str] = []
 
     def set_up(step: FastStep) -> None:
         step.__class__ = GraphedStep
-        step.set_up(say=said.append)
+        step.set_up(say=messages.append)
 
     yield from fast.step.compare(like, set_up)
-    if said:
-        raise RuntimeError(said[0])
+    if messages:
+        raise RuntimeError(messages[0])

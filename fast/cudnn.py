@@ -66,11 +66,19 @@ def _run_from_one_buffer(module: nn.RNNBase, input: Tensor, hidden: Any) -> tupl
         if hidden is None:
             zeros = input.new_zeros(1, input.size(1), module.hidden_size)
             hidden = (zeros, zeros) if lstm else zeros
-        options = (weights, True, 1, 0.0, module.training, False, False)
+        options = {
+            "params": weights,
+            "has_biases": True,
+            "num_layers": 1,
+            "dropout": 0.0,
+            "train": module.training,
+            "bidirectional": False,
+            "batch_first": False,
+        }
         if lstm:
-            output, h, c = torch.lstm(input, hidden, *options)
+            output, h, c = torch.lstm(input, hx=hidden, **options)
             return output, (h, c)
-        return torch.gru(input, hidden, *options)
+        return torch.gru(input, hx=hidden, **options)
 
 
 def compare(like: Tensor) -> Iterator[list[Tensor]]:

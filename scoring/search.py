@@ -103,7 +103,7 @@ def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
     """The lambda in [0, 0.999] at which the mixture's loss is lowest, and the gain in log p.
 
     `logprob` (n,) is the model's log p in nats, `p_cache` (n,) the cache's p, both at the positions
-    where the cache speaks. The gain is the sum of `log(mixture) - logprob`, 0 or more.
+    where the cache is in use. The gain is the sum of `log(mixture) - logprob`, 0 or more.
     """
     # With r = p_cache / p - 1 the gain is the sum of log(1 + lambda r), which is concave.
     r = (p_cache.double() * logprob.double().clamp(min=-700).neg().exp()).sub_(1)
@@ -129,8 +129,8 @@ def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
     return high, (r * high).log1p_().sum().item()
 
 
-def speaking(window: int, from_start: bool) -> int:
-    """The first position at which a cache of `window` speaks."""
+def first_used(window: int, from_start: bool) -> int:
+    """The first position at which a cache of `window` is in use."""
     return 1 if from_start else window + 1
 
 
@@ -147,7 +147,7 @@ def grid(
     total = piece.logprob.double().sum().item()
     settings = []
     for w, window in enumerate(windows):
-        start = speaking(window, from_start)
+        start = first_used(window, from_start)
         for k, theta in enumerate(thetas):
             lambdasm, gain = best_lambda(piece.logprob[start:], probs[w, k, start:])
             settings.append(Setting(window, theta, lambdasm, -(total + gain) / n))

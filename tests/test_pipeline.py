@@ -330,8 +330,8 @@ def test_what_is_recorded_is_the_model_that_there_is(stage, script, corpus_dir, 
     start = ["--init", trained["QRNN"], "--batch_size", 4] if stage == "main" else []
     status, out, err = script(stage, *flags, *start)
     assert (status, err) == (0, "")
-    for said in ("'model': 'QRNN'", "'emsize': 12", "'nhid': 16", "'nlayers': 2"):
-        assert said in out
+    for flag in ("'model': 'QRNN'", "'emsize': 12", "'nhid': 16", "'nlayers': 2"):
+        assert flag in out
 
 
 def test_finetune_says_which_dropouts_it_uses(script, corpus_dir, tmp_path):
