@@ -160,7 +160,7 @@ class GraphedStep(FastStep):
         if not (self.recording and self._seen[rows] and room) or self._new_keys:
             return False
         try:
-            with self._capturable(), self._numbers_on_device():
+            with self._recordable():
                 self._replays[rows] = self._record(lambda: self._work(rows))
         except Exception as error:  # a fault of the step itself shows again in the eager step
             self.recording = False
@@ -200,34 +200,24 @@ class GraphedStep(FastStep):
         self.since += 1
 
     @contextlib.contextmanager
-    def _numbers_on_device(self) -> Iterator[None]:
-        """A context in which the optimiser reads its changing numbers from tensors."""
+    def _recordable(self) -> Iterator[None]:
+        """A context in which the optimiser can be recorded: its changing numbers are tensors."""
         groups = self.optimizer.param_groups
-        own = [group["lr"] for group in groups]
+        changed = ("lr", "capturable")
+        own = [{name: group[name] for name in changed if name in group} for group in groups]
         for group, rate in zip(groups, self._lr, strict=True):
             group["lr"] = rate
+            if "capturable" in group:  # Adam's step can be recorded only then
+                group["capturable"] = True
         if isinstance(self.optimizer, FastNTASGD):
             self.optimizer.averaging_weight = self._averaging_weight
         try:
             yield
         finally:
-            for group, rate in zip(groups, own, strict=True):
-                group["lr"] = rate
+            for group, values in zip(groups, own, strict=True):
+                group.update(values)
             if isinstance(self.optimizer, FastNTASGD):
                 del self.optimizer.averaging_weight
-
-    @contextlib.contextmanager
-    def _capturable(self) -> Iterator[None]:
-        """A context in which Adam can be recorded."""
-        groups = [group for group in self.optimizer.param_groups if "capturable" in group]
-        own = [group["capturable"] for group in groups]
-        for group in groups:
-            group["capturable"] = True
-        try:
-            yield
-        finally:
-            for group, value in zip(groups, own, strict=True):
-                group["capturable"] = value
 
     @contextlib.contextmanager
     def _on_one_stream(self) -> Iterator[None]:

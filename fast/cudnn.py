@@ -11,28 +11,21 @@ from qrnn.check import numbers
 from weight_drop import WeightDrop
 
 
-class FastLSTM(LSTM):
+class _FromOneBuffer(nn.RNNBase):
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        # Parameters stay in cuDNN's own buffer: only a dropped weight is a new tensor at each call.
+        dropped = "weight_hh_l0" not in self._parameters
+        if dropped and input.dim() == 3 and torch.backends.cudnn.is_acceptable(input):
+            return _run_from_one_buffer(self, input, hx)
+        return super().forward(input, hx)
+
+
+class FastLSTM(_FromOneBuffer, LSTM):
     """The cell LSTM within a WeightDrop, on a GPU."""
 
-    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        if _can_run(self, input):
-            return _run_from_one_buffer(self, input, hx)
-        return super().forward(input, hx)
 
-
-class FastGRU(GRU):
+class FastGRU(_FromOneBuffer, GRU):
     """The cell GRU within a WeightDrop, on a GPU."""
-
-    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        if _can_run(self, input):
-            return _run_from_one_buffer(self, input, hx)
-        return super().forward(input, hx)
-
-
-def _can_run(module: nn.RNNBase, input: Tensor) -> bool:
-    # Parameters stay in cuDNN's own buffer: only a dropped weight is another tensor at every call.
-    dropped = "weight_hh_l0" not in module._parameters
-    return dropped and input.dim() == 3 and torch.backends.cudnn.is_acceptable(input)
 
 
 class _OneBuffer(torch.autograd.Function):
