@@ -5,7 +5,8 @@ data              `fingerprint` of the text it trains on
 epoch             the last epoch that has ended
 position          the position within the next epoch, None at its start: see run/session.py
 model, criterion  the weights in training: the raw ones if the best ones are averages
-optimizer         its state; `parameters` has the names of the weights in its order
+optimizer         its state; `parameters` has the names of the weights in its order, `settings` the
+                  settings of its groups when it was made
 valid_losses      the validation losses so far
 best_loss, done   the lowest of them, and whether finetuning is over
 rng               the generator of sequence lengths
@@ -75,29 +76,42 @@ def parameter_names(network: nn.Module, params: Sequence[Tensor]) -> list[str]:
     return [names[id(p)].removeprefix("model.") for p in params]
 
 
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of each group of weights, such as its rate."""
+    groups = optimizer.param_groups
+    return [{name: group[name] for name in group if name != "params"} for group in groups]
+
+
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
-    saved: Mapping[str, Any],
+    state: Mapping[str, Any],
     *,
-    before: Sequence[str],
-    now: Sequence[str],
+    names: Sequence[str],
+    settings: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Load an optimiser's state, which numbers the weights in the order of the names `before`.
+    """Load an optimiser's state from the training state `state`.
 
-    `now` are the names in the order of this run, which differs with and without weight drop. The
-    weight decay is this run's. Raises ValueError if the state is one of other weights.
+    `names` are the weights' names in the order of this run, which differs with and without weight
+    drop, and `settings` those with which this run's optimiser was made. A setting that differs from
+    the one with which the old run's was made takes effect; the others continue as they were saved.
+    Raises ValueError if the state is one of other weights.
     """
-    if sorted(before) != sorted(now):
+    saved, before = state["optimizer"], state["parameters"]
+    if sorted(before) != sorted(names):
         raise ValueError("its optimiser trains other weights")
-    state = {now.index(before[n]): copy.deepcopy(parts) for n, parts in saved["state"].items()}
+    parts = {names.index(before[n]): copy.deepcopy(part) for n, part in saved["state"].items()}
     groups = []
-    pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
-    for mine, theirs in pairs:
-        own = ("params", "weight_decay", "capturable")
-        kept = {name: mine[name] for name in own if name in mine}
-        # Settings that an older PyTorch did not have come from the new run, too.
-        groups.append({**mine, **theirs, **kept})
-    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+    for mine, theirs, new, old in zip(
+        optimizer.state_dict()["param_groups"],
+        saved["param_groups"],
+        settings,
+        state["settings"],
+        strict=True,
+    ):
+        changed = {name: value for name, value in new.items() if value != old.get(name, value)}
+        # Settings that an older PyTorch did not have come from the new run.
+        groups.append({**mine, **theirs, **changed, "params": mine["params"]})
+    optimizer.load_state_dict({**saved, "state": parts, "param_groups": groups})
 
 
 def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:

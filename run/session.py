@@ -144,7 +144,7 @@ class Session:
         checkpoint.check_readable(config, network.model, network.criterion)
         args, ranks = self.args, self.ranks
         self.config, self.network, self.optimizer = dict(config), network, optimizer
-        self.flags = dict(vars(args))
+        self.flags, self._settings = dict(vars(args)), resume.settings_of(optimizer)
         self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
         self.fingerprint = resume.fingerprint(corpus) if ranks.first else ""
         self.trigger = NonMonotonicTrigger(args.nonmono)
@@ -178,9 +178,9 @@ class Session:
     def resume(self, source: Checkpoint) -> None:
         """Continue the run that wrote the file of --resume.
 
-        The weight decay is this run's, the learning rate the old run's unless another one is given.
-        Weight drop may be on in one of the two runs and off in the other. Raises CheckpointError
-        for another text, and for a state that the network or the optimiser does not accept.
+        Settings of the optimiser that differ from the old run's take effect. Weight drop may be on
+        in one of the two runs and off in the other. Raises CheckpointError for another text, and
+        for a state that the network or the optimiser does not accept.
         """
         args, state = self.args, source.training
         if self.ranks.decided(state["data"] != self.fingerprint):
@@ -193,8 +193,7 @@ class Session:
             checkpoint.load_state(self.network.model, state["model"])
             checkpoint.load_state(self.network.criterion, state["criterion"])
             now = resume.parameter_names(self.network, self.step.params)
-            saved = state["optimizer"]
-            resume.load_optimizer(self.optimizer, saved, before=state["parameters"], now=now)
+            resume.load_optimizer(self.optimizer, state, names=now, settings=self._settings)
             self.rng.set_state(state["rng"])
             resume.load_parts(self.stateful, state["stateful"])
             # With another number of processes no saved states fit: the ranks keep fresh seeds.
@@ -208,9 +207,6 @@ class Session:
         self.last_good = args.resume
         if source.epoch and self.best is None:
             self.best = checkpoint.in_memory(dataclasses.replace(source, args=self.flags))
-        if args.lr != state["args"]["lr"]:
-            for group in self.optimizer.param_groups:
-                group["lr"] = args.lr
 
     @property
     def rate(self) -> float:
@@ -424,6 +420,7 @@ class Session:
             "criterion": checkpoint.snapshot(self.network.criterion),
             "optimizer": optimizer,
             "parameters": resume.parameter_names(self.network, self.step.params),
+            "settings": self._settings,
             "valid_losses": list(self.trigger.losses),
             "best_loss": self.best_loss,
             "done": self.done,

@@ -163,6 +163,19 @@ def test_what_is_saved_is_resumed_exactly(cell, optimizer, ended, corpus_dir, tm
         assert_same(whole, session._training_state(), but=("args",))
 
 
+def test_a_changed_setting_takes_effect_and_the_others_continue(corpus_dir, tmp_path, monkeypatch):
+    with a_session(tmp_path / "m.pt", corpus_dir, "LSTM", "AdamW") as session:
+        train(session, 1, 3)
+        session.optimizer.param_groups[0]["lr"] = 0.001  # as a schedule by batch sets it
+        session.save()
+    weaker = {"AdamW": lambda params: torch.optim.AdamW(params, lr=0.01, betas=(0.5, 0.9))}
+    for made, betas in ((OPTIMIZERS, (0.9, 0.999)), (weaker, (0.5, 0.9))):
+        monkeypatch.setitem(OPTIMIZERS, "AdamW", made["AdamW"])
+        with a_session(tmp_path / "m.pt", corpus_dir, "LSTM", "AdamW") as session:
+            (group,) = session.optimizer.param_groups
+            assert (group["lr"], tuple(group["betas"])) == (0.001, betas)
+
+
 def test_main_makes_a_cell_whose_constructor_needs_values(corpus_dir, tmp_path):
     argv = ["--data", str(corpus_dir), *TINY, "--save", str(tmp_path / "m.pt"), "--epochs", "1"]
     main.main([*argv, "--model", "COUNTING", "--lr", "1"])
