@@ -44,10 +44,18 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def read_stage(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a stage's metrics file in its --logdir; none if there is none yet."""
-    path = folder / metrics.NAME
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none if there is no such file."""
     return metrics.read(path) if path.exists() else []
+
+
+def read_stage(folder: Path) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """The lines of the metrics file in a stage's --logdir, and the line of each epoch by number.
+
+    Of an epoch that was repeated after a kill, the last line counts.
+    """
+    lines = read_lines(folder / metrics.NAME)
+    return lines, {line["epoch"]: line for line in lines if line.get("kind") == "epoch"}
 
 
 def table_head(*columns: str) -> list[str]:
