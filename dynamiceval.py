@@ -170,8 +170,8 @@ def statistics(
     for tensor in (*loaded.model.values(), *loaded.criterion.values()):
         digest.update(tensor.numpy().tobytes())
     digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
-    optimizer = GradientStatistics(network.parameters())
-    params = optimizer.param_groups[0]["params"]
+    params = [p for p in network.parameters() if p.requires_grad]
+    optimizer = GradientStatistics(params)
     kept = read_statistics(path, digest.hexdigest())
     if kept and [part.shape for part in kept[0]] == [p.shape for p in params]:
         return [part.to(p.device) for part, p in zip(kept[0], params, strict=True)], kept[1]
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rms, segments = (None, 1) if args.sgd else statistics(network, args, loaded, corpus)
     if args.cache:
         network = ScoredLoss(network.model, network.criterion)
-    params = list(network.parameters())
+    params = [p for p in network.parameters() if p.requires_grad]
     lr, lamb, epsilon = args.lr, args.lamb, args.epsilon
     if args.oldhyper:
         lr, lamb, epsilon = lr / segments**0.5, lamb / len(params), epsilon / segments**0.5

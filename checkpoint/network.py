@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from checkpoint.model_file import Checkpoint, CheckpointError, copies, in_short
 from data import Dictionary
+from loss import TrainingLoss, is_frozen
 from model import RNNModel, make_network
 from splitcross import SplitCrossEntropyLoss
 
@@ -22,6 +23,25 @@ def vocabulary_of(dictionary: Dictionary) -> dict[str, Any]:
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's state on the CPU; weights that are shared stay shared."""
     return copies({_uncompiled(name): part for name, part in module.state_dict().items()})
+
+
+def further(network: TrainingLoss) -> dict[str, Tensor]:
+    """A copy of a network's state beside model, criterion and frozen parts, on the CPU."""
+    parts = network.named_children()
+    left_out = {name for name, part in parts if name in ("model", "criterion") or is_frozen(part)}
+    state = network.state_dict()
+    return copies({name: state[name] for name in state if name.split(".")[0] not in left_out})
+
+
+def load_further(network: TrainingLoss, state: Mapping[str, Tensor]) -> None:
+    """Load the result of `further`, if any; raises CheckpointError for another network's."""
+    names = further(network).keys()
+    if state and names != state.keys():
+        raise CheckpointError(
+            f"the model file's loss has the weights {sorted(state)}, not {sorted(names)}: use the "
+            "code that wrote the file"
+        )
+    network.load_state_dict(state, strict=False)
 
 
 def rebuild(

@@ -10,13 +10,14 @@ optimizer         its state; `parameters` has the names of the weights in its or
 valid_losses      the validation losses so far
 best_loss, done   the lowest of them, and whether finetuning is over
 rng               the generator of sequence lengths
-random_states     PyTorch's generators, by rank
+random_states     the global generators of PyTorch, numpy and Python, by rank
 stateful          the states of the session's further objects, by name
 """
 
 import contextlib
 import copy
 import hashlib
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -122,20 +123,23 @@ def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         part.load_state_dict(copy.deepcopy(states[name]))
 
 
-def rng_state(rng: np.random.RandomState) -> list[Any]:
-    """The state of a generator of sequence lengths, as plain values for its `set_state`."""
+def rng_state(rng: Any) -> list[Any]:
+    """The state of a numpy.random.RandomState, or of `numpy.random`, as plain values."""
     name, key, *rest = rng.get_state()
     return [name, key.tolist(), *rest]
 
 
 def random_states() -> dict[str, Any]:
-    """The states of PyTorch's generators, CPU and CUDA."""
+    """The states of the global generators: of PyTorch, CPU and CUDA, of numpy, of Python."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    numpy = rng_state(np.random)
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
     """Restore `random_states`, for CUDA only if this machine has as many devices."""
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    random.setstate(states["python"])
     torch.set_rng_state(states["cpu"].clone())
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.clone() for state in states["cuda"]])

@@ -55,6 +55,10 @@ class Flag:
             return [] if value == self.default else [self.name]
         return [self.name, *map(str, value if isinstance(value, list) else [value])]
 
+    def configured(self, file: "Recorded") -> Any:
+        """The value in a file's configuration; files from before the flag have its default."""
+        return file.config.get(self.config, self.default)
+
 
 @dataclass
 class Given:
@@ -206,10 +210,10 @@ class Parser(argparse.ArgumentParser):
         """Raise ToolkitError for a flag that contradicts the file."""
         for name, value in given.items():
             flag = self.flags[name]
-            if flag.config and value != file.config[flag.config]:
+            if flag.config and value != flag.configured(file):
                 raise ToolkitError(
                     f"--{name} {value} contradicts {file.path}, whose model has {name} "
-                    f"{file.config[flag.config]}: leave the flag out or name another model file"
+                    f"{flag.configured(file)}: leave the flag out or name another model file"
                 )
             reason = file.fixed.get(name) or flag.fixed
             recorded = file.args.get(name)
@@ -225,7 +229,7 @@ class Parser(argparse.ArgumentParser):
     ) -> dict[str, Any]:
         """The flags to take from the file, where they are not `given`; `values` are the others."""
         excluded = {self.flags[name].either for name in given} - {""}
-        model = {n: file.config[flag.config] for n, flag in self.flags.items() if flag.config}
+        model = {n: flag.configured(file) for n, flag in self.flags.items() if flag.config}
         kinds = {"resume": ("training", "run"), "finetune": ("training",)}.get(file.use, ())
         # The configuration has the dropouts.
         recorded = {**file.args, **file.config} if file.use == "finetune" else file.args
@@ -236,8 +240,8 @@ class Parser(argparse.ArgumentParser):
             if name not in given and recorded.get(name) is not None
         }
         if file.use == "finetune":
-            if file.args.get("optimizer", "sgd") != "sgd":
-                taken.pop("lr", None)  # it is another optimiser's
+            if file.args.get("optimizer") == "adam":
+                taken.pop("lr", None)  # a rate of Adam's is not one of SGD's
             print(f"From {file.path}: {self.spelled(taken)}")
         split = file.args.get("split")
         if "split" in self.flags and split and "split" not in given:

@@ -17,6 +17,7 @@ import fast.step
 from fast.nt_asgd import FastNTASGD
 from fast.step import FastStep
 from utils import get_batch, map_state
+from weight_drop import WeightDrop
 
 # Most graphs kept at once. With a bptt of 70 an epoch has 44 different lengths, some only once.
 MOST_GRAPHS = 64
@@ -24,6 +25,8 @@ MOST_GRAPHS = 64
 # optimiser that a replay reads from the device.
 _OF_MODULE = vars(nn.Module()).keys() - {"training"}
 _ON_DEVICE = {"lr", "params"}
+# Attributes of a step that count.
+_OF_STEP = {"row", "batches", "since", "recording", "_at_start", "_new_keys"}
 _PLAIN = (int, float, str, type(None))
 # The key is compared at every step that runs eagerly, and at one in so many replayed steps.
 _COMPARE_EVERY = 50
@@ -37,10 +40,10 @@ class GraphedStep(FastStep):
     """FastStep from CUDA graphs: one per length, recorded at that length's second step.
 
     A length's first step runs eagerly, and so do steps cut short by the end of the text and steps
-    beyond MOST_GRAPHS. Results are the same, random masks included: a replay draws new ones. Every
-    Python number that a graph would freeze is part of its key, which is compared at the start of
-    each text and now and then; `refresh` compares it at once. Steps run eagerly while such a number
-    changes at every step, and if a step cannot be recorded; `say` then gets a message.
+    beyond MOST_GRAPHS. Results are the same, random masks included: a replay draws new ones. What a
+    graph would freeze is part of its key, which is compared at the start of each text and now and
+    then; `refresh` compares it at once. Steps run eagerly while a part of the key changes at every
+    step, and if a step cannot be recorded; `say` then gets a message.
 
     `record(work)` returns a function that replays `work`, without running it; by default it records
     a CUDA graph. `set_up` makes a FastStep one of these.
@@ -101,19 +104,27 @@ class GraphedStep(FastStep):
         return sorted({name for name, value in frozen if (name, value) not in before})
 
     def frozen(self) -> Key:
-        """Every Python number that a recorded step would freeze, with its name.
+        """Everything that a recorded step would freeze, with its name.
 
-        These are the plain attributes (numbers, strings, and tuples or lists of them) of the
-        modules and of the optimiser, its settings, the numbers in its state, the clipping norm, and
-        the text's address.
+        These are the plain attributes (numbers, strings, and tuples or lists of them) of the step,
+        the modules and the optimiser, its settings, the numbers in its state, the tensors that are
+        attributes of modules, since a forward pass may put others in their place, and the text's
+        address.
         """
         optimizer, on_device = self.optimizer, _ON_DEVICE
-        key = [("clip", self.clip), ("text", self.source.data_ptr())]
+        key = [("text", self.source.data_ptr()), *_plain(vars(self), _OF_STEP)]
         if isinstance(optimizer, FastNTASGD):
             key.append(("averaging", optimizer.averaging))
             on_device = {*on_device, "averaged_steps"}
-        for module in self.network.modules():
+        modules = list(self.network.modules())
+        # A dropped weight is computed and used within one step.
+        drops = [module for module in modules if isinstance(module, WeightDrop)]
+        dropped = {(id(drop.module), name) for drop in drops for name in drop.weights}
+        for module in modules:
             key += _plain(vars(module), _OF_MODULE)
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and (id(module), name) not in dropped:
+                    key.append((name, id(value)))
         for group in optimizer.param_groups:
             key += _plain(group, on_device)
         key += _plain(vars(optimizer))

@@ -251,6 +251,32 @@ def test_an_optimiser_that_counts_its_steps_in_python_runs_eagerly_and_says_so(p
     assert lines == ["CUDA graphs are off while every step changes steps"]
 
 
+class Averaging(TrainingLoss):
+    """A loss that depends on its own running mean, an attribute that each call replaces."""
+
+    mean = None
+
+    def forward(self, data, targets, hidden):
+        loss, raw_loss, hidden = super().forward(data, targets, hidden)
+        self.mean = raw_loss if self.mean is None else self.mean.lerp(raw_loss, 0.5)
+        return loss * self.mean, raw_loss, hidden
+
+
+def test_a_tensor_that_forward_replaces_and_an_attribute_of_the_step_are_not_frozen():
+    eager, graphed = make("LSTM"), make("LSTM", graphs=True)
+    lines = []
+    graphed.say = lines.append
+    for step in (eager, graphed):
+        step.network.__class__ = Averaging
+    expected, losses = train(eager), train(graphed)
+    assert graphed.recorder.recorded == 0
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert lines == ["CUDA graphs are off while every step changes mean"]
+    before = graphed.frozen()
+    graphed.strength = 2.0
+    assert graphed.frozen() != before
+
+
 def test_an_optimiser_whose_recording_fails_by_an_assertion_runs_eagerly_and_says_so():
     """On a CPU these refuse to be recorded, as they do on a GPU with their count on the CPU."""
     eager, graphed = make("LSTM"), make("LSTM", graphs=True)
