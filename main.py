@@ -1,6 +1,7 @@
 """Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from model import make_network
 from nt_asgd import NTASGD
 from run import program
 from run.corpus import read_corpus
+from run.rehearsal import rehearse
 from run.session import Session, open_session, resumed_file
 from splitcross import default_splits
 from training import train_epoch
@@ -53,6 +55,13 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="model file to start a new run from: its weights, architecture and vocabulary",
     )
+    parser.flag(
+        "running",
+        "--rehearse",
+        belongs="call",
+        action="store_true",
+        help="train a few batches in a temporary folder and check that every stage works",
+    )
     return parser
 
 
@@ -61,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     given = parser.given(argv)
+    if given.get("rehearse"):
+        if given.get("resume"):
+            raise ToolkitError("--rehearse checks a new run: leave --resume out")
+        rehearse(parser, sys.argv[1:] if argv is None else argv)
+        return
     source, recorded = starting_file(given)
     args = parser.settle(given, recorded)
     with open_session("main.py", args) as session:

@@ -1,0 +1,305 @@
+"""The rehearsal of a run (main.py --rehearse): a few batches of every stage, and what must hold.
+
+Each script runs in a process of its own on files in a temporary folder.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from checkpoint import Checkpoint
+from checkpoint.network import plain_name
+from cli import flags
+from cli.parser import Parser
+from loss import is_frozen
+from nt_asgd import NonMonotonicTrigger
+from run.corpus import read_corpus
+from run.network import network_of
+from run.session import EVAL_BATCH_SIZE, Session
+from training import evaluate
+from utils import ToolkitError, seed_everything
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--max-batches", "4"]  # an epoch's batches, and an evaluation's chunks
+SEGMENTS = "20"  # of dynamic evaluation
+TOLERANCE = 1e-4  # relative, of one loss computed in two ways
+# A forked process starts at once; macOS cannot fork a process that has loaded PyTorch.
+_PROCESSES = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
+
+
+class Failed(Exception):
+    """A check has failed; the text says how."""
+
+
+def rehearse(parser: Parser, argv: Sequence[str]) -> None:
+    """Rehearse the run of `main.py argv`, and print one line for each check.
+
+    Raises ToolkitError if a check fails.
+    """
+    if "RANK" in os.environ:
+        raise ToolkitError("--rehearse takes one process: leave torchrun out")
+    # An abbreviation too; a shorter one could be another flag's.
+    argv = [word for word in argv if len(word) < 5 or not "--rehearse".startswith(word)]
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        rehearsal = Rehearsal(parser, argv, folder)
+        for name, check in CHECKS.items():
+            try:
+                print(f"| ok     | {name}: {check(rehearsal)}")
+            except Failed as failed:
+                failures += 1
+                print(f"| failed | {name}: {failed}")
+                if name == "training":
+                    break  # the other checks need its file
+    if failures:
+        raise ToolkitError(f"{failures} of the checks failed: mend what they name, then train")
+
+
+class Rehearsal:
+    """The checks of the run `main.py argv`, with files in `folder`.
+
+    Each returns a sentence or raises Failed. `training` comes first: it sets `file`, the content of
+    the model file, and `args`, the flags in it.
+    """
+
+    file: Checkpoint
+    args: dict[str, Any]
+
+    def __init__(self, parser: Parser, argv: Sequence[str], folder: str) -> None:
+        self.parser, self.argv, self.folder = parser, argv, folder
+        # OpenMP's threads do not survive a fork, so this process starts none.
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def training(self) -> str:
+        """Every trainable weight is the optimiser's, and changes if it gets a gradient."""
+        seen = self.train([*self.argv, "--epochs", "2"], "whole.pt")
+        rest = ", ".join(seen.pop("without gradient"))
+        for fault, names in seen.items():
+            if names:
+                raise Failed(f"{fault}: {', '.join(names)}")
+        self.file = checkpoint.load(self.path("whole.pt"))
+        self.args = self.file.args
+        return "every weight changes" + (
+            f", except for those without gradient: {rest}" if rest else ""
+        )
+
+    def model_file(self) -> str:
+        """A new process computes the recorded validation loss from it, whatever its seed."""
+        work = partial(_evaluate, self.path("whole.pt"))
+        *modules, first, second = json.loads(self.run("the evaluation", work).splitlines()[-1])
+        if modules:
+            raise Failed(f"not in evaluation mode: {', '.join(modules)}")
+        if first != second:
+            raise Failed(f"two evaluations of it differ: {first:.6f} and {second:.6f} nats")
+        _compare(first, self.file.valid_loss, "the validation loss from it", "the recorded one")
+        return f"a new process computes the recorded validation loss of {first:.4f} nats, twice"
+
+    def stopping(self) -> str:
+        """A run that is stopped within two epochs and resumed equals the first, bit for bit."""
+        argv = [*self.argv, "--epochs", "2"]
+        for stop in ((1, 2), (2, 2), ()):
+            self.train(argv, "cut.pt", stop)
+            argv = ["--resume", self.path("cut.pt"), *self.device_flags()]
+        halves = []
+        for file in (self.file, checkpoint.load(self.path("cut.pt"))):
+            halves.append({**vars(file), "args": {}, "training": {**file.training, "args": {}}})
+        names = list(differing(*halves))
+        if names:
+            raise Failed(f"{len(names)} values of the resumed run differ, such as {names[0]}")
+        averaging = any("average" in s for s in self.file.training["optimizer"]["state"].values())
+        switch = " and after the switch to averaging" if averaging else ""
+        return f"stopped within an epoch{switch} and resumed, the run is the same bit for bit"
+
+    def forms(self) -> str:
+        """The faster forms, on a GPU recorded as graphs, give the definitions' loss."""
+        if self.args["plain"]:
+            return "none are used (--plain)"
+        off = dict.fromkeys(flags.dropouts(argparse.Namespace(**self.args)), 0.0)
+        argv = [*self.argv, *self.parser.spelled(off).split(), "--precision", "fp32"]
+        # Only a length that comes again is recorded.
+        argv += ["--epochs", "1", *([] if self.args["max_seq_len"] else ["--fixed-length"])]
+        losses = []
+        for words in ([], ["--plain"]):
+            self.train([*argv, *words], "forms.pt")
+            losses.append(checkpoint.load(self.path("forms.pt")).valid_loss)
+        _compare(*losses, "without dropout their validation loss", "the definitions'")
+        return f"without dropout they give the definitions' validation loss of {losses[0]:.4f} nats"
+
+    def finetuning(self) -> str:
+        """finetune.py runs, and has every flag that belongs to training."""
+        checkpoint.save(self.path("tuned.pt"), self.file)
+        data = ["--data", self.args["data"]]
+        self.later("finetune.py", "--save", self.path("tuned.pt"), *data, "--epochs", "1", *SMALL)
+        after = checkpoint.load(self.path("tuned.pt")).training["args"]
+        belonging = {n: f.name for n, f in self.parser.flags.items() if f.belongs == "training"}
+        lost = [flag for name, flag in belonging.items() if name not in after]
+        if lost:
+            raise Failed(f'it has no {", ".join(lost)}: add it there, or say belongs="run"')
+        other = [flag for name, flag in belonging.items() if after[name] != self.args[name]]
+        return "it runs" + (f", with a value of its own for {', '.join(other)}" if other else "")
+
+    def later_stages(self) -> str:
+        """The other scripts run; dynamic evaluation at rate 0 is the static score."""
+        path, data = self.path("whole.pt"), ["--data", self.args["data"]]
+        words = " ".join(self.file.dictionary.idx2word[:20])
+        self.later("generate.py", "--checkpoint", path, "--words", "20", "--outf", "-")
+        self.later("score.py", "--checkpoint", path, "--text", words)
+        self.later("pointer.py", "--save", path, *data, "--window", "100", "--max-batches", "1")
+        scored = ["--save", path, *data, "--bptt", "5", "--max-batches", SEGMENTS]
+        static = self.later("pointer.py", *scored, "--lambdasm", "0")
+        dynamic = self.later("dynamiceval.py", *scored, "--sgd", "--lr", "0", "--lamb", "0")
+        static, dynamic = (re.findall(r"(?:val|test) ppl +(\S+)", s) for s in (static, dynamic))
+        if static != dynamic:
+            raise Failed(f"at rate 0 dynamiceval.py gives the perplexities {dynamic}, not {static}")
+        return "generate.py, score.py, pointer.py and dynamiceval.py run"
+
+    def path(self, name: str) -> str:
+        """The path of a file in the folder."""
+        return os.path.join(self.folder, name)
+
+    def train(
+        self, argv: Sequence[str], name: str, stop: Sequence[int] = ()
+    ) -> dict[str, list[str]]:
+        """Run main.py, up to `stop` (epoch, batch) if given; names by what was seen."""
+        argv = [*argv, *SMALL, "--logdir", "", "--save", self.path(name)]
+        status = 128 + signal.SIGTERM if stop else 0
+        self.run("main.py", partial(_train, argv, self.path("seen"), stop), status)
+        return json.loads(Path(self.path("seen")).read_text(encoding="utf-8"))
+
+    def later(self, script: str, *words: str) -> str:
+        """Run another script on the first run's device; its output."""
+        return self.run(script, partial(_script, script, [*words, *self.device_flags()]))
+
+    def device_flags(self) -> list[str]:
+        """--cuda, --no-cuda and --plain as the first run had them."""
+        device = {None: [], True: ["--cuda"], False: ["--no-cuda"]}[self.args["cuda"]]
+        return [*device, *(["--plain"] if self.args["plain"] else [])]
+
+    def run(self, what: str, work: Callable[[], None], status: int = 0) -> str:
+        """Do `work` in a new process; its output. Raises Failed for another exit status."""
+        log = Path(self.path("output"))
+        process = _PROCESSES.Process(target=_logged, args=(work, log, self.threads), daemon=True)
+        process.start()
+        process.join()
+        output = log.read_text(encoding="utf-8")
+        if process.exitcode != status:
+            sys.stderr.write(output)
+            last = (output.strip().splitlines() or ["no output"])[-1]
+            raise Failed(f"{what} ended with status {process.exitcode}, not {status} ({last})")
+        return output
+
+
+CHECKS: dict[str, Callable[[Rehearsal], str]] = {
+    "training": Rehearsal.training,
+    "model file": Rehearsal.model_file,
+    "resuming": Rehearsal.stopping,
+    "faster forms": Rehearsal.forms,
+    "finetune.py": Rehearsal.finetuning,
+    "later stages": Rehearsal.later_stages,
+}
+
+
+def _compare(first: float, second: float, what: str, other: str) -> None:
+    if abs(first - second) > TOLERANCE * abs(second):
+        raise Failed(f"{what} is {first:.6f}, {other} {second:.6f} nats")
+
+
+def differing(first: Any, second: Any, place: str = "") -> Iterator[str]:
+    """The places where two trees of dictionaries, lists, tuples, tensors and values differ."""
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        first, second = dict(enumerate(first)), dict(enumerate(second))
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for name in {**first, **second}:
+            parts = (half.get(name, "absent") for half in (first, second))
+            yield from differing(*parts, f"{place}.{name}" if place else str(name))
+    elif isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.dtype != second.dtype or not torch.equal(first, second):
+            yield place
+    elif type(first) is not type(second) or first != second:
+        yield place
+
+
+# What runs in the new processes
+
+
+def _logged(work: Callable[[], None], log: Path, threads: int) -> None:
+    sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
+    torch.set_num_threads(threads)
+    work()
+
+
+def _script(name: str, argv: Sequence[str]) -> None:
+    sys.argv = [name, *argv]
+    runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
+def _train(argv: Sequence[str], report: str, stop: Sequence[int]) -> None:
+    """Run main.py, with averaging from epoch 2 on; write names of weights and modules, by fault."""
+    weights: dict[str, tuple[Tensor, Tensor]] = {}  # each with a copy from the start
+    frozen: dict[str, nn.Module] = {}
+    optimized, with_gradient, woken = set(), set(), set()
+    prepare, after_batch = Session.prepare, Session.after_batch
+    exact = ["--deterministic"] if torch.cuda.is_available() and "--resume" not in argv else []
+
+    def watched_prepare(session: Session, *args: Any) -> None:
+        prepare(session, *args)
+        optimized.update(id(p) for p in session.step.params)
+        for name, p in session.network.named_parameters():
+            if p.requires_grad:
+                weights[plain_name(name)] = p, p.detach().clone()
+        for name, part in session.network.named_modules():
+            if is_frozen(part) and not part.training:
+                frozen[name] = part
+
+    def watched_batch(session: Session) -> None:
+        with_gradient.update(name for name, (p, _) in weights.items() if p.grad is not None)
+        woken.update(name for name, part in frozen.items() if part.training)
+        if [session.epoch, session.step.batches] == list(stop):
+            signal.raise_signal(signal.SIGTERM)
+        after_batch(session)
+
+    def switch(trigger: NonMonotonicTrigger, loss: float) -> bool:
+        trigger.losses.append(loss)
+        return True
+
+    Session.prepare, Session.after_batch = watched_prepare, watched_batch
+    NonMonotonicTrigger.update = switch
+    try:
+        _script("main.py", [*argv, *exact])
+    finally:
+        seen = {
+            "without gradient": sorted(weights.keys() - with_gradient),
+            "the optimiser lacks": [n for n, (p, _) in weights.items() if id(p) not in optimized],
+            "unchanged": [n for n in sorted(with_gradient) if torch.equal(*weights[n])],
+            "frozen, but no longer in evaluation mode": sorted(woken),
+        }
+        Path(report).write_text(json.dumps(seen), encoding="utf-8")
+
+
+def _evaluate(path: str) -> None:
+    """Print the names of modules in training mode and the losses of two evaluations."""
+    loaded = checkpoint.load(path)
+    args = argparse.Namespace(**loaded.args)
+    network = network_of(loaded, args)
+    source = read_corpus(args, loaded.dictionary).columns("valid", EVAL_BATCH_SIZE)
+    losses = []
+    for seed in (1, 2):
+        seed_everything(seed)
+        losses.append(evaluate(network, source.to(network.device), args.bptt, args.max_batches))
+    modules = [name for name, part in network.named_modules() if part.training]
+    print(json.dumps([*modules, *losses]))
