@@ -115,10 +115,7 @@ class Rehearsal:
         for stop in ((1, 2), (2, 2), ()):
             self.train(argv, "cut.pt", stop)
             argv = ["--resume", self.path("cut.pt"), *self.device_flags()]
-        halves = []
-        for file in (self.file, checkpoint.load(self.path("cut.pt"))):
-            halves.append({**vars(file), "args": {}, "training": {**file.training, "args": {}}})
-        names = list(differing(*halves))
+        names = differing_files(self.file, checkpoint.load(self.path("cut.pt")))
         if names:
             raise Failed(f"{len(names)} values of the resumed run differ, such as {names[0]}")
         averaging = any("average" in s for s in self.file.training["optimizer"]["state"].values())
@@ -219,6 +216,15 @@ def _compare(first: float, second: float, what: str, other: str) -> None:
         raise Failed(f"{what} is {first:.6f}, {other} {second:.6f} nats")
 
 
+def differing_files(first: Checkpoint, second: Checkpoint) -> list[str]:
+    """The places where the contents of two model files differ, apart from their flags."""
+    contents = []
+    for file in (first, second):
+        training = file.training and {**file.training, "args": {}}
+        contents.append({**vars(file), "args": {}, "training": training})
+    return list(differing(*contents))
+
+
 def differing(first: Any, second: Any, place: str = "") -> Iterator[str]:
     """The places where two trees of dictionaries, lists, tuples, tensors and values differ."""
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
@@ -301,5 +307,5 @@ def _evaluate(path: str) -> None:
     for seed in (1, 2):
         seed_everything(seed)
         losses.append(evaluate(network, source.to(network.device), args.bptt, args.max_batches))
-    modules = [name for name, part in network.named_modules() if part.training]
+    modules = [name or "the network" for name, part in network.named_modules() if part.training]
     print(json.dumps([*modules, *losses]))

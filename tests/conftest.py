@@ -43,27 +43,6 @@ def put(*places, to):
     return damage
 
 
-def flat(value, name=""):
-    """Every tensor and plain value within dictionaries, lists and tuples, with its path."""
-    if isinstance(value, dict | list | tuple):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from flat(part, f"{name}.{key}")
-    else:
-        yield name, value
-
-
-def assert_same(first, second, but=()):
-    """Two training states are equal, bit for bit, except for the fields in `but`."""
-    first, second = (
-        dict(flat({k: v for k, v in s.items() if k not in but})) for s in (first, second)
-    )
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        other = second[name]
-        same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-        assert same, name
-
-
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
     """A corpus of 60 words in which each word has two possible successors within a line."""
