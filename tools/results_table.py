@@ -6,12 +6,14 @@ published  in README.md: published figures and ours, from bench/reproduce.py's R
 study      in docs/reproducing.md and results/study.md: from bench/study.py's study.jsonl
 commands   in docs/commands.md: the published commands, from cli/presets.py
 
-`--check` changes nothing and ends with exit status 1 if they differ.
+`--check` changes nothing and ends with exit status 1 if they differ. `--lease ARCHIVE` writes the
+archive of bench/lease.sh as a page of results/ instead.
 """
 
 import argparse
 import re
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +88,35 @@ def pages(results: Path) -> dict[str, tuple[str, str]]:
     }
 
 
+def lease_page(archive: Path) -> tuple[str, str]:
+    """The name and the text of the page of an archive of bench/lease.sh."""
+    texts = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(".txt"):
+                content = tar.extractfile(member).read().decode(errors="replace").strip()
+                texts[Path(member.name).stem] = content
+    parts = texts.pop("parts")
+    commit, gpu = re.match(r"commit (\w{1,7})\w*, (.*?),", parts).groups()
+    lines = [f"# {gpu}, commit {commit}", "Made by bench/lease.sh: docs/first-gpu-run.md.", parts]
+    for name, text in texts.items():
+        lines += [f"## {name}", text if "\n|---|" in text else f"```\n{text[-6000:]}\n```"]
+    return f"gpu-{re.sub('[^a-z0-9]+', '-', gpu.lower())}-{commit}.md", "\n\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write or check the pages; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder with the pages")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--lease", type=Path, metavar="ARCHIVE")
     args = parser.parse_args(argv)
+    if args.lease:
+        name, text = lease_page(args.lease)
+        (args.results / name).write_text(text, encoding="utf-8")
+        print(f"Wrote {args.results / name}")
+        return 0
     status = 0
     for page, (name, content) in pages(args.results).items():
         path = args.root / page
