@@ -18,8 +18,8 @@ class ContinuousCache:
     `p(word) ~ sum_i [w_i = word] * exp(theta * h_t . h_i)`. Only the probability of the actual next
     word is computed, in time and memory proportional to the window, not to the vocabulary.
 
-    The cache speaks, that is, gives probabilities, once more than `window` positions have been
-    seen, as in the original, or with `from_start` once one position has been seen.
+    The cache is in use once more than `window` positions have been seen, as in the original, or
+    with `from_start` once one position has been seen.
     """
 
     def __init__(self, window: int, theta: float, from_start: bool = False) -> None:
@@ -34,15 +34,15 @@ class ContinuousCache:
         """The cache's probability of each word given the ones before it; then store them all.
 
         `outputs` (n, size) are the model's raw outputs at n successive positions, `words` (n,) the
-        words that follow. Returns the probabilities (n,) and whether the cache speaks yet (n,);
-        where it does not, the probability is 0.
+        words that follow. Returns the probabilities (n,) and whether the cache is in use (n,);
+        where it is not, the probability is 0.
         """
         keys = outputs if self._keys is None else torch.cat([self._keys, outputs])
         history = words if self._words is None else torch.cat([self._words, words])
         row = torch.arange(len(keys), device=outputs.device)
-        silent = max(0, (0 if self.from_start else self.window) + 1 - self.seen)
+        unused = max(0, (0 if self.from_start else self.window) + 1 - self.seen)
         probs = outputs.new_zeros(len(words))
-        for start in range(silent, len(words), _BLOCK):
+        for start in range(unused, len(words), _BLOCK):
             stop = min(start + _BLOCK, len(words))
             queries = slice(start, stop)
             # Rows of `keys`: this block's queries, and the history that any of them can see.
@@ -53,8 +53,8 @@ class ContinuousCache:
             attention.masked_fill_((age < 1) | (age > self.window), -torch.inf)
             same_word = words[queries].unsqueeze(1) == history[rows]
             probs[queries] = attention.softmax(dim=1).masked_fill_(~same_word, 0).sum(dim=1)
-        speaks = torch.arange(len(words), device=outputs.device) >= silent
+        in_use = torch.arange(len(words), device=outputs.device) >= unused
         self.seen += len(words)
-        # Copies, because views would keep a whole long chunk in memory.
+        # Copies, because views would keep a long chunk in memory.
         self._keys, self._words = keys[-self.window :].clone(), history[-self.window :].clone()
-        return probs, speaks
+        return probs, in_use

@@ -173,7 +173,7 @@ def partial_shuffle(text: torch.Tensor, rng: np.random.RandomState) -> None:
     """Rotate every column of `text` (rows, columns) by a random offset of its own, in place.
 
     "Partially Shuffling the Training Data to Improve Language Models", arXiv 1903.04167: sentences
-    stay whole except one per column, and every epoch has different batches.
+    stay intact except one per column, and every epoch has different batches.
     """
     for column, offset in enumerate(rng.randint(len(text), size=text.size(1))):
         text[:, column] = text[:, column].roll(int(offset))

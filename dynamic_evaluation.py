@@ -36,9 +36,9 @@ class DynamicEvaluation(torch.optim.Optimizer):
     """`p += d * (start - p) - lr * gradient / (rms + epsilon)`, with `d = min(lamb * rms / m, 1)`.
 
     `start` are the parameters at construction, `rms` the root mean squares of the gradients, one
-    tensor for each parameter, and `m`, the attribute `mean`, the mean over tensors of their means.
-    Without `rms` all root mean squares are 1 and epsilon is 0: plain gradient descent with decay to
-    the start.
+    tensor for each parameter, and `m`, the attribute `mean`, the mean over tensors of their means;
+    a tensor of zeros, of a parameter that never had a gradient, is left out of it. Without `rms`
+    all root mean squares are 1 and epsilon is 0: plain gradient descent with decay to the start.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class DynamicEvaluation(torch.optim.Optimizer):
             self.state[p]["start"] = p.detach().clone()
             if scale is not None:
                 self.state[p]["rms"] = scale
-        means = [scale.mean() for scale in rms or ()]
+        means = [scale.mean() for scale in rms or () if scale.any()]
         self.mean = torch.stack(means).mean().item() if means else 1.0
 
     @torch.no_grad()

@@ -146,7 +146,7 @@ def run(
     with Bar(last * source.size(1), what) as bar:
         while step.row < last and step.batches != args.max_batches:
             rows = min(args.bptt, last - step.row)
-            # A shorter last segment gets the rate of a whole segment.
+            # A shorter last segment gets the rate of a full one.
             step.take(rows, args.bptt)
             if cache is not None:
                 total -= with_cache(network.piece, cache, args.lambdasm)[0].double().sum()
@@ -170,8 +170,8 @@ def statistics(
     for tensor in (*loaded.model.values(), *loaded.criterion.values()):
         digest.update(tensor.numpy().tobytes())
     digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
-    optimizer = GradientStatistics(network.parameters())
-    params = optimizer.param_groups[0]["params"]
+    params = [p for p in network.parameters() if p.requires_grad]
+    optimizer = GradientStatistics(params)
     kept = read_statistics(path, digest.hexdigest())
     if kept and [part.shape for part in kept[0]] == [p.shape for p in params]:
         return [part.to(p.device) for part, p in zip(kept[0], params, strict=True)], kept[1]
@@ -190,7 +190,7 @@ def statistics(
 
 
 def read_statistics(path: str, key: str) -> tuple[list[Tensor], int] | None:
-    """The root mean squares and the number of segments in a whole file with this key, or None."""
+    """The root mean squares and the number of segments in an intact file with this key, or None."""
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
         good = held["key"] == key and all(part.isfinite().all() for part in held["rms"])
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rms, segments = (None, 1) if args.sgd else statistics(network, args, loaded, corpus)
     if args.cache:
         network = ScoredLoss(network.model, network.criterion)
-    params = list(network.parameters())
+    params = [p for p in network.parameters() if p.requires_grad]
     lr, lamb, epsilon = args.lr, args.lamb, args.epsilon
     if args.oldhyper:
         lr, lamb, epsilon = lr / segments**0.5, lamb / len(params), epsilon / segments**0.5

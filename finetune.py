@@ -79,7 +79,9 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> Non
         beta=args.beta,
         bf16=args.precision == "bf16",
     )
-    optimizer = NTASGD(network.parameters(), args.lr, args.wdecay)
+    checkpoint.load_further(network, source.loss)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = NTASGD(trained, args.lr, args.wdecay)
     optimizer.start_averaging()
     session.prepare(corpus, {**source.config, **flags.dropouts(args)}, network, optimizer)
     session.best, session.last_good = checkpoint.in_memory(source), args.save

@@ -188,8 +188,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.prompt.split():
         prompt = torch.randint(len(dictionary), (1, args.samples))
     banned = dictionary.word2idx.get(UNK) if args.no_unk else None
-    chosen = (args.temperature, args.top_k, args.top_p, banned)
-    words = sample(network, prompt.to(network.device), *chosen)
+    words = sample(
+        network,
+        prompt.to(network.device),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        banned=banned,
+    )
     ids = []
     with Bar(args.words, "generating", "word") as bar:
         for number in range(1, args.words + 1):

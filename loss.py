@@ -34,6 +34,17 @@ class TrainingLoss(nn.Module):
         self.beta = beta
         self.bf16 = bf16
 
+    def train(self, mode: bool = True) -> "TrainingLoss":
+        """As usual, but a frozen part of this module, such as a teacher, keeps its own mode.
+
+        That is a part beside the model and the criterion that has weights, none of them trained.
+        """
+        self.training = mode
+        for name, part in self.named_children():
+            if name in ("model", "criterion") or not is_frozen(part):
+                part.train(mode)
+        return self
+
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
@@ -76,6 +87,12 @@ class TrainingLoss(nn.Module):
             raw = raw.float()
             penalty = penalty + self.beta * (raw[1:] - raw[:-1]).pow(2).mean()
         return penalty
+
+
+def is_frozen(part: nn.Module) -> bool:
+    """Whether a module has weights, none of which is trained."""
+    weights = list(part.parameters())
+    return bool(weights) and not any(p.requires_grad for p in weights)
 
 
 def _as_float32(part: Tensor) -> Tensor:

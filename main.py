@@ -118,12 +118,13 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
         beta=args.beta,
         bf16=args.precision == "bf16",
     )
+    if source is not None:
+        checkpoint.load_further(network, source.loss)
+    trained = [p for p in network.parameters() if p.requires_grad]
     if args.optimizer == "sgd":
-        optimizer = NTASGD(network.parameters(), args.lr, args.wdecay)
+        optimizer = NTASGD(trained, args.lr, args.wdecay)
     else:
-        optimizer = torch.optim.Adam(
-            network.parameters(), args.lr, weight_decay=args.wdecay, fused=True
-        )
+        optimizer = torch.optim.Adam(trained, args.lr, weight_decay=args.wdecay, fused=True)
     session.prepare(corpus, config, network, optimizer)
     if args.resume:
         session.resume(source)

@@ -76,8 +76,8 @@ def evaluate(
 ) -> float:
     """Mean cross-entropy, nats a predicted token, of the mixture of network and `cache`.
 
-    `source` is (rows, 1): the cache follows one stream. Where the cache speaks, the probability of
-    a word is `lambdasm * p_cache + (1 - lambdasm) * p_vocabulary`. If `what`, a name for the
+    `source` is (rows, 1): the cache follows one stream. Where the cache is in use, a word has the
+    probability `lambdasm * p_cache + (1 - lambdasm) * p_vocabulary`. If `what`, a name for the
     source, is given, a terminal shows a progress bar.
     """
     total = torch.zeros((), dtype=torch.float64, device=source.device)

@@ -134,18 +134,18 @@ def stream_logprobs(
     """`log p` (n - 1,) in nats of each token of `ids` (n,) after the first, given those before it.
 
     With a `cache`, p is that of its mixture with the model. Also returns the number of tokens at
-    which the cache spoke.
+    which the cache was in use.
     """
-    results, spoke = [], 0
+    results, used = [], 0
     for piece in pieces(network, ids.unsqueeze(1), bptt):
         logprob = piece.logprob
         if cache is not None:
-            logprob, speaks = with_cache(piece, cache, lambdasm)
-            spoke += int(speaks.sum())
+            logprob, in_use = with_cache(piece, cache, lambdasm)
+            used += int(in_use.sum())
         results.append(logprob.double().cpu())
         if bar.shown:
             bar.update(len(logprob), loss=f"{-results[-1].mean():.2f}")
-    return torch.cat(results), spoke
+    return torch.cat(results), used
 
 
 def fill_in(
@@ -156,16 +156,16 @@ def fill_in(
     eos: int,
     bar: Bar,
 ) -> int:
-    """Set the log p of `tokens` as `args` say; return at how many of them the cache spoke.
+    """Set the log p of `tokens` as `args` say; return at how many of them the cache was in use.
 
     `ids` (n,) are on the model's device, `eos` is the id of <eos>.
     """
     if args.independent:
-        # Lines are told apart by number: a line may also contain a written <eos>.
+        # Lines differ by number: a line may also contain a written <eos>.
         ends = list(itertools.accumulate(map(len, by_line(tokens))))
     else:
         ends = [len(tokens)]
-    spoke = start = 0
+    used = start = 0
     for end in ends:
         stream = ids[start:end]
         first = start + 1 if args.as_corpus else start
@@ -177,12 +177,12 @@ def fill_in(
         logprobs, more = stream_logprobs(network, stream, args.bptt, cache, args.lambdasm, bar)
         for token, logprob in zip(tokens[first:end], logprobs.tolist(), strict=True):
             token.logprob = logprob
-        spoke += more
+        used += more
         start = end
-    return spoke
+    return used
 
 
-def notes(tokens: Sequence[Token], args: Any, spoke: int, characters: bool) -> dict[str, str]:
+def notes(tokens: Sequence[Token], args: Any, used: int, characters: bool) -> dict[str, str]:
     """Remarks on the numbers, by subject."""
     if args.as_corpus:
         first = f"{tokens[0].word!r} is an input only and is not scored, as in main.py's test score"
@@ -194,20 +194,20 @@ def notes(tokens: Sequence[Token], args: Any, spoke: int, characters: bool) -> d
     unknown = f"{len(outside)} of {counted(len(tokens), 'token')}"
     if outside:
         unknown += f" ({counted(len(set(outside)), 'distinct word')}), scored as {UNK}"
-    said = {"first token": first, "outside the vocabulary": unknown}
-    said["characters"] = "one per token" if characters else "those of words, spaces, line ends"
+    remarks = {"first token": first, "outside the vocabulary": unknown}
+    remarks["characters"] = "one per token" if characters else "those of words, spaces, line ends"
     if args.cache:
         scored = sum(token.logprob is not None for token in tokens)
-        said["cache"] = f"speaks at {spoke} of {counted(scored, 'token')}"
-        if not spoke:
-            said["cache"] += (
+        remarks["cache"] = f"used at {used} of {counted(scored, 'token')}"
+        if not used:
+            remarks["cache"] += (
                 f": no text is longer than its window of {args.window}; to use it, give "
                 "--cache-from-start or a smaller --window"
             )
-    return said
+    return remarks
 
 
-def print_text(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
+def print_text(tokens: list[Token], args: Any, remarks: dict[str, str]) -> None:
     """Print the report as text."""
     width = len(str(len(tokens)))
     for line in by_line(tokens):
@@ -217,14 +217,14 @@ def print_text(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
                 print(f"| line {token.line:{width}d} | {_surprisal(token)} | {shown}")
         if args.lines:
             print(f"| line {line[0].line:{width}d} | {_numbers(Summary.of(line), width)}")
-    for subject, text in said.items():
+    for subject, text in remarks.items():
         print(f"| {subject}: {text}")
     print("=" * 89)
     print(f"| End of scoring | {_numbers(Summary.of(tokens), width)}")
     print("=" * 89)
 
 
-def print_json(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
+def print_json(tokens: list[Token], args: Any, remarks: dict[str, str]) -> None:
     """Print the report as JSON lines: objects of kind token, line and, last, total."""
     for line in by_line(tokens):
         if args.tokens:
@@ -240,7 +240,7 @@ def print_json(tokens: list[Token], args: Any, said: dict[str, str]) -> None:
                 )
         if args.lines:
             _print_object("line", line=line[0].line, **Summary.of(line).numbers())
-    named = {subject.replace(" ", "_"): text for subject, text in said.items()}
+    named = {subject.replace(" ", "_"): text for subject, text in remarks.items()}
     _print_object("total", **Summary.of(tokens).numbers(), notes=named)
 
 
@@ -298,14 +298,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = network_of(loaded, args)
     eos = dictionary.word2idx[EOS]
     with Bar(len(tokens), "scoring") as bar:
-        spoke = fill_in(tokens, ids.to(network.device), network, args, eos, bar)
+        used = fill_in(tokens, ids.to(network.device), network, args, eos, bar)
     characters = is_character_level(dictionary)
-    said = notes(tokens, args, spoke, characters)
-    (print_json if args.json else print_text)(tokens, args, said)
+    remarks = notes(tokens, args, used, characters)
+    (print_json if args.json else print_text)(tokens, args, remarks)
     if args.html:
         source = "text" if args.file in (None, "-") else Path(args.file).name
         title = f"{source}, scored by {Path(args.checkpoint).name}"
-        page = to_html(tokens, title, said, len(dictionary), characters)
+        page = to_html(tokens, title, remarks, len(dictionary), characters)
         with writing(args.html, "--html") as file:
             file.write(page.encode(errors="backslashreplace"))
 

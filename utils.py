@@ -1,6 +1,7 @@
 """Small things every stage needs: batches, hidden states, seeds, perplexity."""
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -56,11 +57,28 @@ def map_state(function: Callable[..., Any], state: Any, *others: Any) -> Any:
     """
     if isinstance(state, Tensor):
         return function(state, *others)
-    if not isinstance(state, dict | list | tuple):
-        raise TypeError(f"a state holds tensors, lists, tuples and dictionaries, not {state!r}")
+    if type(state) not in (dict, list, tuple):
+        kind = type(state).__qualname__
+        raise TypeError(f"a state holds tensors, lists, tuples and dictionaries, not a {kind}")
     if isinstance(state, dict):
         return {k: map_state(function, state[k], *(other[k] for other in others)) for k in state}
     return type(state)(map_state(function, *parts) for parts in zip(state, *others, strict=True))
+
+
+def check_state(state: Any, bsz: int) -> None:
+    """Raise ToolkitError if a hidden state is not one of tensors with `bsz` columns."""
+
+    def check(part: Tensor) -> None:
+        if part.dim() < 2 or part.size(1) != bsz:
+            raise TypeError(f"it holds a tensor of the shape {tuple(part.shape)}")
+
+    try:
+        map_state(check, state)
+    except TypeError as error:
+        raise ToolkitError(
+            f"the network's initial state cannot be carried from batch to batch ({error}): make "
+            f"it of tensors with the batch in dimension 1, here {bsz} columns"
+        ) from None
 
 
 def repackage_hidden(hidden: Any) -> Any:
@@ -69,11 +87,14 @@ def repackage_hidden(hidden: Any) -> Any:
 
 
 def seed_everything(seed: int) -> np.random.RandomState:
-    """Seed PyTorch on every device and return the generator of the sequence lengths.
+    """Seed PyTorch, numpy and `random`, and return the generator of the sequence lengths.
 
     It is numpy's legacy generator, so that a seed gives the same lengths as in the original.
     """
     torch.manual_seed(seed)
+    # The global generators are for a researcher's change; the toolkit draws nothing from them.
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
     return np.random.RandomState(seed)
 
 

@@ -15,13 +15,11 @@ import fcntl
 import json
 import lzma
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import checkpoint
-from bench.common import cpu_name, read_stage
-from bench.published import BITS, ROWS
+from bench.common import cpu_name, read_stage, table_head, table_row
+from bench.published import BITS, ROWS, shown
 from checkpoint import CheckpointError
 from cli import presets
 from cli.types import positive
 from files.writing import replacing
 from run import metrics
-from tools.getdata import SPECS, count_tokens, wrong_files
+from tools.getdata import SPECS, wrong_files
 from utils import ToolkitError, bits, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +62,6 @@ class Work:
             raise ToolkitError(
                 f"another run is at work in {folder}: wait for it, or pass another --work"
             ) from None
-        os.set_inheritable(self.lock.fileno(), True)
         path = folder / "state.json"
         self.state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -80,43 +77,33 @@ class Work:
 
 
 class Stop:
-    """Ends the running stage at the deadline, or when this process gets a signal."""
+    """Ends the running stage after so many minutes, or when this process gets a signal.
+
+    `signum` is the first signal, SIGALRM if the time was up first, and 0 before.
+    """
 
     def __init__(self, minutes: float | None) -> None:
-        self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.signum = 0
         self.process: subprocess.Popen | None = None
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(signum, self._note)
-
-    @property
-    def asked(self) -> bool:
-        """Whether it is time to stop."""
-        return bool(self.signum) or time.monotonic() >= self.deadline
-
-    def end_stage(self) -> None:
-        """Tell the running stage to save and end."""
-        with contextlib.suppress(ProcessLookupError):
-            if self.process is not None:
-                self.process.send_signal(signal.SIGTERM)
+        if minutes is not None:
+            signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
 
     def _note(self, signum: int, frame: object) -> None:
-        self.signum = signum
-        self.end_stage()
+        self.signum = self.signum or signum
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
 
     @contextlib.contextmanager
     def watching(self, process: subprocess.Popen) -> Iterator[None]:
-        """Within this context `process` is ended at the deadline."""
+        """Within this context a signal, or an earlier one, makes `process` save and end."""
         self.process = process
-        left = self.deadline - time.monotonic()
-        timer = threading.Timer(max(0.0, left), self.end_stage) if left < math.inf else None
-        if timer is not None:
-            timer.start()
+        if self.signum:
+            process.send_signal(signal.SIGTERM)
         try:
             yield
         finally:
-            if timer is not None:
-                timer.cancel()
             self.process = None
 
 
@@ -134,20 +121,19 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
     words = ["python", f"{name}.py", *flags]
     print("$", *words, flush=True)
     for key, value in (
-        ("commands", _told(words, work, data)),
+        ("commands", _portable(words, work, data)),
         ("commits", metrics.commit()),
         ("devices", device_name(no_cuda)),
     ):
         if value not in known[key]:
             known[key].append(value)
     work.save()
-    before, start = known["seconds"], time.monotonic()
-    command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
+    before, start, last = known["seconds"], time.monotonic(), "no output"
     with (
         open(work.folder / f"{name}.log", "a", encoding="utf-8") as log,
         # A session of its own: after Ctrl-C main.py would end early and look finished.
         subprocess.Popen(
-            command,
+            [sys.executable, str(ROOT / f"{name}.py"), *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -158,14 +144,11 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
         # pointer.py saves no state and takes minutes, so it runs to its end.
         stop.watching(process) if name != "pointer" else contextlib.nullcontext(),
     ):
-        if stop.asked and name != "pointer":
-            stop.end_stage()
-        lines = []
         for line in process.stdout:
-            log.write(line)
-            log.flush()
-            print(line, end="", flush=True)
-            lines.append(line)
+            last = line.strip()
+            for stream in (log, sys.stdout):
+                stream.write(line)
+                stream.flush()
             if line.startswith("Model total parameters:"):
                 known["parameters"] = int(line.split()[-1])
             if line.startswith("| end of epoch"):
@@ -179,7 +162,6 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
     work.save()
     # A negative status: the signal came before the script had set its handlers.
     if process.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
-        last = lines[-1].strip() if lines else "without a word"
         raise ToolkitError(
             f"{name}.py ended with exit status {process.returncode} ({last}): see "
             f"{work.folder / name}.log"
@@ -189,23 +171,20 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
 
 def stage_flags(work: Work, row: str, name: str, data: Path, extra: list[str]) -> list[str]:
     """The flags that start a stage or resume it."""
-    model = work.folder / f"{name}.pt"
     published = presets.COMMANDS[row][name].split()
+    # pointer.py scores the model of finetune.py.
+    model = work.folder / ("finetune.pt" if name == "pointer" else f"{name}.pt")
     where = ["--data", str(data), "--save", str(model)]
     if name == "pointer":
-        # The model is finetune.py's.
-        model = work.folder / "finetune.pt"
-        return [*published, "--data", str(data), "--save", str(model), *cut_short(extra)]
+        return [*published, *where, *cut_short(extra)]
     where += ["--logdir", str(work.folder / name)]
-    if model.exists():
-        training = checkpoint.load(model).training
-        if training is not None and training["stage"] == f"{name}.py":
-            # Only flags that a resumed run does not take from the file.
-            return ["--resume", str(model), *where, *cut_short(extra)]
+    training = checkpoint.load(model).training if model.exists() else None
+    if training is not None and training["stage"] == f"{name}.py":
+        # Only flags that a resumed run does not take from the file.
+        return ["--resume", str(model), *where, *cut_short(extra)]
     if name == "finetune":
         # finetune.py gets a copy, so that main.py's result stays.
-        with replacing(model) as file, open(work.folder / "main.pt", "rb") as trained:
-            shutil.copyfileobj(trained, file)
+        checkpoint.copy(work.folder / "main.pt", model)
     return [*published, *extra, *where]
 
 
@@ -231,9 +210,7 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
         if name == "pointer":
             found |= {"valid": known.get("valid_ppl"), "test": known.get("test_ppl")}
         else:
-            lines = read_stage(work.folder / name)
-            # Of an epoch that was repeated after a kill, the last result counts.
-            epochs = {line["epoch"]: line for line in lines if line.get("kind") == "epoch"}
+            lines, epochs = read_stage(work.folder / name)
             tests = [line["test_loss"] for line in lines if line.get("kind") == "test"]
             flags = next((line["flags"] for line in reversed(lines) if "flags" in line), {})
             losses = [line["valid_loss"] for line in epochs.values()]
@@ -256,14 +233,13 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
 
 def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Path:
     """Write ROW.md and ROW.metrics.jsonl; return the path of ROW.md."""
-    published = ROWS[row]
     stem = f"{row}-reduced" if reduced else row
     found = figures(work, row)
     head = {
         "row": row,
         "reduced": reduced,
-        "unit": published.unit,
-        "tokens": work.state.get("tokens"),
+        "unit": ROWS[row].unit,
+        "another_text": work.state["another_text"],
         "versions": metrics.versions(),
         "stages": found,
         "commands": {name: work.state[name]["commands"] for name in found},
@@ -275,29 +251,25 @@ def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Pat
         file.write(json.dumps(head).encode() + b"\n")
         for name in found:
             # Log lines within an epoch are left out: they would be megabytes.
-            for line in read_stage(work.folder / name):
+            for line in read_stage(work.folder / name)[0]:
                 if line.get("kind") in ("epoch", "switch", "test"):
                     file.write(json.dumps({"stage": name, **line}).encode() + b"\n")
     path = folder / f"{stem}.md"
     with replacing(path) as file:
-        file.write(page(head, published.title).encode())
+        file.write(page(head).encode())
     return path
 
 
-def page(head: dict[str, Any], title: str) -> str:
+def page(head: dict[str, Any]) -> str:
     """The text of ROW.md: commands, progress, and our figures beside the published ones."""
     published = ROWS[head["row"]]
-    lines = [f"# {title}, {head['unit']}", ""]
-    if another_text(head["row"], head["tokens"]):
-        lines += [
-            f"**Another text than the row's: train.txt has {head['tokens']:,} tokens in place of "
-            f"{published.tokens:,}.**",
-            "",
-        ]
+    lines = [f"# {published.title}, {head['unit']}", ""]
+    if head["another_text"]:
+        lines += ["**Another text than the row's.**", ""]
     if head["reduced"]:
         lines += [
             f"**A run of reduced size (`{' '.join(head['reduced'])}`): it shows that the stages "
-            "work and says nothing about the published figures.**",
+            "work; its figures do not compare with the published ones.**",
             "",
         ]
     first = next(iter(head["stages"].values()), {})
@@ -307,44 +279,31 @@ def page(head: dict[str, Any], title: str) -> str:
         f"- {', '.join(head['devices'])}",
         f"- parameters: {first.get('parameters') or 0:,}",
         "",
-        "| stage | epochs | time | seed | valid | published | test | published |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    columns = ["stage", "epochs", "time", "seed", "valid", "published", "test", "published"]
+    lines += table_head(*columns)
     for name, known in head["stages"].items():
-        theirs = ["" if value is None else f"{value:g}" for value in published.figures[name]]
-        ours = [_number(known[kind], published.unit) for kind in ("valid", "test")]
+        cells = []
+        for kind, value in zip(("valid", "test"), published.figures[name], strict=True):
+            cells.append(shown(known[kind], published.unit))
+            cells.append("" if value is None else f"{value:g}")
+        stage = f"{name}.py{'' if known['done'] else ' (not finished)'}"
         epochs = f"{known['epochs']} of {known['of']}" if "epochs" in known else ""
-        lines.append(
-            f"| {name}.py{'' if known['done'] else ' (not finished)'} | {epochs} | "
-            f"{known['seconds'] / 60:.1f} min | {known.get('seed', '')} | {ours[0]} | {theirs[0]} "
-            f"| {ours[1]} | {theirs[1]} |"
-        )
-    missing = [name for name in published.figures if name not in head["stages"]]
+        minutes = f"{known['seconds'] / 60:.1f} min"
+        lines.append(table_row(stage, epochs, minutes, known.get("seed", ""), *cells))
+    missing = [f"{name}.py" for name in published.figures if name not in head["stages"]]
     if missing:
-        lines += ["", f"Not begun: {', '.join(f'{name}.py' for name in missing)}."]
+        lines += ["", f"Not begun: {', '.join(missing)}."]
     lines += ["", "```", *(c for words in head["commands"].values() for c in words), "```", ""]
     return "\n".join(lines)
 
 
-def another_text(row: str, tokens: int) -> bool:
-    """Whether a train.txt of so many tokens cannot be the row's; False if its size is unknown."""
-    return ROWS[row].tokens not in (None, tokens)
-
-
-def _number(value: float | None, unit: str) -> str:
-    return "" if value is None else f"{value:.{3 if unit == BITS else 2}f}"
-
-
-def _told(words: list[str], work: Work, data: Path) -> str:
+def _portable(words: list[str], work: Work, data: Path) -> str:
     """A command without the names of this machine's folders."""
-
-    def name(word: str) -> str:
-        path = Path(word)
-        if path == data:
-            return "DATA"
-        return f"WORK/{path.name}" if path.parent == work.folder else word
-
-    return " ".join(name(word) for word in words)
+    paths = {word: Path(word) for word in words}
+    names = {w: f"WORK/{path.name}" for w, path in paths.items() if path.parent == work.folder}
+    names |= {w: "DATA" for w, path in paths.items() if path == data}
+    return " ".join(names.get(word, word) for word in words)
 
 
 def pack(data: Path, target: Path) -> None:
@@ -356,21 +315,18 @@ def pack(data: Path, target: Path) -> None:
 
 
 def unpack(archive_path: Path, target: Path) -> None:
-    """Unpack a file of `pack`; raises ToolkitError if it does not hold just three plain texts."""
+    """Unpack a file of `pack`; raises ToolkitError, with nothing unpacked, for any other file."""
     try:
         with tarfile.open(archive_path, "r:xz") as archive:
-            members = archive.getmembers()
-            plain = all(member.isfile() for member in members)
-            if not plain or sorted(member.name for member in members) != sorted(FILES):
-                raise ToolkitError(
-                    f"{archive_path} holds something other than {', '.join(FILES)}: make it with "
-                    "--pack"
-                )
+            # The first look-up reads the archive to its end.
+            members = [archive.getmember(name) for name in FILES]
+            if not all(member.isfile() for member in members):
+                raise tarfile.TarError("a text is no plain file")
             target.mkdir(parents=True, exist_ok=True)
             for member in members:
                 with replacing(target / member.name) as file:
                     shutil.copyfileobj(archive.extractfile(member), file)
-    except (OSError, tarfile.TarError, EOFError, lzma.LZMAError) as error:
+    except (KeyError, OSError, tarfile.TarError, EOFError, lzma.LZMAError) as error:
         raise ToolkitError(
             f"cannot unpack {archive_path} ({error}): make it with --pack"
         ) from error
@@ -386,10 +342,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--minutes",
         type=positive,
         metavar="M",
-        help="stop cleanly after so long; pointer.py, once begun, is let come to its end",
+        help="stop cleanly after so long; pointer.py, once begun, runs to its end",
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the corpus, if elsewhere")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="the corpus, made with --pack")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="the corpus, written by --pack")
     parser.add_argument(
         "--pack", type=Path, metavar="FILE", help="write the corpus as a .tar.xz and run nothing"
     )
@@ -416,35 +372,25 @@ def main(argv: list[str] | None = None) -> int:
     if args.corpus:
         data = work.folder / "corpus"
         unpack(args.corpus, data)
-    if "flags" not in work.state:
-        work.state["flags"] = extra
-    elif work.state["flags"] != extra:
+    begun = work.state.setdefault("flags", extra)
+    if begun != extra:
         raise ToolkitError(
-            f"{work.folder} was begun with the flags {' '.join(work.state['flags']) or '(none)'} "
-            "after --: give the same, or another --work"
-        )
-    if "tokens" not in work.state:
-        # Counted once, as a text may be hundreds of megabytes; --resume refuses a changed text.
-        work.state["tokens"] = count_tokens(data / "train.txt")
-    if another_text(args.row, work.state["tokens"]) and not extra:
-        raise ToolkitError(
-            f"{data / 'train.txt'} has {work.state['tokens']:,} tokens and the row's "
-            f"{ROWS[args.row].tokens:,}: fetch it with ./getdata.sh, or give flags after -- for a "
-            "run that is not the row's"
+            f"{work.folder} was begun with the flags {' '.join(begun) or '(none)'} after --: give "
+            "the same, or another --work"
         )
     # Checked at every call, as a new stage, unlike --resume, would accept a changed text.
-    wrong = [] if extra else wrong_files(SPECS[Path(named).name], data)
-    if wrong:
+    wrong = wrong_files(SPECS[Path(named).name], data)
+    if wrong and not extra:
         raise ToolkitError(
             f"{data} is not the row's corpus ({'; '.join(wrong)}): fetch it with ./getdata.sh, or "
             "give flags after -- for a run that is not the row's"
         )
-    path = args.results / f"{args.row}{'-reduced' if extra else ''}.md"
+    work.state["another_text"] = bool(wrong)
     try:
         for name in ROWS[args.row].figures:
             if work.stage(name)["done"]:
                 continue
-            if stop.asked:
+            if stop.signum:
                 break
             flags = stage_flags(work, args.row, name, data, extra)
             if not run(work, name, flags, data, stop, args.no_cuda):
@@ -453,15 +399,15 @@ def main(argv: list[str] | None = None) -> int:
         path = write_results(work, args.row, args.results, extra)
     left = [name for name in ROWS[args.row].figures if not work.stage(name)["done"]]
     if left:
-        print(f"Stopped before the end of {left[0]}.py: the same command goes on. Wrote {path}")
+        print(f"Stopped before the end of {left[0]}.py: the same command continues. Wrote {path}")
     else:
         print(f"All stages are done. Wrote {path}")
-    return 128 + stop.signum if stop.signum else 0
+    return 0 if stop.signum in (0, signal.SIGALRM) else 128 + stop.signum
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ToolkitError, CheckpointError, OSError) as error:
+    except (ToolkitError, OSError) as error:
         sys.stderr.write(f"reproduce.py: error: {error}\n")
         sys.exit(1)

@@ -4,10 +4,11 @@
 numbers, so that an interrupted study continues where it stopped. Each run is six epochs of main.py
 and two of finetune.py, which averages from its first step. A "raw" run is two more epochs of
 main.py instead, without averaging. At the end, or with `--report` at once, the numbers go to
-results/study.jsonl, and from there to results/study.md and docs/curves.png.
+results/study.jsonl and docs/curves.png; tools/results_table.py makes the tables from them.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -23,12 +24,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
-from bench.common import read_stage
+from bench.common import read_stage, table_head, table_row
 from bench.published import ABLATIONS as PUBLISHED_ABLATIONS
-from bench.published import ROWS
+from cli.types import positive_int
 from files.writing import replacing
 from scoring import plotting
-from tools.getdata import count_tokens
+from tools.getdata import SPECS, wrong_files
 from utils import ToolkitError, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,9 +91,9 @@ def stage(folder: Path, name: str, script: str, flags: list[str]) -> None:
         alone = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, env=alone)
     # Ctrl-C reaches the stage too, which then ends early with exit status 0.
-    ended = [line["epoch"] for line in read_stage(folder / name) if line.get("kind") == "epoch"]
-    if max(ended, default=0) < int(flags[flags.index("--epochs") + 1]):
-        raise ToolkitError(f"{folder / name} was interrupted: the same command goes on")
+    epochs = read_stage(folder / name)[1]
+    if max(epochs, default=0) < int(flags[flags.index("--epochs") + 1]):
+        raise ToolkitError(f"{folder / name} was interrupted: the same command continues it")
     done.touch()
 
 
@@ -101,87 +102,64 @@ def train(run: Run, data: Path, work: Path) -> None:
     folder = work / run.name
     where = ["--data", str(data)]
     model = folder / "main.pt"
-    epochs = ["--epochs", str(MAIN_EPOCHS)]
-    if model.exists():
-        start = ["--resume", str(model), *where]
-    else:
-        start = [*run.flags(), "--save", str(model), *where]
-    stage(folder, "main", "main.py", [*start, *epochs])
+    start = ["--resume", str(model)] if model.exists() else [*run.flags(), "--save", str(model)]
+    stage(folder, "main", "main.py", [*start, *where, "--epochs", str(MAIN_EPOCHS)])
     if run.raw:
         raw = folder / "raw.pt"
         if not raw.exists():
             checkpoint.copy(model, raw)
+        start = ["--resume", str(raw)]
         epochs = ["--epochs", str(MAIN_EPOCHS + FINETUNE_EPOCHS)]
-        stage(folder, "raw", "main.py", ["--resume", str(raw), *where, *epochs])
+        stage(folder, "raw", "main.py", [*start, *where, *epochs])
     if not (folder / "finetune" / "done").exists():
         # Two short epochs, which start again after an interruption.
         shutil.rmtree(folder / "finetune", ignore_errors=True)
         finetuned = folder / "finetune.pt"
-        shutil.copy(model, finetuned)
+        checkpoint.copy(model, finetuned)
+        start = [*run.flags(), "--save", str(finetuned)]
         epochs = ["--epochs", str(FINETUNE_EPOCHS)]
-        flags = [*run.flags(), "--save", str(finetuned), *where, *epochs]
-        stage(folder, "finetune", "finetune.py", flags)
+        stage(folder, "finetune", "finetune.py", [*start, *where, *epochs])
+
+
+def record(run: Run, second: str, folder: Path) -> dict[str, Any] | None:
+    """A run whose stages are "main" and `second`, as plain values; None without an epoch of it."""
+    epochs, tests, heads = [], {}, []
+    for name in ("main", second):
+        lines, found = read_stage(folder / name)
+        before = MAIN_EPOCHS if name == "finetune" else 0
+        for epoch, line in found.items():
+            loss = math.inf if line["valid_loss"] is None else line["valid_loss"]
+            epochs.append({"epoch": before + epoch, "loss": loss, "stage": name})
+        heads += [line for line in lines if "versions" in line]
+        losses = [line["test_loss"] for line in lines if line.get("kind") == "test"]
+        tests |= {name: losses[-1]} if losses else {}
+    if not epochs or (second == "raw" and not found):
+        return None
+    log = folder / "main" / "output.log"
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    size = re.search(r"^Model total parameters: (\d+)$", text, re.MULTILINE)
+    commits = [head["commit"] for head in heads if head["commit"]]
+    return {
+        "name": run.name,
+        "cell": run.cell,
+        "seed": run.seed,
+        "without": "no averaging" if second == "raw" else run.without,
+        "epochs": epochs,
+        "tests": tests,
+        "parameters": int(size[1]) if size else None,
+        # A trailing + marks uncommitted changes.
+        "commits": list(dict.fromkeys(c[:7] + "+" * c.endswith("+") for c in commits)),
+        "versions": heads[0]["versions"],
+        "device": heads[0]["device"],
+        "flags": " ".join(run.flags()),
+    }
 
 
 def collected(work: Path) -> list[dict[str, Any]]:
-    """Every run with an epoch in `work`, as plain values: epochs, losses, versions, device."""
-    result = []
-    for run, second in [(r, s) for r in RUNS for s in ("finetune", "raw") if s != "raw" or r.raw]:
-        raw = second == "raw"
-        lines = {name: read_stage(work / run.name / name) for name in ("main", second)}
-        stages = list(lines)
-        if not any(line.get("kind") == "epoch" for line in lines[second]):
-            # Before its second stage a raw run has no epochs of its own.
-            stages = [] if raw else ["main"]
-        epochs, tests, commits = [], {}, []
-        for name in stages:
-            before = MAIN_EPOCHS if name == "finetune" else 0
-            for line in lines[name]:
-                if line.get("kind") == "epoch":
-                    epoch = line["epoch"] + before
-                    # Of an epoch that was repeated after resuming, the last result counts.
-                    epochs = [e for e in epochs if e["epoch"] != epoch]
-                    loss = math.inf if line["valid_loss"] is None else line["valid_loss"]
-                    epochs.append({"epoch": epoch, "loss": loss, "stage": name})
-                elif line.get("kind") == "test":
-                    tests[name] = line["test_loss"]
-                elif line.get("commit"):
-                    # A trailing + marks uncommitted changes.
-                    commit = line["commit"][:7] + "+" * line["commit"].endswith("+")
-                    commits += [] if commit in commits else [commit]
-        if epochs:
-            heads = [line for name in stages for line in lines[name] if "versions" in line]
-            result.append(
-                {
-                    "name": run.name,
-                    "cell": run.cell,
-                    "seed": run.seed,
-                    "without": "no averaging" if raw else run.without,
-                    "epochs": epochs,
-                    "tests": tests,
-                    "parameters": _parameters(work / run.name / "main" / "output.log"),
-                    "commits": commits,
-                    "versions": heads[0]["versions"],
-                    "device": heads[0]["device"],
-                    "flags": " ".join(run.flags()),
-                }
-            )
-    return result
-
-
-def _parameters(log: Path) -> int | None:
-    """The number of parameters in main.py's output, None if it is not there."""
-    text = log.read_text(encoding="utf-8") if log.exists() else ""
-    found = re.search(r"^Model total parameters: (\d+)$", text, re.MULTILINE)
-    return None if found is None else int(found[1])
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    """The runs in results/study.jsonl; none if there is no such file."""
-    path = results / "study.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The record of every run with an epoch in `work`."""
+    stages = [(run, second) for run in RUNS for second in ["finetune"] + ["raw"] * run.raw]
+    records = [record(run, second, work / run.name) for run, second in stages]
+    return [found for found in records if found]
 
 
 def after(run: dict[str, Any] | None, epoch: int) -> float | None:
@@ -203,125 +181,58 @@ def tables(runs: list[dict[str, Any]]) -> str:
         return "Not run yet."
     found = {(run["cell"], run["seed"], run["without"]): run for run in runs}
     last = MAIN_EPOCHS + FINETUNE_EPOCHS
-    lines = [
-        f"| cell | parameters | seed | valid after {MAIN_EPOCHS} epochs | after {last}, averaged "
-        "| test |",
-        "|---|---|---|---|---|---|",
-    ]
-    for cell in ("LSTM", "GRU", "QRNN"):
-        for seed in (1, 2):
-            run = found.get((cell, seed, ""))
-            values = [after(run, MAIN_EPOCHS), after(run, last), tested(run)]
-            size = f"{run['parameters']:,}" if run and run["parameters"] else ""
-            lines.append(f"| {cell} | {size} | {seed} | " + " | ".join(map(_told, values)) + " |")
-    lines += [
-        "",
-        f"| LSTM, seed 1 | valid after {last} epochs | test | to the whole model | published, "
-        "full size: valid / test | to the whole model |",
-        "|---|---|---|---|---|---|",
-    ]
-    base = found.get(("LSTM", 1, ""))
-    for without in ("", *ABLATIONS, "no averaging"):
+    columns = ["cell", "parameters", "seed", f"valid after {MAIN_EPOCHS} epochs"]
+    lines = table_head(*columns, f"after {last}, averaged", "test")
+    for cell, seed in itertools.product(("LSTM", "GRU", "QRNN"), (1, 2)):
+        run = found.get((cell, seed, ""))
+        size = f"{run['parameters']:,}" if run and run["parameters"] else ""
+        values = [after(run, MAIN_EPOCHS), after(run, last), tested(run)]
+        lines.append(table_row(cell, size, seed, *map(_shown, values)))
+    columns = ["LSTM, seed 1", f"valid after {last} epochs", "test", "change"]
+    lines += ["", *table_head(*columns, "published, full size: valid / test", "change")]
+    base, published_base = after(found.get(("LSTM", 1, "")), last), PUBLISHED_ABLATIONS[""][0]
+    for without, (published, published_test) in PUBLISHED_ABLATIONS.items():
         run = found.get(("LSTM", 1, without))
-        valid, test = after(run, last), tested(run)
-        theirs = PUBLISHED_ABLATIONS[without]
-        paper = "" if theirs[0] is None else f"{theirs[0]:.1f} / {theirs[1]:.1f}"
+        valid = after(run, last)
         lines.append(
-            f"| {without or 'everything'} | {_told(valid)} | {_told(test)} | "
-            f"{_change(valid, after(base, last), without)} | {paper} | "
-            f"{_change(theirs[0], PUBLISHED_ABLATIONS[''][0], without)} |"
+            table_row(
+                without or "everything",
+                _shown(valid),
+                _shown(tested(run)),
+                _change(valid, base) if without else "",
+                "" if published is None else f"{published:.1f} / {published_test:.1f}",
+                _change(published, published_base) if without else "",
+            )
         )
     return "\n".join(lines)
 
 
-def _told(value: float | None) -> str:
+def _shown(value: float | None) -> str:
     return "not run" if value is None else f"{value:.2f}"
 
 
-def _change(value: float | None, base: float | None, without: str) -> str:
-    return "" if value is None or base is None or not without else f"{value - base:+.1f}"
-
-
-def report(runs: list[dict[str, Any]]) -> str:
-    """The text of results/study.md."""
-    found = {(run["cell"], run["seed"], run["without"]): run for run in runs}
-    last = MAIN_EPOCHS + FINETUNE_EPOCHS
-    pair = [after(found.get(("LSTM", seed, "")), last) for seed in (1, 2)]
-    if None in pair:
-        chance = "The LSTM's second seed was not run: how much is chance, this study does not tell."
-    else:
-        chance = (
-            f"The two seeds of the whole LSTM differ by {abs(pair[0] - pair[1]):.1f} in validation "
-            f"perplexity after {last} epochs: differences of that size say nothing."
-        )
-    gains = [
-        (seed, after(found.get(("LSTM", seed, "no averaging")), last), after(base, last))
-        for seed in (1, 2)
-        if (base := found.get(("LSTM", seed, ""))) is not None
-    ]
-    averaged = " and ".join(
-        f"{raw - mean:.1f} with seed {seed}" for seed, raw, mean in gains if None not in (raw, mean)
-    )
-    versions = runs[0]["versions"]
-    commits = sorted({commit for run in runs for commit in run["commits"]})
-    lines = [
-        "# A small-scale study on PTB",
-        "",
-        "Written by bench/study.py. An embedding of 100, two layers of 200 hidden units, "
-        f"{MAIN_EPOCHS} epochs of main.py, then {FINETUNE_EPOCHS} of finetune.py, which averages "
-        "from its first step; `no averaging` is main.py for all of the epochs.",
-        "",
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; "
-        f"{runs[0]['device']}; commits {', '.join(commits)} (CHANGELOG.md says what moves "
-        "numbers). Two runs at a time, one thread each, beside other work: no times are given, as "
-        "they would not compare.",
-        "",
-        tables(runs),
-        "",
-        "![validation perplexity over epochs](../docs/curves.png)",
-        "",
-        "## What this can show, and what not",
-        "",
-        f"- {chance} Each ablation was run once, but for averaging, which gains "
-        f"{averaged or 'what was not run'}.",
-        "- What keeps a large model from learning its text by heart over hundreds of epochs may "
-        "well cost a small one that has seen the text eight times. The sign of "
-        "a regulariser's effect here is no evidence against the paper's, which is of a model of 24 "
-        "million parameters trained to its end.",
-        "- The three cells have other numbers of parameters at the same width and share their "
-        "dropouts, which were tuned for none of them. The GRU has a learning rate of 5; at the "
-        "others' 30 it diverges (results/gru-rate.md).",
-        "",
-        "## Commands",
-        "",
-        "```",
-        *(f"{run['name']}: {run['flags']}" for run in runs if run["without"] != "no averaging"),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+def _change(value: float | None, base: float | None) -> str:
+    return "" if value is None or base is None else f"{value - base:+.1f}"
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """The curves of the cells: validation perplexity over epochs, one colour a cell."""
     figure = plotting.figure_class()(figsize=(8, 4.2), layout="constrained")
     ax = figure.subplots()
-    styles = {1: "-", 2: "--"}
     colours = {"LSTM": "C0", "GRU": "C1", "QRNN": "C2"}
     for run in runs:
-        if run["without"] not in ("", "no averaging"):
+        first = run["seed"] == 1
+        if run["without"] == "no averaging":
+            epochs = [e for e in run["epochs"] if e["epoch"] >= MAIN_EPOCHS]
+            label = "LSTM without averaging" if first else None
+            style, colour = ":", "grey"
+        elif not run["without"]:
+            epochs, label = run["epochs"], f"{run['cell']}, seed {run['seed']}"
+            style, colour = "-" if first else "--", colours[run["cell"]]
+        else:
             continue
-        colour = colours[run["cell"]]
-        raw = run["without"] == "no averaging"
-        epochs = [e["epoch"] for e in run["epochs"]]
-        ppl = [perplexity(e["loss"]) for e in run["epochs"]]
-        if raw:
-            points = [(x, y) for x, y in zip(epochs, ppl, strict=True) if x >= MAIN_EPOCHS]
-            label = "LSTM without averaging" if run["seed"] == 1 else None
-            ax.plot(*zip(*points, strict=True), ":", color="grey", marker=".", label=label)
-            continue
-        label = f"{run['cell']}, seed {run['seed']}"
-        ax.plot(epochs, ppl, styles[run["seed"]], color=colour, marker=".", label=label)
+        x, ppl = [e["epoch"] for e in epochs], [perplexity(e["loss"]) for e in epochs]
+        ax.plot(x, ppl, style, color=colour, marker=".", label=label)
     ax.axvline(MAIN_EPOCHS, color="black", lw=0.8, ls=":")
     # At the bottom, because the legend is at the top.
     place = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
@@ -336,44 +247,39 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
     plotting.save(figure, path, "the picture")
 
 
-def write_report(work: Path) -> None:
-    """Write results/study.jsonl from `work`, then results/study.md and docs/curves.png from it."""
+def write(work: Path) -> None:
+    """Write results/study.jsonl from `work`, and docs/curves.png from it."""
     runs = collected(work)
     if not runs:
-        sys.exit(f"{work} holds no finished epoch: run the study first")
-    results = ROOT / "results"
-    with replacing(results / "study.jsonl") as file:
+        raise ToolkitError(f"{work} holds no finished epoch: run the study first")
+    with replacing(ROOT / "results" / "study.jsonl") as file:
         file.write("".join(json.dumps(run) + "\n" for run in runs).encode())
-    with replacing(results / "study.md") as file:
-        file.write(report(runs).encode())
     draw(runs, ROOT / "docs" / "curves.png")
-    print(f"Wrote results/study.jsonl, results/study.md and docs/curves.png from {len(runs)} runs")
+    print(
+        f"Wrote results/study.jsonl and docs/curves.png from {len(runs)} runs: "
+        "`python tools/results_table.py` makes the tables"
+    )
 
 
 def main() -> None:
-    """Run the missing runs, and write the report."""
+    """Run the missing runs, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="the folder of the PTB corpus")
     parser.add_argument("work", type=Path, help="where models and numbers are kept")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
-    parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
+    parser.add_argument(
+        "--jobs", type=positive_int, default=2, help="runs at a time, of one thread each"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing, only write the numbers")
     args = parser.parse_args()
-    if args.report:
-        write_report(args.work)
-        return
-    if args.jobs < 1:
-        parser.error("--jobs must be 1 or more")
-    text = args.data / "train.txt"
-    if not text.is_file() or count_tokens(text) != ROWS["ptb-lstm"].tokens:
-        raise ToolkitError(f"{text} is not that of PTB: fetch it with ./getdata.sh penn")
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(lambda run: train(run, args.data, args.work), RUNS):
-            pass
-    write_report(args.work)
+    if not args.report:
+        if wrong_files(SPECS["penn"], args.data):
+            raise ToolkitError(f"{args.data} is not PTB: fetch it with ./getdata.sh penn")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda run: train(run, args.data, args.work), RUNS))
+    write(args.work)
 
 
 if __name__ == "__main__":
@@ -382,4 +288,4 @@ if __name__ == "__main__":
     except ToolkitError as error:
         sys.exit(f"study.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("study.py: interrupted: the same command goes on")
+        sys.exit("study.py: interrupted: the same command continues it")

@@ -3,10 +3,19 @@
 from checkpoint.model_file import (
     Checkpoint,
     CheckpointError,
+    check_content,
     check_writable,
     copy,
     in_memory,
     load,
     save,
 )
-from checkpoint.network import check_readable, load_state, rebuild, snapshot, vocabulary_of
+from checkpoint.network import (
+    check_readable,
+    further,
+    load_further,
+    load_state,
+    rebuild,
+    snapshot,
+    vocabulary_of,
+)

@@ -5,6 +5,7 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
     format, version   the kind of file and its version
     config            the arguments of `model.make_network`
     model, criterion  the best weights so far, which the later stages use
+    loss              further weights of a loss.TrainingLoss that has some
     vocabulary        the words by id, and how often each occurred
     args, stage       the flags it was trained with, and the script that wrote it
     epoch, valid_loss the epoch of the best weights, and their validation loss in nats; 0 and
@@ -13,13 +14,13 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
 """
 
 import dataclasses
-import math
+import io
 import os
 import shutil
-import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +34,7 @@ from utils import ToolkitError
 
 FORMAT = "awd-lstm-lm"
 VERSION = 1
+_PLAIN = (int, float, bool, str, type(None))
 
 
 class CheckpointError(ToolkitError):
@@ -52,6 +54,7 @@ class Checkpoint:
     epoch: int
     valid_loss: float
     training: dict[str, Any] | None = None
+    loss: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def dictionary(self) -> Dictionary:
@@ -61,7 +64,7 @@ class Checkpoint:
 
 def in_memory(checkpoint: Checkpoint) -> Checkpoint:
     """A copy of a file's model, without the training state; the file can then be overwritten."""
-    weights = {name: copies(getattr(checkpoint, name)) for name in ("model", "criterion")}
+    weights = {name: copies(getattr(checkpoint, name)) for name in ("model", "criterion", "loss")}
     return dataclasses.replace(checkpoint, **weights, training=None)
 
 
@@ -83,17 +86,41 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = False) -> None:
     """Write a model file; once it is complete, it replaces the old one in one step.
 
-    With `keep`, the old file is renamed with the suffix .previous. Raises CheckpointError, with the
-    old file unchanged, if the file cannot be written.
+    With `keep`, the old file is kept with the suffix .previous. Raises CheckpointError, with the
+    old file unchanged, if the file cannot be written, or could not be read again.
     """
     # Not dataclasses.asdict(): it would copy every tensor.
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    check_content(fields)
     try:
         with replacing(path, keep) as file:
             torch.save({"format": FORMAT, "version": VERSION, **fields}, file)
     # torch's zip writer raises RuntimeError on a full disk.
     except (OSError, RuntimeError) as error:
         raise _cannot_write(path, error) from error
+
+
+def check_content(value: Any, place: str = "") -> None:
+    """Raise CheckpointError if a part of `value` could be written to a file, but not read again."""
+    if type(value) in (dict, OrderedDict):
+        for name, part in value.items():
+            check_content(name, f"a name in {place}")
+            check_content(part, f"{place}.{name}" if place else str(name))
+    elif type(value) in (list, tuple):
+        for number, part in enumerate(value):
+            if type(part) not in _PLAIN:
+                check_content(part, f"{place}[{number}]")
+    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+        buffer = io.BytesIO()
+        try:
+            torch.save(value, buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except Exception as error:  # of pickle, or of torch, which allows only plain values
+            raise CheckpointError(
+                f"a model file cannot hold {place}, a {type(value).__qualname__}: make it a "
+                "number, a string, a tensor, or a list, tuple or dictionary of them"
+            ) from error
 
 
 def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -156,14 +183,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             f"{path} has format version {content.get('version')} but this toolkit reads {VERSION}: "
             "use the version of the toolkit that wrote the file"
         )
-    loaded = Checkpoint(**{name: content.get(name) for name in Checkpoint.__dataclass_fields__})
-    try:
-        problem = _problem(loaded)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
-        problem = in_short(error)
-    if problem:
-        raise CheckpointError(f"{path} is damaged ({problem}): train it again with main.py")
-    return loaded
+    # Files of earlier commits have no `loss`.
+    fields = Checkpoint.__dataclass_fields__.keys() & content.keys()
+    return Checkpoint(**{name: content[name] for name in fields})
 
 
 def _content(path: str | os.PathLike[str]) -> Any:
@@ -183,40 +205,12 @@ def _content(path: str | os.PathLike[str]) -> Any:
 
 def _checked_content(file: BinaryIO, path: str | os.PathLike[str]) -> Any:
     with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise zipfile.BadZipFile("a record is compressed")
         # torch ignores the checksums.
         if archive.testzip():
             raise zipfile.BadZipFile("a checksum is wrong")
-    with warnings.catch_warnings():
-        # Its warnings about odd bytes do not help the user.
-        warnings.simplefilter("ignore")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # A tensor larger than its record would read on into the next record.
-    storages = {t.data_ptr(): len(t) for t in map(Tensor.untyped_storage, tensors_of(content))}
-    records = (entry.file_size for entry in entries if "/data/" in entry.filename)
-    if sorted(filter(None, storages.values())) != sorted(filter(None, records)):
-        raise zipfile.BadZipFile("its tensors do not match its records")
-    return content
-
-
-def _problem(loaded: Checkpoint) -> str | None:
-    """The fault in a file's fields, or None; a damaged file may also raise an error."""
-    kinds = {"config": dict, "args": dict, "stage": str, "epoch": int, "valid_loss": float}
-    if not all(isinstance(getattr(loaded, name), kind) for name, kind in kinds.items()):
-        return "a field has the wrong type"
-    if math.isnan(loaded.valid_loss):
-        return "its validation loss is not a number"
-    words, counts = loaded.vocabulary["words"], loaded.vocabulary["counts"]
-    # encode() raises ValueError for lone surrogates, which no text holds.
-    if not all(type(word) is str and word.encode() for word in words):
-        return "its vocabulary is not made of words"
-    if not all(type(count) is int and count >= 0 for count in counts):
-        return "its vocabulary is not made of counts"
-    if not len(words) == len(set(words)) == len(counts) == loaded.config["ntoken"]:
-        return "its vocabulary does not fit its configuration"
-    return None
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from checkpoint.model_file import Checkpoint, CheckpointError, copies, in_short
 from data import Dictionary
+from loss import TrainingLoss, is_frozen
 from model import RNNModel, make_network
 from splitcross import SplitCrossEntropyLoss
 
@@ -24,6 +25,25 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return copies({_uncompiled(name): part for name, part in module.state_dict().items()})
 
 
+def further(network: TrainingLoss) -> dict[str, Tensor]:
+    """A copy of a network's state beside model, criterion and frozen parts, on the CPU."""
+    parts = network.named_children()
+    left_out = {name for name, part in parts if name in ("model", "criterion") or is_frozen(part)}
+    state = network.state_dict()
+    return copies({name: state[name] for name in state if name.split(".")[0] not in left_out})
+
+
+def load_further(network: TrainingLoss, state: Mapping[str, Tensor]) -> None:
+    """Load the result of `further`, if any; raises CheckpointError for another network's."""
+    names = further(network).keys()
+    if state and names != state.keys():
+        raise CheckpointError(
+            f"the model file's loss has the weights {sorted(state)}, not {sorted(names)}: use the "
+            "code that wrote the file"
+        )
+    network.load_state_dict(state, strict=False)
+
+
 def rebuild(
     checkpoint: Checkpoint, device: torch.device, **dropouts: float
 ) -> tuple[RNNModel, SplitCrossEntropyLoss]:
@@ -33,14 +53,12 @@ def rebuild(
     """
     states = (checkpoint.model, checkpoint.criterion)
     try:
-        # Compared first: a file may ask for a trillion layers.
-        if checkpoint.config["nlayers"] > len(checkpoint.model):
-            raise ValueError("it lacks layers")
         with _Undrawn():
             modules = make_network(**{**checkpoint.config, **dropouts})
         for module, state in zip(modules, states, strict=True):
             load_state(module, state)
-            check_finite(dict(module.named_parameters()))
+            if not all(p.isfinite().all() for p in module.parameters()):
+                raise ValueError("not all weights are finite")
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -53,21 +71,23 @@ def rebuild(
 
 def check_readable(config: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:
     """Raise CheckpointError if `rebuild` could not make this network again."""
-    states = snapshot(model), snapshot(criterion)
+    network = Checkpoint(
+        config=dict(config),
+        model=snapshot(model),
+        criterion=snapshot(criterion),
+        vocabulary={},
+        args={},
+        stage="",
+        epoch=0,
+        valid_loss=0.0,
+    )
     try:
-        rebuild(Checkpoint(dict(config), *states, {}, {}, "", 0, 0.0), torch.device("cpu"))
+        rebuild(network, torch.device("cpu"))
     except CheckpointError as error:
         raise CheckpointError(
             f"a model file of this network could not be read ({error}): make the network in "
             "model.make_network, from the arguments in main.begin"
         ) from error
-
-
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a tensor has a number that is not finite."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

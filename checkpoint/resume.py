@@ -5,18 +5,19 @@ data              `fingerprint` of the text it trains on
 epoch             the last epoch that has ended
 position          the position within the next epoch, None at its start: see run/session.py
 model, criterion  the weights in training: the raw ones if the best ones are averages
-optimizer         its state; `parameters` has the names of the weights in its order
+optimizer         its state; `parameters` has the names of the weights in its order, `settings` the
+                  settings of its groups when it was made
 valid_losses      the validation losses so far
 best_loss, done   the lowest of them, and whether finetuning is over
 rng               the generator of sequence lengths
-random_states     PyTorch's generators, by rank
+random_states     the global generators of PyTorch, numpy and Python, by rank
 stateful          the states of the session's further objects, by name
 """
 
 import contextlib
 import copy
 import hashlib
-import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 from checkpoint.model_file import Checkpoint, CheckpointError, in_short
 from checkpoint.network import plain_name
 from data import Corpus
-from utils import map_state
 
 
 def check(loaded: Checkpoint, path: str, stage: str) -> None:
@@ -44,10 +44,6 @@ def check(loaded: Checkpoint, path: str, stage: str) -> None:
             f"{path} holds no training state of {stage} but one of {found}: resume it with that "
             "script"
         )
-    kinds = {"args": dict, "data": str, "epoch": int, "rng": str, "valid_losses": list}
-    with restoring(path):
-        if not all(isinstance(training[name], kind) for name, kind in kinds.items()):
-            raise ValueError("its training state has a field of the wrong type")
 
 
 @contextlib.contextmanager
@@ -81,29 +77,42 @@ def parameter_names(network: nn.Module, params: Sequence[Tensor]) -> list[str]:
     return [names[id(p)].removeprefix("model.") for p in params]
 
 
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of each group of weights, such as its rate."""
+    groups = optimizer.param_groups
+    return [{name: group[name] for name in group if name != "params"} for group in groups]
+
+
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
-    saved: Mapping[str, Any],
+    state: Mapping[str, Any],
     *,
-    before: Sequence[str],
-    now: Sequence[str],
+    names: Sequence[str],
+    settings: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Load an optimiser's state, which numbers the weights in the order of the names `before`.
+    """Load an optimiser's state from the training state `state`.
 
-    `now` are the names in the order of this run, which differs with and without weight drop. The
-    weight decay is this run's. Raises ValueError if the state is one of other weights.
+    `names` are the weights' names in the order of this run, which differs with and without weight
+    drop, and `settings` those with which this run's optimiser was made. A setting that differs from
+    the one with which the old run's was made takes effect; the others continue as they were saved.
+    Raises ValueError if the state is one of other weights.
     """
-    if sorted(before) != sorted(now):
+    saved, before = state["optimizer"], state["parameters"]
+    if sorted(before) != sorted(names):
         raise ValueError("its optimiser trains other weights")
-    state = {now.index(before[n]): copy.deepcopy(parts) for n, parts in saved["state"].items()}
+    parts = {names.index(before[n]): copy.deepcopy(part) for n, part in saved["state"].items()}
     groups = []
-    pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
-    for mine, theirs in pairs:
-        own = ("params", "weight_decay", "capturable")
-        kept = {name: mine[name] for name in own if name in mine}
-        # Settings that an older PyTorch did not have come from the new run, too.
-        groups.append({**mine, **theirs, **kept})
-    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+    for mine, theirs, new, old in zip(
+        optimizer.state_dict()["param_groups"],
+        saved["param_groups"],
+        settings,
+        state["settings"],
+        strict=True,
+    ):
+        changed = {name: value for name, value in new.items() if value != old.get(name, value)}
+        # Settings that an older PyTorch did not have come from the new run.
+        groups.append({**mine, **theirs, **changed, "params": mine["params"]})
+    optimizer.load_state_dict({**saved, "state": parts, "param_groups": groups})
 
 
 def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
@@ -114,40 +123,23 @@ def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         part.load_state_dict(copy.deepcopy(states[name]))
 
 
-def check_hidden(hidden: Any, expected: Any) -> None:
-    """Raise ValueError if a hidden state has not the form of the `expected` one."""
-
-    def same(part: Tensor, wanted: Tensor) -> None:
-        if part.shape != wanted.shape or part.dtype != wanted.dtype:
-            raise ValueError("its hidden state does not fit its configuration")
-
-    map_state(same, hidden, expected)
-
-
-def rng_state(rng: np.random.RandomState) -> str:
-    """The state of a generator of sequence lengths as text."""
+def rng_state(rng: Any) -> list[Any]:
+    """The state of a numpy.random.RandomState, or of `numpy.random`, as plain values."""
     name, key, *rest = rng.get_state()
-    return json.dumps([name, key.tolist(), *rest])
-
-
-def set_rng_state(rng: np.random.RandomState, state: str) -> None:
-    """Restore the result of `rng_state`; raises ValueError for anything else."""
-    name, key, position, *rest = json.loads(state)
-    # numpy checks neither: with a bad position it reads beyond its memory, with a key of zeros
-    # it never ends.
-    if type(position) is not int or not 0 <= position <= 624 or not any(key):
-        raise ValueError("its generator of sequence lengths is damaged")
-    rng.set_state((name, np.array(key, dtype=np.uint32), position, *rest))
+    return [name, key.tolist(), *rest]
 
 
 def random_states() -> dict[str, Any]:
-    """The states of PyTorch's generators, CPU and CUDA."""
+    """The states of the global generators: of PyTorch, CPU and CUDA, of numpy, of Python."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    numpy = rng_state(np.random)
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
     """Restore `random_states`, for CUDA only if this machine has as many devices."""
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    random.setstate(states["python"])
     torch.set_rng_state(states["cpu"].clone())
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.clone() for state in states["cuda"]])

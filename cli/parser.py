@@ -55,19 +55,9 @@ class Flag:
             return [] if value == self.default else [self.name]
         return [self.name, *map(str, value if isinstance(value, list) else [value])]
 
-    def accepts(self, value: Any) -> bool:
-        """Whether a command line could give the flag this value."""
-        if value == self.default or self.action.nargs == 0:
-            return type(value) is type(self.default)
-        many = self.action.nargs is not None
-        if many != isinstance(value, list) or not isinstance(value, str | int | float | list):
-            return False
-        parts, kind = (value if many else [value]), self.action.type or str
-        try:
-            same = all(kind(str(part)) == part for part in parts)
-        except (argparse.ArgumentTypeError, ValueError):
-            return False
-        return same and all(part in (self.action.choices or parts) for part in parts)
+    def configured(self, file: "Recorded") -> Any:
+        """The value in a file's configuration; files from before the flag have its default."""
+        return file.config.get(self.config, self.default)
 
 
 @dataclass
@@ -189,8 +179,7 @@ class Parser(argparse.ArgumentParser):
     def settle(self, given: Given, file: Recorded | None = None) -> argparse.Namespace:
         """The final value of every flag, from the command line, its preset and a model file.
 
-        Raises ToolkitError if a flag that was given cannot take effect, or if a recorded value is
-        not valid for its flag.
+        Raises ToolkitError if a flag that was given cannot take effect.
         """
         chosen = {**given.preset, **given.line}
         counted = given.line.keys() | given.preset.keys() - _PRESET_DEFAULTS
@@ -221,10 +210,10 @@ class Parser(argparse.ArgumentParser):
         """Raise ToolkitError for a flag that contradicts the file."""
         for name, value in given.items():
             flag = self.flags[name]
-            if flag.config and value != file.config[flag.config]:
+            if flag.config and value != flag.configured(file):
                 raise ToolkitError(
                     f"--{name} {value} contradicts {file.path}, whose model has {name} "
-                    f"{file.config[flag.config]}: leave the flag out or name another model file"
+                    f"{flag.configured(file)}: leave the flag out or name another model file"
                 )
             reason = file.fixed.get(name) or flag.fixed
             recorded = file.args.get(name)
@@ -240,7 +229,7 @@ class Parser(argparse.ArgumentParser):
     ) -> dict[str, Any]:
         """The flags to take from the file, where they are not `given`; `values` are the others."""
         excluded = {self.flags[name].either for name in given} - {""}
-        model = {n: file.config[flag.config] for n, flag in self.flags.items() if flag.config}
+        model = {n: flag.configured(file) for n, flag in self.flags.items() if flag.config}
         kinds = {"resume": ("training", "run"), "finetune": ("training",)}.get(file.use, ())
         # The configuration has the dropouts.
         recorded = {**file.args, **file.config} if file.use == "finetune" else file.args
@@ -251,8 +240,8 @@ class Parser(argparse.ArgumentParser):
             if name not in given and recorded.get(name) is not None
         }
         if file.use == "finetune":
-            if file.args.get("optimizer", "sgd") != "sgd":
-                taken.pop("lr", None)  # it is another optimiser's
+            if file.args.get("optimizer") == "adam":
+                taken.pop("lr", None)  # a rate of Adam's is not one of SGD's
             print(f"From {file.path}: {self.spelled(taken)}")
         split = file.args.get("split")
         if "split" in self.flags and split and "split" not in given:
@@ -260,12 +249,6 @@ class Parser(argparse.ArgumentParser):
             # The file's split is for its own text, which is a train.txt alone.
             if not (folder / "valid.txt").exists() and not (folder / "test.txt").exists():
                 taken["split"] = split
-        for name, value in taken.items():
-            if not self.flags[name].accepts(value):
-                raise ToolkitError(
-                    f"{file.path} is damaged (its {self.flags[name].name} is {value!r}): give the "
-                    "flag, or train again with main.py"
-                )
         if file.use == "resume" and "save" not in given:
             taken["save"] = file.path
         return model | taken

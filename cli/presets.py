@@ -1,7 +1,7 @@
-"""The published commands, word by word, from the original's documentation.
+"""The published commands, word by word.
 
-`--preset`, the page of commands in docs/, the tests and bench/reproduce.py take them from here. A
-stage that is missing was never published.
+Those of main.py, finetune.py and pointer.py are from the original's documentation, the settings of
+dynamiceval.py from the code of arXiv 1709.07432. A script that is missing has none.
 """
 
 _CHARACTERS = "--alpha 0 --beta 0 --dropoute 0"
@@ -18,7 +18,6 @@ _WT2_QRNN = (
     "--epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 "
     "--nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt"
 )
-# The settings published with the code of arXiv 1709.07432.
 _DYNAMIC_LSTM = "--lr 0.002 --lamb 0.02 --epsilon 0.001 --oldhyper"
 _WT2_CACHE = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --data data/wikitext-2"
 

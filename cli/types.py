@@ -12,22 +12,22 @@ _TOO_LARGE = 2**63  # for PyTorch's integers
 
 def positive_int(text: str) -> int:
     """An integer of 1 or more."""
-    return _number(text, int, lambda n: 1 <= n < _TOO_LARGE, "a whole number of 1 or more")
+    return _number(text, int, lambda n: 1 <= n < _TOO_LARGE, "an integer of 1 or more")
 
 
 def natural(text: str) -> int:
     """An integer of 0 or more."""
-    return _number(text, int, lambda n: 0 <= n < _TOO_LARGE, "a whole number of 0 or more")
+    return _number(text, int, lambda n: 0 <= n < _TOO_LARGE, "an integer of 0 or more")
 
 
 def seed(text: str) -> int:
     """A seed that PyTorch and numpy both take."""
-    return _number(text, int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+    return _number(text, int, lambda n: 0 <= n < 2**32, "an integer from 0 to 2**32 - 1")
 
 
 def vocabulary_size(text: str) -> int:
     """An integer of 3 or more."""
-    return _number(text, int, lambda n: 3 <= n < _TOO_LARGE, "a whole number of 3 or more")
+    return _number(text, int, lambda n: 3 <= n < _TOO_LARGE, "an integer of 3 or more")
 
 
 def positive(text: str) -> float:

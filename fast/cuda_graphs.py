@@ -17,6 +17,7 @@ import fast.step
 from fast.nt_asgd import FastNTASGD
 from fast.step import FastStep
 from utils import get_batch, map_state
+from weight_drop import WeightDrop
 
 # Most graphs kept at once. With a bptt of 70 an epoch has 44 different lengths, some only once.
 MOST_GRAPHS = 64
@@ -24,6 +25,8 @@ MOST_GRAPHS = 64
 # optimiser that a replay reads from the device.
 _OF_MODULE = vars(nn.Module()).keys() - {"training"}
 _ON_DEVICE = {"lr", "params"}
+# Attributes of a step that count.
+_OF_STEP = {"row", "batches", "since", "recording", "_at_start", "_new_keys"}
 _PLAIN = (int, float, str, type(None))
 # The key is compared at every step that runs eagerly, and at one in so many replayed steps.
 _COMPARE_EVERY = 50
@@ -37,10 +40,10 @@ class GraphedStep(FastStep):
     """FastStep from CUDA graphs: one per length, recorded at that length's second step.
 
     A length's first step runs eagerly, and so do steps cut short by the end of the text and steps
-    beyond MOST_GRAPHS. Results are the same, random masks included: a replay draws new ones. Every
-    Python number that a graph would freeze is part of its key, which is compared at the start of
-    each text and now and then; `refresh` compares it at once. Steps run eagerly while such a number
-    changes at every step, and if a step cannot be recorded; `say` then gets a message.
+    beyond MOST_GRAPHS. Results are the same, random masks included: a replay draws new ones. What a
+    graph would freeze is part of its key, which is compared at the start of each text and now and
+    then; `refresh` compares it at once. Steps run eagerly while a part of the key changes at every
+    step, and if a step cannot be recorded; `say` then gets a message.
 
     `record(work)` returns a function that replays `work`, without running it; by default it records
     a CUDA graph. `set_up` makes a FastStep one of these.
@@ -101,19 +104,27 @@ class GraphedStep(FastStep):
         return sorted({name for name, value in frozen if (name, value) not in before})
 
     def frozen(self) -> Key:
-        """Every Python number that a recorded step would freeze, with its name.
+        """Everything that a recorded step would freeze, with its name.
 
-        These are the plain attributes (numbers, strings, and tuples or lists of them) of the
-        modules and of the optimiser, its settings, the numbers in its state, the clipping norm, and
-        the text's address.
+        These are the plain attributes (numbers, strings, and tuples or lists of them) of the step,
+        the modules and the optimiser, its settings, the numbers in its state, the tensors that are
+        attributes of modules, since a forward pass may put others in their place, and the text's
+        address.
         """
         optimizer, on_device = self.optimizer, _ON_DEVICE
-        key = [("clip", self.clip), ("text", self.source.data_ptr())]
+        key = [("text", self.source.data_ptr()), *_plain(vars(self), _OF_STEP)]
         if isinstance(optimizer, FastNTASGD):
             key.append(("averaging", optimizer.averaging))
             on_device = {*on_device, "averaged_steps"}
-        for module in self.network.modules():
+        modules = list(self.network.modules())
+        # A dropped weight is computed and used within one step.
+        drops = [module for module in modules if isinstance(module, WeightDrop)]
+        dropped = {(id(drop.module), name) for drop in drops for name in drop.weights}
+        for module in modules:
             key += _plain(vars(module), _OF_MODULE)
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and (id(module), name) not in dropped:
+                    key.append((name, id(value)))
         for group in optimizer.param_groups:
             key += _plain(group, on_device)
         key += _plain(vars(optimizer))
@@ -160,7 +171,7 @@ class GraphedStep(FastStep):
         if not (self.recording and self._seen[rows] and room) or self._new_keys:
             return False
         try:
-            with self._capturable(), self._numbers_on_device():
+            with self._recordable():
                 self._replays[rows] = self._record(lambda: self._work(rows))
         except Exception as error:  # a fault of the step itself shows again in the eager step
             self.recording = False
@@ -200,34 +211,24 @@ class GraphedStep(FastStep):
         self.since += 1
 
     @contextlib.contextmanager
-    def _numbers_on_device(self) -> Iterator[None]:
-        """A context in which the optimiser reads its changing numbers from tensors."""
+    def _recordable(self) -> Iterator[None]:
+        """A context in which the optimiser can be recorded: its changing numbers are tensors."""
         groups = self.optimizer.param_groups
-        own = [group["lr"] for group in groups]
+        changed = ("lr", "capturable")
+        own = [{name: group[name] for name in changed if name in group} for group in groups]
         for group, rate in zip(groups, self._lr, strict=True):
             group["lr"] = rate
+            if "capturable" in group:  # Adam's step can be recorded only then
+                group["capturable"] = True
         if isinstance(self.optimizer, FastNTASGD):
             self.optimizer.averaging_weight = self._averaging_weight
         try:
             yield
         finally:
-            for group, rate in zip(groups, own, strict=True):
-                group["lr"] = rate
+            for group, values in zip(groups, own, strict=True):
+                group.update(values)
             if isinstance(self.optimizer, FastNTASGD):
                 del self.optimizer.averaging_weight
-
-    @contextlib.contextmanager
-    def _capturable(self) -> Iterator[None]:
-        """A context in which Adam can be recorded."""
-        groups = [group for group in self.optimizer.param_groups if "capturable" in group]
-        own = [group["capturable"] for group in groups]
-        for group in groups:
-            group["capturable"] = True
-        try:
-            yield
-        finally:
-            for group, value in zip(groups, own, strict=True):
-                group["capturable"] = value
 
     @contextlib.contextmanager
     def _on_one_stream(self) -> Iterator[None]:
@@ -256,13 +257,6 @@ def _plain(values: Mapping[str, Any], but: Collection[str] = ()) -> Key:
     return kept
 
 
-def _stop_allocating(device: int, pool: tuple[int, int]) -> None:
-    """Make the allocator serve `device` from the common memory again, instead of `pool`."""
-    before_2_8 = "_cuda_endAllocateCurrentStreamToPool"
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, before_2_8)
-    end(device, pool)
-
-
 class _CUDARecorder:
     """Records work as CUDA graphs in one memory pool, on a stream of its own.
 
@@ -284,14 +278,9 @@ class _CUDARecorder:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 work()
         except Exception:
-            device = self.stream.device.index
             # Before PyTorch 2.11 or so the generator stays in the state for recording.
-            generator = torch.cuda.default_generators[device]
+            generator = torch.cuda.default_generators[self.stream.device.index]
             generator.graphsafe_set_state(generator.clone_state())
-            # Before PyTorch 2.12 the allocator keeps serving this stream from the graphs' pool, and
-            # later recordings and empty_cache() can fail. From 2.12 on this call raises instead.
-            with contextlib.suppress(RuntimeError):
-                _stop_allocating(device, self.pool)
             raise
         self._graphs.add(graph)
         return graph.replay
@@ -299,12 +288,12 @@ class _CUDARecorder:
 
 def compare(like: Tensor) -> Iterator[list[Tensor]]:
     """As fast.step.compare, of GraphedStep and TrainingStep; steps are recorded and replayed."""
-    said: list[str] = []
+    messages: list[str] = []
 
     def set_up(step: FastStep) -> None:
         step.__class__ = GraphedStep
-        step.set_up(say=said.append)
+        step.set_up(say=messages.append)
 
     yield from fast.step.compare(like, set_up)
-    if said:
-        raise RuntimeError(said[0])
+    if messages:
+        raise RuntimeError(messages[0])

@@ -11,28 +11,21 @@ from qrnn.check import numbers
 from weight_drop import WeightDrop
 
 
-class FastLSTM(LSTM):
+class _FromOneBuffer(nn.RNNBase):
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        # Parameters stay in cuDNN's own buffer: only a dropped weight is a new tensor at each call.
+        dropped = "weight_hh_l0" not in self._parameters
+        if dropped and input.dim() == 3 and torch.backends.cudnn.is_acceptable(input):
+            return _run_from_one_buffer(self, input, hx)
+        return super().forward(input, hx)
+
+
+class FastLSTM(_FromOneBuffer, LSTM):
     """The cell LSTM within a WeightDrop, on a GPU."""
 
-    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        if _can_run(self, input):
-            return _run_from_one_buffer(self, input, hx)
-        return super().forward(input, hx)
 
-
-class FastGRU(GRU):
+class FastGRU(_FromOneBuffer, GRU):
     """The cell GRU within a WeightDrop, on a GPU."""
-
-    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        if _can_run(self, input):
-            return _run_from_one_buffer(self, input, hx)
-        return super().forward(input, hx)
-
-
-def _can_run(module: nn.RNNBase, input: Tensor) -> bool:
-    # Parameters stay in cuDNN's own buffer: only a dropped weight is another tensor at every call.
-    dropped = "weight_hh_l0" not in module._parameters
-    return dropped and input.dim() == 3 and torch.backends.cudnn.is_acceptable(input)
 
 
 class _OneBuffer(torch.autograd.Function):
@@ -66,11 +59,19 @@ def _run_from_one_buffer(module: nn.RNNBase, input: Tensor, hidden: Any) -> tupl
         if hidden is None:
             zeros = input.new_zeros(1, input.size(1), module.hidden_size)
             hidden = (zeros, zeros) if lstm else zeros
-        options = (weights, True, 1, 0.0, module.training, False, False)
+        options = {
+            "params": weights,
+            "has_biases": True,
+            "num_layers": 1,
+            "dropout": 0.0,
+            "train": module.training,
+            "bidirectional": False,
+            "batch_first": False,
+        }
         if lstm:
-            output, h, c = torch.lstm(input, hidden, *options)
+            output, h, c = torch.lstm(input, hx=hidden, **options)
             return output, (h, c)
-        return torch.gru(input, hidden, *options)
+        return torch.gru(input, hx=hidden, **options)
 
 
 def compare(like: Tensor) -> Iterator[list[Tensor]]:

@@ -1,9 +1,9 @@
 """nn.Linear through matrix products with aligned rows: the same results, faster.
 
 On a CPU a product takes up to a third longer if the result's rows do not begin on cache lines, as
-with 1150 or 1550 columns of float32 (bench/alignment.py). On a GPU the fastest products require
-rows of operands and results that begin at multiples of 16 bytes. Shapes stay unchanged: only the
-row stride is rounded up.
+with 1150 or 1550 columns of float32 (`bench/parts.py alignment`). On a GPU the fastest products
+require rows of operands and results that begin at multiples of 16 bytes. Shapes stay unchanged:
+only the row stride is rounded up.
 """
 
 from collections.abc import Iterator

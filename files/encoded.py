@@ -264,7 +264,7 @@ def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
 
 
 def _read_cache(path: Path, key: str) -> Encoded | None:
-    """The cached corpus, or None unless the cache is whole and belongs to the files of `key`.
+    """The cached corpus, or None unless the cache is intact and belongs to the files of `key`.
 
     The ids are mapped from the file: they take memory only where and while they are used.
     """

@@ -10,7 +10,7 @@ import torch
 from utils import ToolkitError
 
 # One thread takes the first exponentials of a process here: taken by two threads at once they are
-# rounded otherwise in about one process in 60, and so is the whole run (results/determinism.md).
+# rounded otherwise in about one process in 60, and so are all later ones (results/determinism.md).
 torch.zeros(1).exp_()
 
 # From glibc's malloc.h.

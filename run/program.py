@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from run.device import keep_memory
-from run.signals import Output, Stopped, printable
+from run.signals import Output, Stopped
 from utils import ToolkitError
 
 
@@ -72,8 +72,7 @@ def _leave(status: int, sentence: str = "") -> NoReturn:
     # The terminal may be gone; the exit status still reports the error.
     with contextlib.suppress(OSError):
         if sentence:
-            line = f"{Path(sys.argv[0]).name}: {sentence}\n"
-            sys.stderr.write(printable(line, sys.stderr))
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {sentence}\n")
         if dist.is_available() and dist.is_initialized():
             sys.stdout.flush()
             sys.stderr.flush()

@@ -150,8 +150,6 @@ class _DataParallel(DistributedDataParallel):
 
 ALONE = Ranks()
 
-# The environment variables that torchrun, or another launcher, sets.
-_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
 # The processes wait this long for each other at the start of a run.
 _MINUTES = 5
 
@@ -159,40 +157,35 @@ _MINUTES = 5
 def join(device: torch.device) -> Ranks:
     """Connect to the other processes that torchrun started, if any, each with its own GPU.
 
-    Raises ToolkitError if this machine has fewer GPUs than processes, if a variable of torchrun is
-    missing or not a number, or if the others do not connect.
+    Raises ToolkitError if this machine has fewer GPUs than processes, or if the others do not
+    connect.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    number = os.environ.get
+    if number("WORLD_SIZE", "1") == "1":
         return Ranks()
-    numbers = {name: os.environ.get(name, "") for name in _NUMBERS}
-    wrong = not all(map(str.isdecimal, numbers.values()))
-    if wrong or int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
-        said = " ".join(f"{name}={number}" for name, number in numbers.items())
-        raise ToolkitError(
-            f"the environment has {said}, but all must be numbers, RANK below WORLD_SIZE: start "
-            "with torchrun, or unset WORLD_SIZE"
-        )
-    world, rank, local, port = map(int, numbers.values())
     backend = "gloo"
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
+        local = int(number("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise ToolkitError(
                 f"there are more processes than the {torch.cuda.device_count()} GPUs of this "
                 "machine: lower --nproc-per-node"
             )
         torch.cuda.set_device(local)
-    where = f"{os.environ.get('MASTER_ADDR')}:{port}"
+    this = f"rank {number('RANK')} of {number('WORLD_SIZE')}"
+    where = f"{number('MASTER_ADDR')}:{number('MASTER_PORT')}"
     # torchrun's agents have already connected.
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        print(f"Rank {rank} of {world} waits at {where} for the others, {_MINUTES} minutes at most")
+        print(f"{this.capitalize()} waits at {where} for the others, {_MINUTES} minutes at most")
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=_MINUTES)))
+        timeout = datetime.timedelta(minutes=_MINUTES)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise ToolkitError(
-            f"rank {rank} of {world} does not meet the others at {where} "
-            f"({str(error).splitlines()[0]}): start every rank with the same free MASTER_PORT"
+            f"{this} does not meet the others at {where} ({str(error).splitlines()[0]}): start "
+            "every rank with torchrun, or with the same free MASTER_PORT"
         ) from error
     return Ranks(rank, world)
 

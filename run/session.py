@@ -35,7 +35,14 @@ from run.progress import Bar
 from run.ranks import Ranks
 from run.save_clock import SaveClock
 from run.signals import Stopped, StopRequests
-from utils import ToolkitError, check_length, map_state, perplexity, seed_everything
+from utils import (
+    ToolkitError,
+    check_length,
+    check_state,
+    map_state,
+    perplexity,
+    seed_everything,
+)
 
 EVAL_BATCH_SIZE = 10
 TEST_BATCH_SIZE = 1
@@ -139,12 +146,12 @@ class Session:
         """Set up the network, the data in columns, and the training step.
 
         `config` are the arguments of `make_network`. Raises ToolkitError if a model file of the
-        network could not be read, or if a text is too short.
+        network could not be read, if its state cannot be carried, or if a text is too short.
         """
         checkpoint.check_readable(config, network.model, network.criterion)
         args, ranks = self.args, self.ranks
         self.config, self.network, self.optimizer = dict(config), network, optimizer
-        self.flags = dict(vars(args))
+        self.flags, self._settings = dict(vars(args)), resume.settings_of(optimizer)
         self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
         self.fingerprint = resume.fingerprint(corpus) if ranks.first else ""
         self.trigger = NonMonotonicTrigger(args.nonmono)
@@ -160,6 +167,7 @@ class Session:
             bptt=args.bptt,
             clip=args.clip,
         )
+        check_state(self.step.hidden, text.size(1))
         ranks.seed_masks(args.seed)
         for line in fast.choose(network, optimizer, self.step, plain=args.plain, bf16=network.bf16):
             print(line)
@@ -178,9 +186,9 @@ class Session:
     def resume(self, source: Checkpoint) -> None:
         """Continue the run that wrote the file of --resume.
 
-        The weight decay is this run's, the learning rate the old run's unless another one is given.
-        Weight drop may be on in one of the two runs and off in the other. Raises CheckpointError
-        for another text, and for a state that the network or the optimiser does not accept.
+        Settings of the optimiser that differ from the old run's take effect. Weight drop may be on
+        in one of the two runs and off in the other. Raises CheckpointError for another text, and
+        for a state that the network or the optimiser does not accept.
         """
         args, state = self.args, source.training
         if self.ranks.decided(state["data"] != self.fingerprint):
@@ -192,17 +200,14 @@ class Session:
         with resume.restoring(args.resume):
             checkpoint.load_state(self.network.model, state["model"])
             checkpoint.load_state(self.network.criterion, state["criterion"])
+            checkpoint.load_further(self.network, state["loss"])
             now = resume.parameter_names(self.network, self.step.params)
-            saved = state["optimizer"]
-            resume.load_optimizer(self.optimizer, saved, before=state["parameters"], now=now)
-            resume.set_rng_state(self.rng, state["rng"])
+            resume.load_optimizer(self.optimizer, state, names=now, settings=self._settings)
+            self.rng.set_state(state["rng"])
             resume.load_parts(self.stateful, state["stateful"])
             # With another number of processes no saved states fit: the ranks keep fresh seeds.
             if len(state["random_states"]) == self.ranks.world:
                 resume.set_random_states(state["random_states"][self.ranks.rank])
-            if state["position"] is not None:
-                hidden = self.network.init_hidden(args.batch_size)
-                resume.check_hidden(state["position"]["hidden"], hidden)
             self.finished = self.epoch = state["epoch"]
             self.trigger.losses = list(state["valid_losses"])
             self.best_loss, self.done = state["best_loss"], state["done"]
@@ -211,9 +216,6 @@ class Session:
         self.last_good = args.resume
         if source.epoch and self.best is None:
             self.best = checkpoint.in_memory(dataclasses.replace(source, args=self.flags))
-        if args.lr != state["args"]["lr"]:
-            for group in self.optimizer.param_groups:
-                group["lr"] = args.lr
 
     @property
     def rate(self) -> float:
@@ -223,7 +225,20 @@ class Session:
     # An epoch
 
     def epochs(self, last: int) -> Iterator[int]:
-        """The numbers of the remaining epochs, up to `last`."""
+        """The numbers of the remaining epochs, up to `last`.
+
+        Raises CheckpointError if the run's state could not be saved and read again.
+        """
+        # What cannot be saved is refused before the first batch, not at the first save.
+        checkpoint.check_content(
+            {
+                "config": self.config,
+                "args": self.flags,
+                "optimizer": self.optimizer.state_dict(),
+                "hidden": self.step.hidden,
+                "stateful": self._states(),
+            }
+        )
         places = {os.path.realpath(path) for path in (self.args.resume, self.args.save)}
         if self.args.resume and self.finished >= last and len(places) == 2:
             self.save()
@@ -378,6 +393,7 @@ class Session:
             config=self.config,
             model=checkpoint.snapshot(self.network.model),
             criterion=checkpoint.snapshot(self.network.criterion),
+            loss=checkpoint.further(self.network),
             vocabulary=self.vocabulary,
             args=self.flags,
             stage=self.stage,
@@ -425,15 +441,21 @@ class Session:
             "position": position,
             "model": checkpoint.snapshot(self.network.model),
             "criterion": checkpoint.snapshot(self.network.criterion),
+            "loss": checkpoint.further(self.network),
             "optimizer": optimizer,
             "parameters": resume.parameter_names(self.network, self.step.params),
+            "settings": self._settings,
             "valid_losses": list(self.trigger.losses),
             "best_loss": self.best_loss,
             "done": self.done,
             "rng": resume.rng_state(self.rng),
             "random_states": self.ranks.gathered(resume.random_states()),
-            "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
+            "stateful": self._states(),
         }
+
+    def _states(self) -> dict[str, Any]:
+        """The states of the further objects to save."""
+        return {name: part.state_dict() for name, part in self.stateful.items()}
 
     def _all_position(self) -> dict[str, Any] | None:
         """The position in the epoch with all ranks' columns, on the first rank; else None."""

@@ -11,16 +11,6 @@ from typing import Any, TextIO
 from utils import ToolkitError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Escapes of a terminal's control characters, except newline and tab.
-_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
-
-
-def printable(text: str, stream: TextIO) -> str:
-    """`text` for `stream`: on a terminal control characters are shown as escapes.
-
-    A vocabulary may hold control characters; in a file or a pipe they stay unchanged.
-    """
-    return text.translate(_CONTROLS) if stream.isatty() else text
 
 
 class Stopped(Exception):
@@ -48,7 +38,7 @@ class Output:
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(printable(text, self._stream))
+            return self._stream.write(text)
         except OSError as error:
             # The buffered text would fail again as the interpreter ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)

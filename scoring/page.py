@@ -54,7 +54,11 @@ def _colour(level: int) -> str:
 
 
 def to_html(
-    tokens: Sequence[Token], title: str, said: dict[str, str], ntoken: int, characters: bool = False
+    tokens: Sequence[Token],
+    title: str,
+    remarks: dict[str, str],
+    ntoken: int,
+    characters: bool = False,
 ) -> str:
     """A page with the text, each token coloured by its surprisal; it needs no other file.
 
@@ -82,7 +86,7 @@ def to_html(
         "</strong></td>"
         for name, key, form in units
     )
-    remarks = "<br>".join(html.escape(f"{subject}: {text}") for subject, text in said.items())
+    footer = "<br>".join(html.escape(f"{subject}: {text}") for subject, text in remarks.items())
     gap = "" if characters else " "
     body = "\n".join(
         f"<p>{gap.join(_token_html(token, full) for token in line)}</p>" for line in by_line(tokens)
@@ -107,7 +111,7 @@ def to_html(
 <main>
 {body}
 </main>
-<footer><p>{remarks}</p></footer>
+<footer><p>{footer}</p></footer>
 </body>
 </html>
 """

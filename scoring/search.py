@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from continuous_cache import ContinuousCache
 from scoring.stream import Piece, with_cache
@@ -57,37 +58,29 @@ def target_probs(
     edges = torch.tensor([width - start for start in starts], device=device)
     result = outputs.new_zeros(len(ascending), len(thetas), n)
     column = torch.arange(width, device=device)
+    # Before the stream's start there is a history that no query may see.
+    past = functional.pad(outputs, (0, 0, width, 0))
+    past_words = functional.pad(words, (width, 0), value=-1)
     for first in range(0, n, _BLOCK):
         rows = min(_BLOCK, n - first)
-        columns = width + rows - 1
-        # The number of columns before the stream's start.
-        missing = max(0, width - first)
-        history = slice(first - width + missing, first + rows - 1)
-        queries = slice(first, first + rows)
-        scores = outputs.new_zeros(rows, columns)
-        same = torch.zeros(rows, columns, dtype=torch.bool, device=device)
-        if missing < columns:
-            torch.matmul(outputs[queries], outputs[history].t(), out=scores[:, missing:])
-            same[:, missing:] = words[queries].unsqueeze(1) == words[history]
+        history, queries = slice(first, first + width + rows - 1), slice(first, first + rows)
+        scores = outputs[queries] @ past[history].t()
+        same = words[queries].unsqueeze(1) == past_words[history]
         # Row i's history starts i columns further right; a stride one larger aligns the rows.
-        band = scores.as_strided((rows, width), (columns + 1, 1))
-        row, col = same.as_strided((rows, width), (columns + 1, 1)).nonzero(as_tuple=True)
-        there = None
-        if missing:
-            there = column + column.new_tensor(range(rows)).unsqueeze(1) >= missing
-            band = band.masked_fill(~there, -torch.inf)
-        top = band.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
-        band = band - top
-        if there is not None:
-            band.masked_fill_(~there, 0.0)  # any number that is finite at every theta
+        band = scores.as_strided((rows, width), (width + rows, 1))
+        row, col = same.as_strided((rows, width), (width + rows, 1)).nonzero(as_tuple=True)
+        position = torch.arange(first, first + rows, device=device).unsqueeze(1)
+        outside = column < width - position
+        top = band.masked_fill(outside, -torch.inf).amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
+        band = (band - top).masked_fill_(outside, 0.0)  # any number that is finite at every theta
         matches = band[row, col]
         # The cell of a match: its row, and the smallest window that reaches back to it.
         cell = row * len(ascending) + torch.bucketize(width - col, edges)
         powers = torch.empty_like(band)
         for k, theta in enumerate(thetas):
             torch.mul(band, theta, out=powers).exp_()
-            if there is not None:
-                powers.mul_(there)
+            if first < width:
+                powers.masked_fill_(outside, 0.0)
             rings = [powers[:, a:b].sum(dim=1) for a, b in zip(starts, ends, strict=True)]
             total = torch.stack(rings).cumsum(dim=0)
             hits = powers.new_zeros(rows * len(ascending))
@@ -95,29 +88,22 @@ def target_probs(
             hits = hits.view(rows, len(ascending)).t().cumsum(dim=0)
             probs = torch.where(total > _TINY, hits / total, 0.0)
             for w, i in (total <= _TINY).nonzero().tolist():
-                if first + i > 0:
-                    seen = slice(max(starts[w], width - first - i), width)
-                    before = words[first + i - width + seen.start : first + i]
-                    probs[w, i] = _anew(theta * band[i, seen], before == words[first + i])
+                # The largest score was outside this window and far larger: relative to it, those
+                # inside the window vanished.
+                seen = slice(max(starts[w], width - first - i), width)
+                match = past_words[first + i : first + i + width][seen] == words[first + i]
+                probs[w, i] = (theta * band[i, seen]).softmax(dim=0)[match].sum()
             result[:, k, queries] = probs
         tick(rows)
     order = torch.tensor([ascending.index(window) for window in windows], device=device)
     return result[order]
 
 
-def _anew(scores: Tensor, match: Tensor) -> Tensor:
-    """The cache's probability if the largest score was outside the window and far larger.
-
-    `scores` and `match` are those inside the window; relative to the largest score they vanished.
-    """
-    return scores.softmax(dim=0)[match].sum()
-
-
 def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
     """The lambda in [0, 0.999] at which the mixture's loss is lowest, and the gain in log p.
 
     `logprob` (n,) is the model's log p in nats, `p_cache` (n,) the cache's p, both at the positions
-    where the cache speaks. The gain is the sum of `log(mixture) - logprob`, 0 or more.
+    where the cache is in use. The gain is the sum of `log(mixture) - logprob`, 0 or more.
     """
     # With r = p_cache / p - 1 the gain is the sum of log(1 + lambda r), which is concave.
     r = (p_cache.double() * logprob.double().clamp(min=-700).neg().exp()).sub_(1)
@@ -143,8 +129,8 @@ def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
     return high, (r * high).log1p_().sum().item()
 
 
-def speaking(window: int, from_start: bool) -> int:
-    """The first position at which a cache of `window` speaks."""
+def first_used(window: int, from_start: bool) -> int:
+    """The first position at which a cache of `window` is in use."""
     return 1 if from_start else window + 1
 
 
@@ -161,7 +147,7 @@ def grid(
     total = piece.logprob.double().sum().item()
     settings = []
     for w, window in enumerate(windows):
-        start = speaking(window, from_start)
+        start = first_used(window, from_start)
         for k, theta in enumerate(thetas):
             lambdasm, gain = best_lambda(piece.logprob[start:], probs[w, k, start:])
             settings.append(Setting(window, theta, lambdasm, -(total + gain) / n))

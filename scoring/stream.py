@@ -55,9 +55,9 @@ def mixture(logprob: Tensor, p_cache: Tensor, lambdasm: float) -> Tensor:
 
 
 def with_cache(piece: Piece, cache: ContinuousCache, lambdasm: float) -> tuple[Tensor, Tensor]:
-    """`log p` (n,) of the words under the mixture with `cache`, and where the cache speaks (n,).
+    """`log p` (n,) of the words under the mixture with `cache`, and where the cache is in use (n,).
 
-    Where the cache does not speak yet, p is the model's alone. The piece is added to the cache.
+    Where it is not, p is the model's alone. The piece is added to the cache.
     """
-    p_cache, speaks = cache.target_prob(piece.outputs, piece.words)
-    return torch.where(speaks, mixture(piece.logprob, p_cache, lambdasm), piece.logprob), speaks
+    p_cache, in_use = cache.target_prob(piece.outputs, piece.words)
+    return torch.where(in_use, mixture(piece.logprob, p_cache, lambdasm), piece.logprob), in_use

@@ -124,18 +124,6 @@ def test_a_flag_that_would_make_it_another_run_is_refused(argv, fixed, message):
     assert settled("main", again, "resume", recorded, **fixed).batch_size == 4
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"bptt": -5}, {"clip": "x"}, {"optimizer": "sgdd"}, {"when": [1, "x"]}, {"when": 3},
-        {"data": 3}, {"logdir": 5.0}, {"clip": [1.0]}, {"deterministic": "x"},
-    ],
-)  # fmt: skip
-def test_flags_recorded_in_a_file_are_checked(bad):
-    with pytest.raises(ToolkitError, match=r"m\.pt is damaged \(its --"):
-        resumed([], **bad)
-
-
 def test_finetuning_takes_what_shapes_training(capsys):
     recorded = {"alpha": 0.0, "clip": 1.0, "lr": 7.0, "seed": 3, "optimizer": "adam", "epochs": 9,
                 "fixed_length": True, "partial_shuffle": False, "precision": None}  # fmt: skip

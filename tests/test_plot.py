@@ -64,14 +64,14 @@ def test_pictures(run_dir, tmp_path, script):
     log.write_text(log_of([*[9.0 - 0.1 * i for i in range(30)], math.inf], switch=12))
     for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
         out = tmp_path / f"curves.{kind}"
-        status, said, err = script("plot", run_dir, log, "--out", out)
+        status, out_text, err = script("plot", run_dir, log, "--out", out)
         assert (status, err) == (0, "")
         assert out.read_bytes().startswith(magic)
-    assert "| a$b_run: 4 epochs, 2.4 minutes | best valid ppl 121.51 after epoch 4 |" in said
-    assert "averaging after epoch 12" in said
-    status, said, _ = script("plot", log, "--names", "mine", "--max-ppl", 900, "--out", out)
+    assert "| a$b_run: 4 epochs, 2.4 minutes | best valid ppl 121.51 after epoch 4 |" in out_text
+    assert "averaging after epoch 12" in out_text
+    status, out_text, _ = script("plot", log, "--names", "mine", "--max-ppl", 900, "--out", out)
     assert status == 0
-    assert "| mine: 31 epochs" in said
+    assert "| mine: 31 epochs" in out_text
 
 
 BAD_INPUT = {

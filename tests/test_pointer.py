@@ -30,11 +30,11 @@ def test_target_prob(window, chunk, from_start, monkeypatch):
         for h, w in zip(outputs.split(chunk), words.split(chunk), strict=True)
     ]
     probs = torch.cat([p for p, _ in parts])
-    speaks = torch.cat([s for _, s in parts])
-    assert speaks.tolist() == [t > (0 if from_start else window) for t in range(120)]
-    assert (probs[~speaks] == 0).all()
+    in_use = torch.cat([s for _, s in parts])
+    assert in_use.tolist() == [t > (0 if from_start else window) for t in range(120)]
+    assert (probs[~in_use] == 0).all()
     expected = torch.tensor(losses).neg().exp()
-    torch.testing.assert_close(probs[speaks], expected[speaks], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(probs[in_use], expected[in_use], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
@@ -74,5 +74,5 @@ def test_memory_is_of_the_window_not_of_the_stream():
 
 def test_large_scores_do_not_overflow():
     cache = ContinuousCache(5, 100.0, from_start=True)
-    probs, speaks = cache.target_prob(torch.full((20, 4), 30.0), torch.zeros(20, dtype=torch.int64))
-    torch.testing.assert_close(probs[speaks], torch.ones(19))
+    probs, in_use = cache.target_prob(torch.full((20, 4), 30.0), torch.zeros(20, dtype=torch.int64))
+    torch.testing.assert_close(probs[in_use], torch.ones(19))

@@ -130,9 +130,7 @@ def test_the_study_reads_its_runs_from_their_metrics(tmp_path):
     assert study.tested(runs["LSTM", 1, "no averaging"]) is None
     assert study.after(runs["GRU", 2, ""], 6) is None
     assert runs["LSTM", 1, ""]["commits"] == ["0123456"]
-    page = study.report(list(runs.values()))
-    assert "not run" in page
-    assert page.count("--seed 2") == 1
+    assert "not run" in study.tables(list(runs.values()))
 
 
 def test_a_stage_of_the_study_that_ended_early_is_not_done(tmp_path, monkeypatch):

@@ -128,11 +128,11 @@ def test_cache(window, from_start, as_corpus, script, trained, corpus_dir):
     if as_corpus:
         assert found.pop(0) is None
     assert found == pytest.approx(expected, abs=1e-4)
-    speaks = len(expected) - (1 if from_start else window + 1)
-    assert f"speaks at {speaks} of {len(expected)} tokens" in objects[-1]["notes"]["cache"]
+    used = len(expected) - (1 if from_start else window + 1)
+    assert f"used at {used} of {len(expected)} tokens" in objects[-1]["notes"]["cache"]
 
 
-def test_a_cache_that_never_speaks_says_so(script, trained):
+def test_a_cache_that_is_never_used_says_so(script, trained):
     total = scored(script, trained["LSTM"], "--text", "w1 w3", "--cache")[-1]
     assert "--cache-from-start" in total["notes"]["cache"]
 

@@ -156,10 +156,10 @@ def test_search_by_the_command_line(from_start, script, trained, corpus_dir):
     assert (status, err) == (0, "")
     assert out == script("pointer", *flags, *given, "--search", "--bptt", 1000)[1]
     assert float(dict(END.findall(out))["val"]) <= float(dict(END.findall(plain))["val"])
-    ((said, ppl),) = re.findall(r"\| best: (.*) \| val ppl (\S+)", out)
+    ((best, ppl),) = re.findall(r"\| best: (.*) \| val ppl (\S+)", out)
     assert dict(END.findall(out))["val"] == ppl
     # The printed best setting, passed as flags, gives the same scores.
-    assert END.findall(script("pointer", *flags, *said.split())[1]) == END.findall(out)
+    assert END.findall(script("pointer", *flags, *best.split())[1]) == END.findall(out)
     ((_, ppl),) = re.findall(r"\| given: (.*) \| val ppl (\S+)", out)
     assert dict(END.findall(plain))["val"] == ppl
 

@@ -265,11 +265,11 @@ def test_a_seed_gives_the_lengths_it_gave_in_the_original():
     assert [training.draw_seq_len(rng, 70) for _ in range(200)] == expected
 
 
-def test_the_state_of_the_lengths_is_text_and_complete():
+def test_the_state_of_the_lengths_is_complete():
     rng = np.random.RandomState(3)
     rng.normal()  # draws two normal numbers and keeps the second for the next call
     twin = np.random.RandomState(4)
-    resume.set_rng_state(twin, resume.rng_state(rng))
+    twin.set_state(resume.rng_state(rng))
     assert [twin.normal() for _ in range(5)] == [rng.normal() for _ in range(5)]
 
 

@@ -4,18 +4,18 @@ Ends with exit status 1 if a stage fails or is no better than word frequencies a
 """
 
 import argparse
-import math
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ROOT / "data" / "sample"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools.make_sample import SAMPLE, SPLITS, token_counts, unigram_perplexity
+
+ROOT = Path(__file__).resolve().parent.parent
 # Small enough for five minutes on two cores.
 TRAINING = """
     --batch_size 20 --bptt 35 --emsize 128 --nhid 256 --nlayers 2 --dropout 0.3 --dropouth 0.2
@@ -26,20 +26,6 @@ STAGES = {
     "finetune.py": [*TRAINING, "--epochs", "4", "--nonmono", "2"],
     "pointer.py": ["--window", "500", "--theta", "0.5", "--lambdasm", "0.1"],
 }
-
-
-def tokens(split: str) -> list[str]:
-    """The tokens of a file of the sample, `<eos>` after each line."""
-    text = (SAMPLE / f"{split}.txt").read_text(encoding="utf-8")
-    return text.replace("\n", " <eos> ").split()
-
-
-def unigram_perplexity(split: str) -> float:
-    """The perplexity of a split under the word frequencies of train.txt."""
-    counts = Counter(tokens("train"))
-    total = sum(counts.values())
-    words = tokens(split)
-    return math.exp(-sum(math.log(counts[word] / total) for word in words) / len(words))
 
 
 def run(script: str, *flags: str) -> str:
@@ -62,7 +48,8 @@ def main() -> None:
     parser.add_argument("--model", default="LSTM", choices=["LSTM", "QRNN", "GRU"])
     cell = parser.parse_args().model
     start = time.time()
-    rows = [("word frequencies", unigram_perplexity("valid"), unigram_perplexity("test"))]
+    train, *others = (token_counts(SAMPLE, split) for split in SPLITS)
+    rows = [("word frequencies", *(unigram_perplexity(train, counts) for counts in others))]
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder) / "model.pt")
         for script, flags in STAGES.items():

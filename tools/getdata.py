@@ -30,51 +30,44 @@ class FetchError(Exception):
     """A file or a corpus cannot be fetched; the message gives the reason."""
 
 
-class Text(NamedTuple):
-    """The checksum of a text, SHA-256 or (40 digits) SHA-1, and its tokens including `<eos>`."""
-
-    checksum: str
-    tokens: int | None = None
-
-
 class Spec(NamedTuple):
     """A corpus; without URLs and `words` it is a part of the repository."""
 
     name: str
-    texts: dict[str, Text]
+    texts: dict[str, str]  # the checksum of each, SHA-256 or (40 digits) SHA-1
     urls: tuple[str, ...] = ()  # of an archive or, with * for train, valid and test, of the texts
     words: str | None = None  # the corpus of words that this one spells in characters
 
 
 PENN = {
-    "train": Text("fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf", 929_589),
-    "valid": Text("c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2", 73_760),
-    "test": Text("dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0", 82_430),
+    "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
 }
 PENNCHAR = {
-    "train": Text("e313d91425e06c4f0a8fb6e881dcce0c291f2a0e9f4dda54833069b122f91da9", 5_017_483),
-    "valid": Text("21661f63ec355085879458b6524644d4add5573541b4be14fb52ab2e2e995eb8", 393_043),
-    "test": Text("1ef5607ac3c463b16e38bfe7900dd3bfc91de5a96e0f21e7eab5188b465b8ebe", 442_424),
+    "train": "e313d91425e06c4f0a8fb6e881dcce0c291f2a0e9f4dda54833069b122f91da9",
+    "valid": "21661f63ec355085879458b6524644d4add5573541b4be14fb52ab2e2e995eb8",
+    "test": "1ef5607ac3c463b16e38bfe7900dd3bfc91de5a96e0f21e7eab5188b465b8ebe",
 }
 WIKITEXT_2 = {
-    "train": Text("9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f", 2_088_628),
-    "valid": Text("f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8", 217_646),
-    "test": Text("d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0", 245_569),
+    "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+    "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
 }
 WIKITEXT_103 = {
-    "train": Text("b7497e2dfe77e72cfef5e3dbc61b7b53712ac211", 103_227_021),
-    "valid": Text("9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b", 217_646),
-    "test": Text("56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9", 245_569),
+    "train": "b7497e2dfe77e72cfef5e3dbc61b7b53712ac211",
+    "valid": "9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b",
+    "test": "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9",
 }
 ENWIK8 = {
-    "train": Text("eff044567358678cd81b9eda516cb146fdba7360"),
-    "valid": Text("2076ad59caee0099b6c68e66f92d7ef7d0975113"),
-    "test": Text("1389fdf312b253350a959d4fd63e5e9ae7fe74d4"),
+    "train": "eff044567358678cd81b9eda516cb146fdba7360",
+    "valid": "2076ad59caee0099b6c68e66f92d7ef7d0975113",
+    "test": "1389fdf312b253350a959d4fd63e5e9ae7fe74d4",
 }
 SAMPLE = {
-    "train": Text("93acb3d77705ba1a3b080d419976e7f8fb9ad2342343161e5057bf5644a1e749", 157_443),
-    "valid": Text("a2c6f2354ac5040f9111c3014a9ffdf4fe015a0b00c53d1965cb5f2041d0a2fe", 22_306),
-    "test": Text("9436b577a21756e25475a933c2f18211c81bfebdadc9fa501e2d0551ee93bd3c", 19_530),
+    "train": "93acb3d77705ba1a3b080d419976e7f8fb9ad2342343161e5057bf5644a1e749",
+    "valid": "a2c6f2354ac5040f9111c3014a9ffdf4fe015a0b00c53d1965cb5f2041d0a2fe",
+    "test": "9436b577a21756e25475a933c2f18211c81bfebdadc9fa501e2d0551ee93bd3c",
 }
 ARCHIVES = {
     "wikitext-2-v1.zip": "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
@@ -148,18 +141,12 @@ def matches(path: Path, checksum: str) -> bool:
     return digest.hexdigest() == checksum
 
 
-def count_tokens(path: Path) -> int:
-    """Count words, and one `<eos>` a line."""
-    with path.open(encoding="utf-8") as lines:
-        return sum(len(line.split()) + 1 for line in lines)
-
-
 def wrong_files(spec: Spec, folder: Path) -> list[str]:
     """Return the faults of the corpus in `folder`, one phrase for each wrong file."""
     return [
-        f"{split}.txt is missing or does not have the checksum {text.checksum}"
-        for split, text in spec.texts.items()
-        if not matches(folder / f"{split}.txt", text.checksum)
+        f"{split}.txt is missing or does not have the checksum {checksum}"
+        for split, checksum in spec.texts.items()
+        if not matches(folder / f"{split}.txt", checksum)
     ]
 
 
@@ -215,8 +202,8 @@ def fetch(spec: Spec, base_url: str | None, folder: Path) -> None:
         print(f"{spec.name}: trying {url}", flush=True)
         try:
             if "*" in url:
-                for split, text in spec.texts.items():
-                    download(url.replace("*", split), folder / f"{split}.txt", text.checksum)
+                for split, checksum in spec.texts.items():
+                    download(url.replace("*", split), folder / f"{split}.txt", checksum)
             else:
                 archive = folder / url.rpartition("/")[2]
                 download(url, archive, ARCHIVES[archive.name])
@@ -235,16 +222,16 @@ def by_hand(spec: Spec, folder: Path) -> list[str]:
         *(f"  {url}  {ARCHIVES.get(url.rpartition('/')[2], '')}" for url in spec.urls),
         f"and run  BASE_URL=file:///DIR ./getdata.sh {spec.name}",
         "or put the three texts (their checksums: SHA-256, or SHA-1 if of 40 digits) at",
-        *(f"  {folder / split}.txt  {text.checksum}" for split, text in spec.texts.items()),
+        *(f"  {folder / split}.txt  {checksum}" for split, checksum in spec.texts.items()),
     ]
 
 
-def place(spec: Spec, made: Path, folder: Path) -> None:
-    """Move the texts to `folder`; a wrong file there is kept as .old, .old.old or so on."""
+def place(spec: Spec, work: Path, folder: Path) -> None:
+    """Move the texts from `work` to `folder`; a wrong file there is renamed to .old or .old.old."""
     folder.mkdir(exist_ok=True)
-    for split, text in spec.texts.items():
+    for split, checksum in spec.texts.items():
         path = folder / f"{split}.txt"
-        if matches(path, text.checksum):
+        if matches(path, checksum):
             continue  # put there by a run that was killed
         kept = path
         while os.path.lexists(kept):
@@ -252,7 +239,7 @@ def place(spec: Spec, made: Path, folder: Path) -> None:
         if kept != path:
             path.rename(kept)
             print(f"{spec.name}: kept your {path} as {kept.name}", flush=True)
-        (made / path.name).rename(path)
+        (work / path.name).rename(path)
 
 
 def get(name: str, data_dir: Path, base_url: str | None = None) -> None:
@@ -272,13 +259,13 @@ def get(name: str, data_dir: Path, base_url: str | None = None) -> None:
         )
     work.mkdir(exist_ok=True)
     if spec.words:
-        print(f"{name}: made from {spec.words}", flush=True)
+        print(f"{name}: derived from {spec.words}", flush=True)
         get(spec.words, data_dir, base_url)
         words_to_characters(data_dir / spec.words, work)
     else:
         fetch(spec, base_url, work)
     if wrong := wrong_files(spec, work):
-        raise FetchError(f"{name}: {'; '.join(wrong)}, made of the right files: report this bug")
+        raise FetchError(f"{name}: {'; '.join(wrong)} from a correct source: report this bug")
     place(spec, work, folder)
     shutil.rmtree(work)
     print(f"{name}: put in {folder}, checksums right", flush=True)

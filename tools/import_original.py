@@ -19,17 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint  # noqa: E402
-from cli import flags  # noqa: E402
-from cli.parser import Parser  # noqa: E402
-from data import Corpus  # noqa: E402
-from model import make_network  # noqa: E402
-from run import program  # noqa: E402
-from splitcross import default_splits  # noqa: E402
-from utils import ToolkitError  # noqa: E402
+import checkpoint
+from cli import flags
+from cli.parser import Parser
+from data import Corpus
+from model import make_network
+from run import program
+from splitcross import default_splits
+from utils import ToolkitError
 
 GATES = {4: "LSTM", 3: "GRU"}
 
@@ -48,15 +47,13 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     Raises ToolkitError if the file holds anything but named tensors.
     """
-    if not Path(path).is_file():
-        raise ToolkitError(f"there is no file {path}: export one as docs/model-file.md says")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch.load raises many kinds of error; each means that these are not plain tensors.
+        # torch.load raises many kinds of error; each means that there are no plain tensors.
         raise ToolkitError(
-            f"{path} does not hold plain tensors alone: export the state dict as "
-            "docs/model-file.md says"
+            f"{path} cannot be read as plain tensors ({type(error).__name__}): export the state "
+            "dict as docs/model-file.md says"
         ) from error
     if isinstance(content, dict) and set(content) == {"model", "criterion"}:
         states = [content["model"], content["criterion"]]

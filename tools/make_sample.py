@@ -1,8 +1,9 @@
-"""Make data/sample from the King James Bible: `python tools/make_sample.py [TEXT] [--out DIR]`.
+"""Make data/sample from the King James Bible, Debian's package bible-kjv.
 
-TEXT is a file with the output of `bible -f gen1:1-rev22:21` (Debian's package bible-kjv: one verse
-a line, such as `Ge1:3 And God said, ...`); without it the command itself is run. The three files
-go to DIR (data/sample by default), and their figures are printed as rows for its README.
+    bible -f gen1:1-rev22:21 </dev/null | python tools/make_sample.py
+
+The input has one verse a line, such as `Ge1:3 And God said, ...`. The three files go to --out, and
+their figures are printed as rows for its README.
 """
 
 from __future__ import annotations
@@ -10,22 +11,17 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
-COMMAND = ["bible", "-f", "gen1:1-rev22:21"]
 # Only narrative prose, so that the text is of one kind: no laws, lists or poems.
 BOOKS = ["Ge", "Exo", "Jdgs", "Ruth", "1Sm", "2Sm", "1Ki", "2Ki", "Est"]
 VERSE = re.compile(r"(\d?[A-Za-z]+)(\d+):\d+ (.*)")
 WORD = re.compile(r"[a-z]+(?:-[a-z]+)*|'s\b")
 MIN_COUNT = 3
+SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 SPLITS = ("train", "valid", "test")
-
-
-def words_of(verse: str) -> list[str]:
-    """Return the verse's words: lower case, no punctuation, the possessive 's a word of its own."""
-    return WORD.findall(verse.lower())
 
 
 def split_by_chapter(text: str) -> dict[str, list[list[str]]]:
@@ -35,12 +31,13 @@ def split_by_chapter(text: str) -> dict[str, list[list[str]]]:
     for line in text.splitlines():
         match = VERSE.fullmatch(line.strip())
         if match is None:
-            raise SystemExit(f"not a verse as `{' '.join(COMMAND)}` prints it: {line!r}")
+            raise SystemExit(f"not a verse as bible -f prints it: {line!r}")
         book, chapter, verse = match.groups()
         if book in BOOKS:
             number = chapters.setdefault((book, chapter), len(chapters))
             split = {8: "valid", 9: "test"}.get(number % 10, "train")
-            verses[split].append(words_of(verse))
+            # Lower case, no punctuation, the possessive 's a word of its own.
+            verses[split].append(WORD.findall(verse.lower()))
     missing = set(BOOKS) - {book for book, _ in chapters}
     if missing:
         raise SystemExit(f"the text lacks these books: {', '.join(sorted(missing))}")
@@ -57,6 +54,12 @@ def replace_rare(verses: dict[str, list[list[str]]]) -> None:
         ]
 
 
+def token_counts(folder: Path, split: str) -> Counter[str]:
+    """How often each token occurs in a file of the sample, `<eos>` once a line."""
+    text = (folder / f"{split}.txt").read_text(encoding="utf-8")
+    return Counter(text.replace("\n", " <eos> ").split())
+
+
 def unigram_perplexity(train: Counter[str], tokens: Counter[str]) -> float:
     """Return exp of the mean of -log p(token), p being the share of the token in train.
 
@@ -68,34 +71,19 @@ def unigram_perplexity(train: Counter[str], tokens: Counter[str]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", nargs="?", type=Path, help="the whole text, one verse a line")
-    default = Path(__file__).resolve().parent.parent / "data" / "sample"
-    parser.add_argument("--out", type=Path, default=default, help="folder for the three files")
+    """Write the files and print their figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=SAMPLE, help="folder for the three files")
     args = parser.parse_args(argv)
-    if args.text is None:
-        # The command gets no input: on a terminal it would start to ask questions.
-        try:
-            text = subprocess.run(
-                COMMAND, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
-            ).stdout
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(
-                f"`{' '.join(COMMAND)}` failed ({error}): install Debian's package bible-kjv, or "
-                "give its output as a file"
-            ) from None
-    else:
-        text = args.text.read_text(encoding="utf-8")
-
-    verses = split_by_chapter(text)
+    verses = split_by_chapter(sys.stdin.read())
     replace_rare(verses)
     args.out.mkdir(parents=True, exist_ok=True)
-    counts = {}
     for split in SPLITS:
         lines = "".join(f"{' '.join(verse)}\n" for verse in verses[split])
         (args.out / f"{split}.txt").write_text(lines, encoding="utf-8", newline="\n")
-        counts[split] = Counter(lines.replace("\n", " <eos> ").split())
-
+    counts = {split: token_counts(args.out, split) for split in SPLITS}
     for split, tokens in counts.items():
         share = 100 * tokens["<unk>"] / tokens.total()
         perplexity = unigram_perplexity(counts["train"], tokens)

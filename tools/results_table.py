@@ -3,14 +3,13 @@
 Tables stand between `<!-- NAME: written by tools/results_table.py -->` and `<!-- end of NAME -->`:
 
 published  in README.md: published figures and ours, from bench/reproduce.py's ROW.metrics.jsonl
-study      in docs/reproducing.md: the small-scale study, from bench/study.py's study.jsonl
+study      in docs/reproducing.md and results/study.md: from bench/study.py's study.jsonl
 commands   in docs/commands.md: the published commands, from cli/presets.py
 
 `--check` changes nothing and ends with exit status 1 if they differ.
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,11 +18,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import study
-from bench.published import BITS, ROWS, Row
+from bench.common import read_lines, table_head, table_row
+from bench.published import BITS, ROWS, Row, shown
 from cli.presets import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("main", "finetune", "pointer")
 
 
 def published_cell(row: Row, stage: str) -> str:
@@ -31,42 +30,29 @@ def published_cell(row: Row, stage: str) -> str:
     valid, test = row.figures.get(stage, (None, None))
     if test is None:
         return ""
-    if row.unit == BITS:
-        return f"test {test:.3f} bpc"
-    return f"{valid:.1f} / {test:.1f}"
+    return f"test {test:.3f} bpc" if row.unit == BITS else f"{valid:.1f} / {test:.1f}"
 
 
-def our_cell(row: Row, known: dict[str, Any] | None) -> str:
+def our_cell(row: Row, known: dict[str, Any]) -> str:
     """Our figures, or the progress of an unfinished run; empty if nothing has been run."""
-    if not known or known.get("valid") is None:
-        return ""
-    digits = 3 if row.unit == BITS else 2
-    valid = f"{known['valid']:.{digits}f}"
-    if known["done"] and known.get("test") is not None:
-        return f"{valid} / {known['test']:.{digits}f}"
-    if not known.get("epochs"):
+    valid, test = (shown(known.get(kind), row.unit) for kind in ("valid", "test"))
+    if valid and test and known["done"]:
+        return f"{valid} / {test}"
+    if not valid or not known.get("epochs"):
         return ""
     return f"valid {valid} after {known['epochs']} of {known['of']} epochs"
 
 
 def published_table(results: Path) -> str:
     """The published table with our figures from the files in `results`."""
-    lines = [
-        "| corpus, cell | published: main | finetune | pointer | ours: main | finetune | pointer |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    stages = ["main", "finetune", "pointer"]
+    lines = table_head("corpus, cell", "published: main", *stages[1:], "ours: main", *stages[1:])
     for name, row in ROWS.items():
-        path = results / f"{name}.metrics.jsonl"
-        stages = {}
-        if path.exists():
-            with open(path, encoding="utf-8") as file:
-                head = json.loads(file.readline() or "{}")
-            if head and not head["reduced"]:
-                stages = head["stages"]
-        cells = [published_cell(row, stage) for stage in STAGES]
-        cells += [our_cell(row, stages.get(stage)) for stage in STAGES]
-        title = f"[{row.title}](results/{name}.md)" if stages else row.title
-        lines.append("| " + " | ".join([title, *cells]) + " |")
+        head = next(iter(read_lines(results / f"{name}.metrics.jsonl")), {})
+        ours = {} if head.get("reduced") else head.get("stages", {})
+        cells = [published_cell(row, stage) for stage in stages]
+        cells += [our_cell(row, ours.get(stage, {})) for stage in stages]
+        lines.append(table_row(f"[{row.title}](results/{name}.md)" if ours else row.title, *cells))
     return "\n".join(lines)
 
 
@@ -91,9 +77,11 @@ def commands() -> str:
 
 def pages(results: Path) -> dict[str, tuple[str, str]]:
     """The table of each page: its name and its content."""
+    tables = study.tables(read_lines(results / "study.jsonl"))
     return {
         "README.md": ("published", published_table(results)),
-        "docs/reproducing.md": ("study", study.tables(study.read(results))),
+        "docs/reproducing.md": ("study", tables),
+        "results/study.md": ("study", tables),
         "docs/commands.md": ("commands", commands()),
     }
 
