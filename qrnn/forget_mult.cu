@@ -158,8 +158,8 @@ struct Streams {
 // Writes every row of h, with zeros beyond a column's length; to states, unless null, the state before
 // each chunk of the walk, (chunks, batch, hidden); to c_last, unless null, the last state. c_init may
 // be null.
-KERNEL forward(INPUTS, const Scalar *__restrict__ c_init, Scalar *__restrict__ h,
-               State *__restrict__ states, Scalar *__restrict__ c_last, SIZES) {
+KERNEL qrnn_forward(INPUTS, const Scalar *__restrict__ c_init, Scalar *__restrict__ h,
+                    State *__restrict__ states, Scalar *__restrict__ c_last, SIZES) {
     constexpr int STEPS = GATE || MASK ? CHUNK : 2 * CHUNK;  // 16 to 32 values are fetched at once
     const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const long long columns = batch * hidden;
@@ -221,11 +221,11 @@ KERNEL forward(INPUTS, const Scalar *__restrict__ c_init, Scalar *__restrict__ h
 // grad_h, grad_last, grad_init and grad_bias may be null. Writes every row of grad_z, grad_f and, with
 // a gate, grad_o, with zeros beyond a column's length; and to grad_bias their sums over time, (batch,
 // 3 * hidden) or without a gate (batch, 2 * hidden).
-KERNEL backward(INPUTS, const State *__restrict__ states, const Scalar *__restrict__ grad_h,
-                long long grad_h_row, const Scalar *__restrict__ grad_last,
-                Scalar *__restrict__ grad_z, Scalar *__restrict__ grad_f,
-                Scalar *__restrict__ grad_o, long long grad_row, Scalar *__restrict__ grad_init,
-                State *__restrict__ grad_bias, SIZES) {
+KERNEL qrnn_backward(INPUTS, const State *__restrict__ states, const Scalar *__restrict__ grad_h,
+                     long long grad_h_row, const Scalar *__restrict__ grad_last,
+                     Scalar *__restrict__ grad_z, Scalar *__restrict__ grad_f,
+                     Scalar *__restrict__ grad_o, long long grad_row, Scalar *__restrict__ grad_init,
+                     State *__restrict__ grad_bias, SIZES) {
     const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const long long columns = batch * hidden;
     if (column >= columns) return;

@@ -99,7 +99,7 @@ class _Recurrence(torch.autograd.Function):
             chunks = -(-seq_len // CHUNK[z.dtype])
             states = z.new_empty(chunks, batch, hidden, dtype=cuda.wide(z.dtype))
         inputs = {"z": z, "f": f, "mask": mask, "lengths": lengths, "bias": bias}
-        _launch("forward", **inputs, **options, others=(c_init, h, states, c_last))
+        _launch("qrnn_forward", **inputs, **options, others=(c_init, h, states, c_last))
         ctx.save_for_backward(states, *inputs.values())
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -128,7 +128,7 @@ class _Recurrence(torch.autograd.Function):
         incoming = (states, grad_h, grad_h_row, grad_last)
         outputs = (*_parts(grad_z, grad_f, ctx.options["gate"]), row, grad_init, grad_bias)
         inputs = {"z": z, "f": f, "mask": mask, "lengths": lengths, "bias": bias}
-        _launch("backward", **inputs, **ctx.options, others=(*incoming, *outputs))
+        _launch("qrnn_backward", **inputs, **ctx.options, others=(*incoming, *outputs))
         if grad_bias is not None:
             grad_bias = grad_bias.sum(dim=0)
         return grad_z, grad_f, grad_init, None, None, grad_bias, None

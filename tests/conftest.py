@@ -113,7 +113,7 @@ def cpp_kernels(tmp_path_factory):
 
 @pytest.fixture
 def shim(cpp_kernels, monkeypatch):
-    """The CUDA kernels on CPU tensors; `shim.copy`'s and all new tensors are guarded by canaries."""
+    """The CUDA kernels on CPU tensors; copies by `shim.place` and new tensors have canaries."""
     canaries = Canaries()
 
     def new_empty(like, *shape, dtype=None):
@@ -127,10 +127,7 @@ def shim(cpp_kernels, monkeypatch):
     properties = SimpleNamespace(multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     yield SimpleNamespace(
-        launched=cpp_kernels.launched,
-        copy=canaries.copy,
-        check=canaries.check,
-        place=Place(canaries.copy),
+        launched=cpp_kernels.launched, place=Place(canaries.copy), check=canaries.check
     )
     canaries.check()
 

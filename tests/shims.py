@@ -15,7 +15,10 @@ import torch
 from qrnn import cuda
 
 SHIM = Path(__file__).with_name("shim")
-NAMES = {"forget_mult.cu": ("forward", "backward"), "cross_entropy.cu": ("cross_entropy",)}
+NAMES = {
+    "forget_mult.cu": ("qrnn_forward", "qrnn_backward"),
+    "cross_entropy.cu": ("cross_entropy",),
+}
 ARCHITECTURES = [80, 90]  # of A100 and H100
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -62,7 +65,8 @@ class Shim:
                 values.append(types[kind](argument))
             addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
             # The driver's default limits.
-            assert grid[0] >= 1 and 0 <= shared_mem <= 48 << 10
+            assert grid[0] >= 1
+            assert 0 <= shared_mem <= 48 << 10
             size = ctypes.c_size_t(shared_mem)
             failure = library.launch_kernel(name.encode(), *grid, *block, size, addresses)
             assert failure is None, failure

@@ -52,14 +52,14 @@ static void run(long long seq_len, long long batch, long long hidden, bool rever
     void *forward_arguments[] = {&z_at,    &f_at,     &o_at,       &in,       &keep_at, &scale,
                                  &lengths, &bias_at,  &initial_at, &h_at,     &kept_at, &last_at,
                                  &sizes[0], &sizes[1], &sizes[2],  &sizes[3]};
-    launch(forward, blocks, 64, forward_arguments);
+    launch(qrnn_forward, blocks, 64, forward_arguments);
     void *backward_arguments[] = {&z_at,            &f_at,         &o_at,        &in,
                                   &keep_at,         &scale,        &lengths,     &bias_at,
                                   &states_at,       &grad_h_at,    &grad_h_step, &grad_last_at,
                                   &grad_z_at,       &grad_f_at,    &grad_o_at,   &in,
                                   &grad_initial_at, &grad_bias_at, &sizes[0],    &sizes[1],
                                   &sizes[2],        &sizes[3]};
-    launch(backward, blocks, 64, backward_arguments);
+    launch(qrnn_backward, blocks, 64, backward_arguments);
 }
 
 int main() {
