@@ -185,11 +185,11 @@ def _rows(tensor: Tensor) -> tuple[Tensor, int]:
     """A tensor (seq_len, batch, hidden) and the distance of its rows, in elements.
 
     It is the tensor itself if its rows are dense and evenly spaced, as in a slice of columns, and
-    otherwise a contiguous copy: an expanded gradient, for instance, has rows 0 apart.
+    otherwise a contiguous copy.
     """
     _, batch, hidden = tensor.shape
     row = tensor.stride(1)
-    if tensor.stride() == (batch * row, row, 1) and row >= hidden:
+    if tensor.stride() == (batch * row, row, 1):
         return tensor, row
     return tensor.contiguous(), hidden
 

@@ -174,20 +174,26 @@ SOFTMAX_TOLERANCE = TOLERANCE | LOSS_TOLERANCE
 def check_cross_entropy(
     rows: int, columns: int, dtype: torch.dtype, place: Place, apart: int = 0, spread: float = 3.0
 ) -> None:
-    """Losses, gradients and sums; `apart` vectors of 16 bytes lie between the rows."""
+    """Losses, gradients and sums; `apart` vectors of 16 bytes lie between the rows.
+
+    With 1 the bias does not begin at a multiple of 16 bytes, with 2 its numbers are apart.
+    """
     what = f"{rows} x {columns} {dtype}, {apart} apart"
     logits = torch.randn(rows, columns, dtype=torch.float64).mul(spread).to(dtype)
-    bias = torch.randn(columns, dtype=cuda.wide(dtype))
-    targets = torch.randint(columns, (rows,))
-    true_losses, true_gradients, true_sums = softmax_reference(logits.double() + bias, targets)
+    wide = cuda.wide(dtype)
+    bias = place.put(torch.randn(2 * columns + 1, dtype=wide))
+    bias = {0: bias[:columns], 1: bias[1 : columns + 1], 2: bias[1::2]}[apart]
+    targets = place.put(torch.randint(columns, (rows, 2)))[:, 0]
+    # Rounded like the kernel's sums: a large sum's rounding may exceed all other errors.
+    added = logits.to(wide) + bias.cpu()
+    true_losses, true_gradients, true_sums = softmax_reference(added, targets.cpu())
     vector = 16 // dtype.itemsize
     row = (-(-columns // vector) + apart) * vector
     buffer = place.put(torch.full((rows, row), torch.nan, dtype=dtype))
     given = buffer[:, :columns].copy_(logits)
     losses, sums = cross_entropy.loss_and_gradient_(
-        given, place.put(targets), place.put(bias), gradient=True, bias_gradient=True
+        given, targets, bias, gradient=True, bias_gradient=True
     )
-    wide = cuda.wide(dtype)
     assert losses.dtype == sums.dtype == wide
     assert buffer[:, columns:].isnan().all(), f"written between rows, {what}"
     place.near(losses, true_losses, LOSS_TOLERANCE, wide, f"losses, {what}")

@@ -108,15 +108,22 @@ class TestGradients:
     @pytest.mark.parametrize("gate", [False, True])
     @pytest.mark.parametrize("result", [0, 1])
     def test_either_result_alone(self, shim, gate, result):
-        """A missing gradient counts as zero and is not read; that of a sum is expanded."""
+        """A missing gradient counts as zero and is not read; one row may serve for all."""
         torch.manual_seed(0)
         y = torch.randn(9, 2, 15 if gate else 10, dtype=torch.float64).requires_grad_()
         c0 = torch.randn(2, 5, dtype=torch.float64).requires_grad_()
-        grads, expected = (
-            torch.autograd.grad(way.pool(y, c0, None, gate)[result].sum(), (y, c0))
-            for way in (kernels, definition)
-        )
-        torch.testing.assert_close(grads, expected)
+        for weight in (torch.randn(5).double(), torch.ones(1).double()):
+            grads, expected = (
+                torch.autograd.grad(wanted, (y, c0), weight.expand_as(wanted))
+                for wanted in (way.pool(y, c0, None, gate)[result] for way in (kernels, definition))
+            )
+            torch.testing.assert_close(grads, expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_gradient_s_rows_begin_at_multiples_of_16_bytes(self, shim, dtype):
+        y = torch.randn(4, 2, 15, dtype=dtype, requires_grad=True)
+        (grad,) = torch.autograd.grad(kernels.pool(y)[0].sum(), y)
+        assert grad.stride(1) * dtype.itemsize % 16 == 0
 
     def test_states_are_kept_only_for_a_backward_pass(self, shim, monkeypatch):
         sizes = []
@@ -153,7 +160,8 @@ def every_second_column(tensor):
 
 
 def batch_first(tensor):
-    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    batch = min(1, tensor.dim() - 1)
+    return tensor.transpose(0, batch).contiguous().transpose(0, batch)
 
 
 @needs_compiler
