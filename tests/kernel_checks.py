@@ -182,7 +182,7 @@ def check_cross_entropy(
     logits = torch.randn(rows, columns, dtype=torch.float64).mul(spread).to(dtype)
     wide = cuda.wide(dtype)
     bias = place.put(torch.randn(2 * columns + 1, dtype=wide))
-    bias = {0: bias[:columns], 1: bias[1 : columns + 1], 2: bias[1::2]}[apart]
+    bias = {0: bias[:columns], 1: bias[1 : columns + 1], 2: bias[: 2 * columns : 2]}[apart]
     targets = place.put(torch.randint(columns, (rows, 2)))[:, 0]
     # Rounded like the kernel's sums: a large sum's rounding may exceed all other errors.
     added = logits.to(wide) + bias.cpu()
