@@ -51,7 +51,7 @@ SETTINGS = {
 FORMS = ("weight_drop", "linear", "splitcross", "nt_asgd", "step", "qrnn")
 # An operation or kernel is of the first kind that has a part of its name; the last has the rest.
 KINDS = {
-    "recurrent layers": ("rnn", "lstm", "gru", "qrnn", "forget_mult", "elemwiseforward"),
+    "recurrent layers": ("rnn", "lstm", "gru", "qrnn", "elemwiseforward"),
     "matrix products": ("mm", "gemm", "xmma", "cutlass", "addmm", "cublas", "nvjet"),
     "random numbers": ("bernoulli", "random", "dropout", "uniform", "distribution"),
     "norm and sums": ("norm", "sum", "reduce", "mean", "amax"),

@@ -18,17 +18,11 @@
 // Compiled once per element type: -DSCALAR=double | float | Float16 | BFloat16 -DTHREADS=threads per
 // block. All arithmetic is in State: double for double, else float.
 
-#if !defined(SCALAR) || !defined(THREADS)
-#error "define SCALAR as double, float, Float16 or BFloat16, and THREADS as a number of threads"
-#endif
-
 #include "../qrnn/scalars.cuh"
 
 constexpr int PER_VECTOR = 16 / sizeof(Scalar);
 constexpr int PER_WIDE = 16 / sizeof(State);
 constexpr int WARPS = THREADS / 32;
-
-static_assert(WARPS * 32 == THREADS && WARPS <= 32, "a block is 1 to 32 whole warps");
 
 // One load or store of 16 bytes: of logits (Vector) and of numbers in State (Wide).
 struct alignas(16) Vector {
@@ -40,21 +34,13 @@ struct alignas(16) Wide {
 };
 
 // The warps' pairs for two alternating rows, 4 * WARPS numbers. With bias_sums one sum per column
-// follows, padded to a whole vector.
+// follows, padded to a full vector.
 extern __shared__ State shared_memory[];
 
-__device__ __forceinline__ float exp_of(float v) { return expf(v); }
-
-__device__ __forceinline__ double exp_of(double v) { return exp(v); }
-
-__device__ __forceinline__ float log_of(float v) { return logf(v); }
-
-__device__ __forceinline__ double log_of(double v) { return log(v); }
-
-__device__ __forceinline__ State nothing() { return State(bits_to_float(0xff800000u)); }
+__device__ __forceinline__ State minus_infinity() { return State(bits_to_float(0xff800000u)); }
 
 // The number subtracted before exp: the largest value, or 0 if all are -infinity, to avoid NaN.
-__device__ __forceinline__ State base_of(State top) { return top == nothing() ? State(0) : top; }
+__device__ __forceinline__ State base_of(State top) { return top == minus_infinity() ? State(0) : top; }
 
 struct Softmax {
     State top, mass;  // the largest value, and the sum of exp(v - base_of(top))
@@ -62,7 +48,7 @@ struct Softmax {
     __device__ __forceinline__ void add(State other_top, State other_mass) {
         const State larger = other_top > top ? other_top : top;
         const State base = base_of(larger);
-        mass = mass * exp_of(top - base) + other_mass * exp_of(other_top - base);
+        mass = mass * exp(top - base) + other_mass * exp(other_top - base);
         top = larger;
     }
 
@@ -73,23 +59,14 @@ struct Softmax {
     }
 };
 
-__device__ __forceinline__ bool aligned(const void *address) {
-    return (unsigned long long)address % sizeof(Vector) == 0;  // null is
-}
-
-// One row of logits; reads and writes its columns.
+// One row of logits; reads and writes its columns, a full vector at once.
 struct RowOfLogits {
     Scalar *begin;
-    const State *bias;  // or null
+    const State *bias;
     int columns;
-    bool aligned, bias_aligned;
-
-    __device__ __forceinline__ bool whole(int at) const {
-        return aligned && at + PER_VECTOR <= columns;
-    }
 
     __device__ __forceinline__ Vector fetch(int at) const {
-        if (whole(at)) return *(const Vector *)(begin + at);
+        if (at + PER_VECTOR <= columns) return *(const Vector *)(begin + at);
         Vector vector = {};
         for (int i = 0; i < PER_VECTOR; ++i)
             if (at + i < columns) vector.values[i] = begin[at + i];
@@ -97,7 +74,7 @@ struct RowOfLogits {
     }
 
     __device__ __forceinline__ void store(int at, const Vector &vector) const {
-        if (whole(at)) {
+        if (at + PER_VECTOR <= columns) {
             *(Vector *)(begin + at) = vector;
             return;
         }
@@ -109,26 +86,26 @@ struct RowOfLogits {
     __device__ __forceinline__ void values(const Vector &vector, int at, State *v) const {
         const bool inside = at + PER_VECTOR <= columns;
 #pragma unroll
-        for (int i = 0; i < PER_VECTOR; ++i)
-            v[i] = inside || at + i < columns ? widen(vector.values[i]) : nothing();
-        if (!bias) return;
-#pragma unroll
         for (int n = 0; n < PER_VECTOR; n += PER_WIDE) {
             Wide added = {};
-            if (inside && bias_aligned)
+            if (inside)
                 added = *(const Wide *)(bias + at + n);
             else
                 for (int i = 0; i < PER_WIDE; ++i)
                     if (at + n + i < columns) added.values[i] = bias[at + n + i];
 #pragma unroll
-            for (int i = 0; i < PER_WIDE; ++i) v[n + i] += added.values[i];
+            for (int i = 0; i < PER_WIDE; ++i) {
+                const bool exists = inside || at + n + i < columns;
+                const State logit = exists ? widen(vector.values[n + i]) : minus_infinity();
+                v[n + i] = logit + added.values[i];
+            }
         }
     }
 };
 
-// The softmax of a whole row, the same in every thread; `pairs` holds the warps' results.
+// The softmax of a row, the same in every thread; `pairs` holds the warps' results.
 __device__ __forceinline__ Softmax softmax_of(const RowOfLogits &row, State *pairs) {
-    Softmax softmax = {nothing(), State(0)};
+    Softmax softmax = {minus_infinity(), State(0)};
     int at = (int)threadIdx.x * PER_VECTOR;
     Vector next = row.fetch(at);
     while (at < row.columns) {
@@ -139,9 +116,9 @@ __device__ __forceinline__ Softmax softmax_of(const RowOfLogits &row, State *pai
 #pragma unroll
         for (int i = 0; i < PER_VECTOR; ++i) top = values[i] > top ? values[i] : top;
         const State base = base_of(top);
-        State mass = softmax.mass * exp_of(softmax.top - base);
+        State mass = softmax.mass * exp(softmax.top - base);
 #pragma unroll
-        for (int i = 0; i < PER_VECTOR; ++i) mass += exp_of(values[i] - base);
+        for (int i = 0; i < PER_VECTOR; ++i) mass += exp(values[i] - base);
         softmax = {top, mass};
         at += THREADS * PER_VECTOR;
     }
@@ -152,7 +129,7 @@ __device__ __forceinline__ Softmax softmax_of(const RowOfLogits &row, State *pai
         pairs[WARPS + warp] = softmax.mass;
     }
     __syncthreads();
-    softmax = {nothing(), State(0)};
+    softmax = {minus_infinity(), State(0)};
     if (lane < WARPS) softmax = {pairs[lane], pairs[WARPS + lane]};
     softmax.add_lanes();
     return softmax;
@@ -167,7 +144,7 @@ __device__ __forceinline__ void write_gradient(const RowOfLogits &row, const Sof
         Vector gradients = {};
 #pragma unroll
         for (int i = 0; i < PER_VECTOR; ++i) {
-            const State share = exp_of(values[i] - base) * inverse;
+            const State share = exp(values[i] - base) * inverse;
             values[i] = at + i == target ? share - State(1) : share;
             narrow(values[i], gradients.values[i]);
         }
@@ -184,8 +161,9 @@ __device__ __forceinline__ void write_gradient(const RowOfLogits &row, const Sof
     }
 }
 
-// Row r of the logits begins at r * row_distance. `bias` and `bias_sums` may be null; `bias_sums` has
-// one row per block and needs with_gradient. A target outside the row makes its loss NaN.
+// Row r of the logits begins at r * row_distance; the rows and `bias` begin at multiples of 16 bytes.
+// `bias_sums`, one row per block, may be null and needs with_gradient. A target outside the row makes
+// its loss NaN.
 extern "C" __global__ void __launch_bounds__(THREADS, sizeof(State) == 8 ? 1 : 2)
     cross_entropy(Scalar *logits, long long row_distance, const State *bias,
                   const long long *targets, State *losses, State *bias_sums, long long rows,
@@ -199,17 +177,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, sizeof(State) == 8 ? 1 : 2
     State *pairs = shared_memory, *other_pairs = shared_memory + 2 * WARPS;
     for (long long r = blockIdx.x; r < rows; r += gridDim.x) {
         Scalar *begin = logits + r * row_distance;
-        const RowOfLogits row = {begin, bias, (int)columns, aligned(begin), aligned(bias)};
+        const RowOfLogits row = {begin, bias, (int)columns};
         const long long target = targets[r];
         State chosen = State(0);
         // Read before the barrier: after it the gradient overwrites the logit.
         if (threadIdx.x == 0) {
             const bool known = (unsigned long long)target < (unsigned long long)columns;
-            chosen = known ? widen(begin[target]) : State(bits_to_float(0x7fc00000u));
-            if (known && bias) chosen += bias[target];
+            chosen = known ? widen(begin[target]) + bias[target] : State(bits_to_float(0x7fc00000u));
         }
         const Softmax softmax = softmax_of(row, pairs);
-        if (threadIdx.x == 0) losses[r] = log_of(softmax.mass) + (softmax.top - chosen);
+        if (threadIdx.x == 0) losses[r] = log(softmax.mass) + (softmax.top - chosen);
         if (with_gradient) write_gradient(row, softmax, target, sums);
         State *const now = pairs;
         pairs = other_pairs;

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fast.linear import FastLinear
 from model import QRNN
+from qrnn import kernels
 from qrnn.check import numbers
-from qrnn.forget_mult import adds_bias, way_for
+from qrnn.forget_mult import way_for
 
 
 class FastQRNN(QRNN):
@@ -17,7 +18,7 @@ class FastQRNN(QRNN):
     def project(self, X: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         # A WeightDrop wraps the linear map.
         linear = getattr(self.linear, "module", self.linear)
-        if not isinstance(linear, FastLinear) or not adds_bias(way_for(X, self.use_cuda)):
+        if not isinstance(linear, FastLinear) or way_for(X, self.use_cuda) is not kernels:
             return super().project(X, lengths)
         return self.linear(self.windowed(X, lengths), with_bias=False), linear.bias
 

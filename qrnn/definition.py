@@ -16,9 +16,11 @@ def forget_mult(
 
     `hidden_init` is (batch, hidden) or None for zeros. `reverse` walks time from its end.
     """
+    if reverse:
+        f, x = f.flip(0), x.flip(0)
     h = torch.zeros_like(x[0]) if hidden_init is None else hidden_init
     states = []
-    for f_t, x_t in zip(*((f.flip(0), x.flip(0)) if reverse else (f, x)), strict=True):
+    for f_t, x_t in zip(f, x, strict=True):
         h = f_t * x_t + (1 - f_t) * h
         states.append(h)
     return torch.stack(states[::-1] if reverse else states)

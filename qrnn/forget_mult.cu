@@ -1,4 +1,4 @@
-// The QRNN recurrence (arXiv 1611.01576, section 2.1) forwards and backwards, alone (ForgetMult) or
+// The QRNN recurrence (arXiv 1611.01576, section 2.1), forwards and backwards, alone (ForgetMult) or
 // fused with a layer's tanh, sigmoids, zoneout and output gate.
 //
 // F is one minus the paper's forget gate. A step of the walk is
@@ -12,8 +12,8 @@
 //
 // Layout. Every tensor is a stack of rows, one per (time, column of the batch); row (t, b) begins
 // at (t * batch + b) * row, so a tensor may be a slice of a wider one: Z | F | O side by side, or
-// one direction's half of a bidirectional output. One thread owns one (b, j) column and walks
-// time; neighbouring threads own neighbouring j, so every access is coalesced.
+// one direction's half of a bidirectional output's gradient. One thread owns one (b, j) column and
+// walks time; neighbouring threads own neighbouring j, so every access is coalesced.
 //
 // Traffic. The layer reads Z, F, O and writes H (4 N), then reads Z, F, O, dH and writes dZ, dF, dO
 // (7 N): 11 N elements. Only one state c in CHUNK is written and read again, 2 N / CHUNK more. The
@@ -28,12 +28,9 @@
 // 31,000 threads with 8 steps of three float streams are 3 MB. More is not possible: all loads of a
 // chunk share one scoreboard, so a thread waits for the whole chunk before it fetches the next.
 //
-// Compiled once per element type: -DSCALAR=double | float | Float16 | BFloat16 -DCHUNK=steps. All
-// arithmetic is in State: double for double, else float.
-
-#if !defined(SCALAR) || !defined(CHUNK)
-#error "define SCALAR as double, float, Float16 or BFloat16, and CHUNK as a number of steps"
-#endif
+// Compiled once per element type and variant, -DSCALAR=double | float | Float16 | BFloat16
+// -DCHUNK=steps and, each 0 or 1, -DFUSED (a layer's tanh and sigmoids; else ForgetMult, whose z is
+// x), -DGATE (the output gate) and -DMASK (zoneout by a mask). All arithmetic is in State.
 
 #include "scalars.cuh"
 
@@ -75,9 +72,6 @@ __device__ __forceinline__ float tanh_of(float v) {
 }
 
 __device__ __forceinline__ double tanh_of(double v) { return tanh(v); }
-
-// Steps that the forward kernel fetches at once (16 to 32 values), given the streams per step.
-__device__ constexpr int forward_steps(int streams) { return streams <= 2 ? 2 * CHUNK : CHUNK; }
 
 // A thread's position in a stack of rows, and the distance of one step of its walk, in elements.
 struct Cursor {
@@ -128,9 +122,9 @@ struct Chunk {
     }
 };
 
-// The first parameters of both directions: Z, F, O with one row stride (ForgetMult: x and f), the
-// zoneout mask or scale, the lengths of the batch columns (or null), and the biases of Z, F and O end
-// to end (or null; ForgetMult has none).
+// The first parameters of both kernels: Z, F, O with one row stride (ForgetMult: x and f), the zoneout
+// mask or scale, the lengths of the batch columns (or null), and the biases of Z, F and O end to end
+// (or null; ForgetMult has none).
 #define INPUTS                                                                                     \
     const Scalar *__restrict__ z, const Scalar *__restrict__ f, const Scalar *__restrict__ o,      \
         long long in_row, const Scalar *__restrict__ mask, double scale,                           \
@@ -138,67 +132,35 @@ struct Chunk {
 
 #define SIZES long long seq_len, long long batch, long long hidden, long long reverse
 
-// Writes every row of h, with zeros beyond a column's length; to states, unless null, the state before
-// each chunk of the walk, (chunks, batch, hidden); to c_last, unless null, the last state. c_init may
-// be null.
-#define FORWARD_PARAMETERS                                                                         \
-    INPUTS, const Scalar *__restrict__ c_init, Scalar *__restrict__ h, long long h_row,            \
-        State *__restrict__ states, Scalar *__restrict__ c_last, SIZES
-
-// Takes the forward kernel's states. grad_h, grad_last, grad_init and grad_bias may be null. Writes
-// every row of grad_z, grad_f and, with a gate, grad_o, with zeros beyond a column's length; and to
-// grad_bias their sums over time, (batch, 3 * hidden) or without a gate (batch, 2 * hidden).
-#define BACKWARD_PARAMETERS                                                                        \
-    INPUTS, const State *__restrict__ states, const Scalar *__restrict__ grad_h,                   \
-        long long grad_h_row, const Scalar *__restrict__ grad_last, Scalar *__restrict__ grad_z,   \
-        Scalar *__restrict__ grad_f, Scalar *__restrict__ grad_o, long long grad_row,              \
-        Scalar *__restrict__ grad_init, State *__restrict__ grad_bias, SIZES
-
 // A number for each of Z, F and O: the bias of this thread's column, or the sums of its gradients.
 struct Gates {
     State z, f, o;
 };
 
 __device__ __forceinline__ Gates bias_of(const State *__restrict__ bias, long long j,
-                                         long long hidden, bool gate) {
+                                         long long hidden) {
     if (!bias) return {State(0), State(0), State(0)};
-    return {bias[j], bias[hidden + j], gate ? bias[2 * hidden + j] : State(0)};
+    return {bias[j], bias[hidden + j], GATE ? bias[2 * hidden + j] : State(0)};
 }
 
-// One chunk of every stream; a kernel leaves the streams that it does not need unused.
+// One chunk of every stream; a variant leaves the streams that it does not need unused.
 template <int STEPS>
 struct Streams {
     Chunk<STEPS> z, f, o, mask, grad;
 };
 
-// WHOLE: all of these steps lie before the end, so the stores need no branch and the steps overlap.
-template <bool WHOLE, bool FUSED, bool GATE, bool MASK, int STEPS>
-__device__ __forceinline__ void compute_forward(const Streams<STEPS> &now, int first, int steps,
-                                                const Window &window, State scale,
-                                                const Gates &bias, State &state,
-                                                Scalar *__restrict__ h, Cursor &h_cursor,
-                                                State *__restrict__ states, long long columns) {
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-        if (i % CHUNK == 0 && states && (WHOLE || first + i < steps))
-            states[(first + i) / CHUNK * columns] = state;
-        State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
-        if (FUSED) {
-            x = tanh_of(x + bias.z);
-            take = sigmoid(take + bias.f) * (MASK ? widen(now.mask.values[i]) : scale);
-        }
-        const bool inside = window.contains(first + i);
-        const State moved = take * x + (State(1) - take) * state;
-        state = inside ? moved : state;
-        const State out = GATE ? sigmoid(widen(now.o.values[i]) + bias.o) * state : state;
-        if (WHOLE || first + i < steps) narrow(inside ? out : State(0), h[h_cursor.at]);
-        h_cursor.at += h_cursor.step;
-    }
-}
+// Blocks of at most 64 threads: 31,000 columns make 485 blocks, work for every multiprocessor. Six
+// resident blocks leave a thread 168 registers: enough, without spilling, for two chunks of five
+// streams and the numbers that a chunk is reduced to. Six blocks' chunks in flight saturate the
+// memory.
+#define KERNEL extern "C" __global__ void __launch_bounds__(64, 6)
 
-template <bool FUSED, bool GATE, bool MASK>
-__device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
-    constexpr int STEPS = forward_steps(2 + GATE + MASK);
+// Writes every row of h, with zeros beyond a column's length; to states, unless null, the state before
+// each chunk of the walk, (chunks, batch, hidden); to c_last, unless null, the last state. c_init may
+// be null.
+KERNEL qrnn_forward(INPUTS, const Scalar *__restrict__ c_init, Scalar *__restrict__ h,
+                    State *__restrict__ states, Scalar *__restrict__ c_last, SIZES) {
+    constexpr int STEPS = GATE || MASK ? CHUNK : 2 * CHUNK;  // 16 to 32 values are fetched at once
     const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const long long columns = batch * hidden;
     if (column >= columns) return;
@@ -209,10 +171,9 @@ __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
     const auto live = [&](int s) { return window.contains(s); };
 
     Cursor z_cursor(t, b, j, batch, in_row, direction), f_cursor = z_cursor, o_cursor = z_cursor;
-    Cursor m_cursor(t, b, j, batch, hidden, direction);
-    Cursor h_cursor(t, b, j, batch, h_row, direction);
+    Cursor m_cursor(t, b, j, batch, hidden, direction), h_cursor = m_cursor;
     if (states) states += column;
-    Streams<STEPS> now, next;
+    Streams<STEPS> now = {}, next = {};
     const auto fetch = [&](int first) {
         next.z.fetch(z, z_cursor, first, live);
         next.f.fetch(f, f_cursor, first, live);
@@ -221,93 +182,57 @@ __device__ __forceinline__ void walk_forward(FORWARD_PARAMETERS) {
     };
 
     const State factor = State(scale);
-    const Gates added = bias_of(bias, j, hidden, GATE);
+    const Gates added = bias_of(bias, j, hidden);
     State state = c_init ? widen(c_init[column]) : State(0);
+    // `full`: all of these steps lie before the end, so the stores need no branch and the steps overlap.
+    const auto compute = [&](int first, bool full) {
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+            const bool in_sequence = full || first + i < steps;
+            if (i % CHUNK == 0 && states && in_sequence)
+                states[(first + i) / CHUNK * columns] = state;
+            State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
+            if (FUSED) {
+                x = tanh_of(x + added.z);
+                take = sigmoid(take + added.f) * (MASK ? widen(now.mask.values[i]) : factor);
+            }
+            const bool inside = window.contains(first + i);
+            const State moved = take * x + (State(1) - take) * state;
+            state = inside ? moved : state;
+            const State out = GATE ? sigmoid(widen(now.o.values[i]) + added.o) * state : state;
+            if (in_sequence) narrow(inside ? out : State(0), h[h_cursor.at]);
+            h_cursor.at += h_cursor.step;
+        }
+    };
+
     fetch(0);
     for (int first = 0; first < steps; first += STEPS) {
-        now.z = next.z;
-        now.f = next.f;
-        if (GATE) now.o = next.o;
-        if (MASK) now.mask = next.mask;
+        now = next;
         fetch(first + STEPS);
         if (first + STEPS <= steps)
-            compute_forward<true, FUSED, GATE, MASK>(now, first, steps, window, factor, added,
-                                                     state, h, h_cursor, states, columns);
+            compute(first, true);
         else
-            compute_forward<false, FUSED, GATE, MASK>(now, first, steps, window, factor, added,
-                                                      state, h, h_cursor, states, columns);
+            compute(first, false);
     }
     if (c_last) narrow(state, c_last[column]);
 }
 
-// One chunk: a forward pass from the state before it reduces each step to four numbers, a backward
-// pass uses them. `cursor` starts at the chunk's last step and walks to its first.
-template <bool WHOLE, bool FUSED, bool GATE, bool MASK>
-__device__ __forceinline__ void compute_backward(const Streams<CHUNK> &now, State state, int first,
-                                                 int steps, const Window &window, State scale,
-                                                 const Gates &bias, Gates &sums, State &carry,
-                                                 Scalar *__restrict__ grad_z,
-                                                 Scalar *__restrict__ grad_f,
-                                                 Scalar *__restrict__ grad_o, Cursor &cursor) {
-    State incoming[CHUNK], keep[CHUNK], slope_z[CHUNK], slope_f[CHUNK];
-    long long at = cursor.at + (CHUNK - 1) * cursor.step;
-#pragma unroll
-    for (int i = 0; i < CHUNK; ++i) {
-        const bool inside = window.contains(first + i);
-        const State before = state;
-        State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
-        slope_z[i] = slope_f[i] = State(1);
-        if (FUSED) {
-            const State open = sigmoid(take + bias.f);
-            const State factor = MASK ? widen(now.mask.values[i]) : scale;
-            x = tanh_of(x + bias.z);
-            take = open * factor;
-            slope_z[i] = State(1) - x * x;
-            slope_f[i] = take * (State(1) - open);
-        }
-        slope_z[i] *= take;
-        slope_f[i] *= x - before;
-        keep[i] = State(1) - take;
-        state = inside ? take * x + keep[i] * before : before;
-        incoming[i] = widen(now.grad.values[i]);
-        if (GATE) {
-            const State gate = sigmoid(widen(now.o.values[i]) + bias.o);
-            const State grad = inside ? incoming[i] * state * gate * (State(1) - gate) : State(0);
-            if (WHOLE || first + i < steps) narrow(grad, grad_o[at]);
-            sums.o += grad;
-            incoming[i] *= gate;
-        }
-        at -= cursor.step;
-    }
-#pragma unroll
-    for (int i = CHUNK - 1; i >= 0; --i) {
-        const bool inside = window.contains(first + i);
-        const State grad = incoming[i] + carry;
-        const State to_z = inside ? grad * slope_z[i] : State(0);
-        const State to_f = inside ? grad * slope_f[i] : State(0);
-        if (WHOLE || first + i < steps) {
-            narrow(to_z, grad_z[cursor.at]);
-            narrow(to_f, grad_f[cursor.at]);
-        }
-        if (FUSED) {
-            sums.z += to_z;
-            sums.f += to_f;
-        }
-        carry = inside ? grad * keep[i] : carry;
-        cursor.at += cursor.step;
-    }
-}
-
-// Walks from the forward kernel's last step to its first, chunk by chunk.
-template <bool FUSED, bool GATE, bool MASK>
-__device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
+// Takes the forward kernel's states, and walks from its last step to its first, chunk by chunk.
+// grad_h, grad_last, grad_init and grad_bias may be null. Writes every row of grad_z, grad_f and, with
+// a gate, grad_o, with zeros beyond a column's length; and to grad_bias their sums over time, (batch,
+// 3 * hidden) or without a gate (batch, 2 * hidden).
+KERNEL qrnn_backward(INPUTS, const State *__restrict__ states, const Scalar *__restrict__ grad_h,
+                     long long grad_h_row, const Scalar *__restrict__ grad_last,
+                     Scalar *__restrict__ grad_z, Scalar *__restrict__ grad_f,
+                     Scalar *__restrict__ grad_o, long long grad_row, Scalar *__restrict__ grad_init,
+                     State *__restrict__ grad_bias, SIZES) {
     const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const long long columns = batch * hidden;
     if (column >= columns) return;
     const long long b = column / hidden, j = column - b * hidden;
     const int steps = (int)seq_len, direction = reverse ? 1 : -1;
     const int last = (steps - 1) / CHUNK * CHUNK;  // the first step of the last chunk
-    // The last step of the last chunk, as if that chunk were whole.
+    // The last step of the last chunk, as if that chunk were full.
     const long long t = reverse ? seq_len - CHUNK - last : last + CHUNK - 1;
     const Window window(lengths, b, steps, reverse != 0);
     const auto live = [&](int s) { return window.contains(s); };
@@ -317,7 +242,7 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
     Cursor m_cursor(t, b, j, batch, hidden, direction);
     Cursor g_cursor(t, b, j, batch, grad_h_row, direction);
     Cursor out_cursor(t, b, j, batch, grad_row, direction);
-    Streams<CHUNK> now, next;
+    Streams<CHUNK> now = {}, next = {};
     State state, next_state;
     const auto fetch = [&](int first) {
         next.z.fetch(z, z_cursor, first, live, true);
@@ -329,26 +254,70 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
     };
 
     const State factor = State(scale);
-    const Gates added = bias_of(bias, j, hidden, GATE);
+    const Gates added = bias_of(bias, j, hidden);
     Gates sums = {State(0), State(0), State(0)};
     State carry = grad_last ? widen(grad_last[column]) : State(0);
+    // One chunk: a forward pass from the state before it reduces each step to four numbers, a backward
+    // pass uses them. `out_cursor` starts at the chunk's last step and walks to its first.
+    const auto compute = [&](int first, bool full) {
+        State incoming[CHUNK], keep[CHUNK], slope_z[CHUNK], slope_f[CHUNK];
+        long long at = out_cursor.at + (CHUNK - 1) * out_cursor.step;
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            const bool inside = window.contains(first + i);
+            const State before = state;
+            State x = widen(now.z.values[i]), take = widen(now.f.values[i]);
+            slope_z[i] = slope_f[i] = State(1);
+            if (FUSED) {
+                const State open = sigmoid(take + added.f);
+                x = tanh_of(x + added.z);
+                take = open * (MASK ? widen(now.mask.values[i]) : factor);
+                slope_z[i] = State(1) - x * x;
+                slope_f[i] = take * (State(1) - open);
+            }
+            slope_z[i] *= take;
+            slope_f[i] *= x - before;
+            keep[i] = State(1) - take;
+            state = inside ? take * x + keep[i] * before : before;
+            incoming[i] = widen(now.grad.values[i]);
+            if (GATE) {
+                const State gate = sigmoid(widen(now.o.values[i]) + added.o);
+                const State grad =
+                    inside ? incoming[i] * state * gate * (State(1) - gate) : State(0);
+                if (full || first + i < steps) narrow(grad, grad_o[at]);
+                sums.o += grad;
+                incoming[i] *= gate;
+            }
+            at -= out_cursor.step;
+        }
+#pragma unroll
+        for (int i = CHUNK - 1; i >= 0; --i) {
+            const bool inside = window.contains(first + i);
+            const State grad = incoming[i] + carry;
+            const State to_z = inside ? grad * slope_z[i] : State(0);
+            const State to_f = inside ? grad * slope_f[i] : State(0);
+            if (full || first + i < steps) {
+                narrow(to_z, grad_z[out_cursor.at]);
+                narrow(to_f, grad_f[out_cursor.at]);
+            }
+            if (FUSED) {
+                sums.z += to_z;
+                sums.f += to_f;
+            }
+            carry = inside ? grad * keep[i] : carry;
+            out_cursor.at += out_cursor.step;
+        }
+    };
+
     fetch(last);
     for (int first = last; first >= 0; first -= CHUNK) {
-        now.z = next.z;
-        now.f = next.f;
-        if (GATE) now.o = next.o;
-        if (MASK) now.mask = next.mask;
-        now.grad = next.grad;
+        now = next;
         state = next_state;
         fetch(first - CHUNK);
         if (first + CHUNK <= steps)
-            compute_backward<true, FUSED, GATE, MASK>(now, state, first, steps, window, factor,
-                                                      added, sums, carry, grad_z, grad_f, grad_o,
-                                                      out_cursor);
+            compute(first, true);
         else
-            compute_backward<false, FUSED, GATE, MASK>(now, state, first, steps, window, factor,
-                                                       added, sums, carry, grad_z, grad_f, grad_o,
-                                                       out_cursor);
+            compute(first, false);
     }
     if (grad_init) narrow(carry, grad_init[column]);
     if (FUSED && grad_bias) {
@@ -358,26 +327,3 @@ __device__ __forceinline__ void walk_backward(BACKWARD_PARAMETERS) {
         if (GATE) mine[2 * hidden] = sums.o;
     }
 }
-
-// Blocks of at most 64 threads: 31,000 columns make 485 blocks, work for every multiprocessor. Six
-// resident blocks leave a thread 168 registers: enough, without spilling, for two chunks of five
-// streams and the numbers that a chunk is reduced to. Six blocks' chunks in flight saturate the
-// memory.
-#define KERNEL extern "C" __global__ void __launch_bounds__(64, 6)
-
-#define KERNELS(NAME, ...)                                                                         \
-    KERNEL NAME##_forward(FORWARD_PARAMETERS) {                                                    \
-        walk_forward<__VA_ARGS__>(z, f, o, in_row, mask, scale, lengths, bias, c_init, h, h_row,   \
-                                  states, c_last, seq_len, batch, hidden, reverse);                \
-    }                                                                                              \
-    KERNEL NAME##_backward(BACKWARD_PARAMETERS) {                                                  \
-        walk_backward<__VA_ARGS__>(z, f, o, in_row, mask, scale, lengths, bias, states, grad_h,    \
-                                   grad_h_row, grad_last, grad_z, grad_f, grad_o, grad_row,        \
-                                   grad_init, grad_bias, seq_len, batch, hidden, reverse);         \
-    }
-
-KERNELS(forget_mult, false, false, false)
-KERNELS(qrnn, true, false, false)
-KERNELS(qrnn_mask, true, false, true)
-KERNELS(qrnn_gate, true, true, false)
-KERNELS(qrnn_gate_mask, true, true, true)

@@ -5,14 +5,13 @@ and the definition. Each is compared with the definition on small tensors before
 """
 
 import functools
-import importlib
 import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from qrnn import definition, fused
+from qrnn import definition, fused, kernels
 from qrnn.check import TOLERANCE, distance, numbers
 
 
@@ -22,19 +21,18 @@ def forget_mult(
     hidden_init: Tensor | None = None,
     reverse: bool = False,
     use_cuda: bool = True,
-    plain: bool = False,
 ) -> Tensor:
     """definition.forget_mult, for which `hidden_init` may also be (1, batch, hidden).
 
-    On a GPU it runs as one kernel, unless `use_cuda` is False or CuPy is missing; with `plain` it
-    is the definition. Raises ValueError if the shapes do not fit.
+    On a GPU it runs as one kernel, unless `use_cuda` is False or CuPy is missing. Raises ValueError
+    if the shapes do not fit.
     """
     if f.dim() != 3 or f.shape != x.shape:
         raise ValueError(
             "forget_mult takes f and x of one shape (seq_len, batch, hidden), "
             f"not {tuple(f.shape)} and {tuple(x.shape)}"
         )
-    return way_for(x, use_cuda, plain).forget_mult(f, x, _initial(hidden_init, x), reverse)
+    return way_for(x, use_cuda).forget_mult(f, x, _initial(hidden_init, x), reverse)
 
 
 class ForgetMult(nn.Module):
@@ -60,12 +58,13 @@ def pool(
 ) -> tuple[Tensor, Tensor]:
     """definition.pool of `y + bias`; the kernels add the `bias` at no cost.
 
-    `c_init` may also be (1, batch, hidden), and the last state is (1, batch, hidden).
+    `c_init` may also be (1, batch, hidden), and the last state is (1, batch, hidden). With `plain`
+    it is the definition.
     """
     initial = _initial(c_init, y[..., : y.size(2) // (3 if output_gate else 2)])
-    way = way_for(y, use_cuda, plain)
     options = {"output_gate": output_gate, "reverse": reverse, "lengths": lengths}
-    if bias is not None and adds_bias(way):
+    way = definition if plain else way_for(y, use_cuda)
+    if way is kernels:
         options["bias"] = bias
     elif bias is not None:
         y = y + bias
@@ -73,21 +72,13 @@ def pool(
     return h, last.unsqueeze(0)
 
 
-def way_for(x: Tensor, use_cuda: bool = True, plain: bool = False) -> ModuleType:
+def way_for(x: Tensor, use_cuda: bool = True) -> ModuleType:
     """The module whose `forget_mult` and `pool` take tensors like `x`."""
     # torch.compile traces the loop: it can follow neither a launch nor a hand-written gradient.
-    if plain or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return definition
-    if use_cuda and x.is_cuda and _agrees("kernels", x.device, x.dtype):
-        from qrnn import kernels  # imported for GPU tensors only, to keep CPU runs fast
-
-        return kernels
-    return fused if _agrees("fused", x.device, x.dtype) else definition
-
-
-def adds_bias(way: ModuleType) -> bool:
-    """Whether the `pool` of a way takes a bias."""
-    return way is not definition and way is not fused
+    ways = (kernels, fused) if use_cuda and x.is_cuda else (fused,)
+    return next((way for way in ways if _agrees(way, x.device, x.dtype)), definition)
 
 
 def _initial(hidden_init: Tensor | None, x: Tensor) -> Tensor | None:
@@ -106,12 +97,11 @@ def _initial(hidden_init: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 @functools.cache
-def _agrees(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+def _agrees(way: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a way gives the definition's results and gradients; if not, a warning says why."""
     like = torch.empty(0, device=device, dtype=dtype)
     exact = like if dtype == torch.float64 else like.float()
     try:
-        way = importlib.import_module(f"qrnn.{name}")
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             # Both start from the same rounded numbers.
             apart = distance(_small_results(way, like), _small_results(definition, exact, like))
@@ -119,22 +109,22 @@ def _agrees(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     except Exception as error:  # of CuPy, its compiler or its cache, of kernels or of PyTorch
         problem = str(error).strip() or type(error).__name__
     if problem:
-        warnings.warn(
-            f"qrnn/{name}.py is not used for {dtype} on {device}: {problem}", stacklevel=4
-        )
+        file = way.__name__.replace(".", "/")
+        warnings.warn(f"{file}.py is not used for {dtype} on {device}: {problem}", stacklevel=4)
     return not problem
 
 
 def _small_results(way: ModuleType, like: Tensor, rounded: Tensor | None = None) -> list[Tensor]:
-    """Results and gradients of the recurrence and of the layer, forwards and in reverse."""
+    """Results and gradients of the recurrence and of the layer, forwards and in reverse.
+
+    The inputs are rounded to the dtype of `rounded` before they get that of `like`.
+    """
     results = []
     for reverse in (False, True):
-        sizes = {"f": (11, 2, 33), "x": (11, 2, 33), "y": (11, 2, 99), "c": (2, 33)}
-        inputs = {
-            name: numbers(*size, like=like if rounded is None else rounded).to(like)
-            for name, size in sizes.items()
-        }
-        f, x, y, c = (tensor.requires_grad_() for tensor in inputs.values())
+        f, x, y, c = (
+            numbers(*shape, like=like if rounded is None else rounded).to(like).requires_grad_()
+            for shape in ((11, 2, 33), (11, 2, 33), (11, 2, 99), (2, 33))
+        )
         lengths = torch.tensor([11, 6], device=like.device) if reverse else None
         h = way.forget_mult(f.sigmoid(), x, c, reverse)
         output, last = way.pool(y, c, 0.7, True, reverse, lengths)

@@ -42,7 +42,7 @@ class QRNNLayer(nn.Module):
     ) -> None:
         super().__init__()
         if reverse and save_prev_x:
-            raise ValueError("save_prev_x needs the inputs in order: it does not go with reverse")
+            raise ValueError("save_prev_x cannot be combined with reverse")
         if window < 1:
             raise ValueError(f"window must be 1 or more, not {window}")
         if not 0 <= zoneout < 1:
@@ -99,8 +99,7 @@ class QRNNLayer(nn.Module):
             return None
         if not self.training:
             return 1 - self.zoneout
-        size = (*y.shape[:2], self.hidden_size)
-        return torch.empty(size, dtype=y.dtype, device=y.device).bernoulli_(1 - self.zoneout)
+        return y.new_empty(*y.shape[:2], self.hidden_size).bernoulli_(1 - self.zoneout)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, zoneout={self.zoneout}, output_gate={self.output_gate}"
@@ -112,7 +111,7 @@ class QRNNLayer(nn.Module):
         window: every further product would read and write the three times wider result again.
         """
         if self.save_prev_x and lengths is not None:
-            raise ValueError("save_prev_x carries whole columns on: it does not go with lengths")
+            raise ValueError("save_prev_x cannot be combined with lengths")
         if self.window == 1:
             return X
         outside = X.new_zeros(self.window - 1, *X.shape[1:])
@@ -121,33 +120,28 @@ class QRNNLayer(nn.Module):
             padded = torch.cat([X if lengths is None else X * valid_steps(lengths, X), outside])
             shifts = range(self.window)
         else:
-            padded = torch.cat([self._kept(X, outside), X])
+            before = outside if self.prevX is None else self.prevX
+            if before.shape[1:] != X.shape[1:]:
+                raise ValueError(
+                    f"the last call's inputs have the shape {tuple(before.shape[1:])} and these "
+                    f"{tuple(X.shape[1:])} (batch, input_size): call reset() in between"
+                )
+            padded = torch.cat([before, X])
             shifts = range(self.window - 1, -1, -1)
         if self.save_prev_x:
-            # A view instead of a copy would keep the whole batch in memory.
+            # A view instead of a copy would keep the full batch in memory.
             self.prevX = padded[len(X) :].detach().clone()
         return torch.cat([padded[s : s + len(X)] for s in shifts], dim=2)
-
-    def _kept(self, X: Tensor, nothing: Tensor) -> Tensor:
-        """The inputs before `X`: (window - 1, batch, input_size)."""
-        if self.prevX is None:
-            return nothing
-        if self.prevX.shape[1:] != X.shape[1:]:
-            raise ValueError(
-                f"the inputs kept from the last call have the shape {tuple(self.prevX.shape[1:])} "
-                f"and these {tuple(X.shape[1:])} (batch, input_size): call reset() in between"
-            )
-        return self.prevX
 
 
 class QRNN(nn.Module):
     """A stack of QRNN layers with the call of `torch.nn.LSTM`.
 
-    `dropout` acts between layers. `layers` replaces the layers that would be made; the remaining
-    options go to each QRNNLayer. `bidirectional` adds to each layer a second one that walks time
-    from its end, and concatenates their outputs. Each layer takes both directions of the layer
-    below, so only with one layer does this equal two one-way stacks. `batch_first` applies to input
-    and output, not to the states, as in `torch.nn.LSTM`.
+    `dropout` acts between layers. `layers` are used instead of new ones; the remaining options go
+    to each new QRNNLayer. `bidirectional` adds to each layer a second one that walks time from its
+    end, and concatenates their outputs. Each layer takes both directions of the layer below, so
+    only with one layer does this equal two one-way stacks. `batch_first` applies to input and
+    output, not to the states, as in `torch.nn.LSTM`.
 
     Raises ValueError if a given layer has another hidden size, or if `layers` or `save_prev_x` is
     given for a bidirectional stack.
@@ -166,12 +160,12 @@ class QRNN(nn.Module):
         **layer_options: Any,
     ) -> None:
         super().__init__()
-        self.directions = 2 if bidirectional else 1
         if layers is None:
-            sizes = [input_size] + [hidden_size * self.directions] * (num_layers - 1)
+            width = hidden_size * (2 if bidirectional else 1)
+            sizes = [input_size] + [width] * (num_layers - 1)
             layers = [QRNNLayer(size, hidden_size, **layer_options) for size in sizes]
         elif bidirectional:
-            raise ValueError("layers replaces a one-way stack: it does not go with bidirectional")
+            raise ValueError("layers cannot be combined with bidirectional")
         self.layers = nn.ModuleList(layers)
         if any(layer.hidden_size != hidden_size for layer in self.layers):
             raise ValueError(f"every layer must have the hidden_size {hidden_size} of the stack")
@@ -208,9 +202,9 @@ class QRNN(nn.Module):
             padded, on_cpu = pad_packed_sequence(input)
             output, last = self._stack(padded, hidden, on_cpu.to(padded.device))
             return _packed_like(input, output, on_cpu), last
-        output, last = self._stack(
-            input.transpose(0, 1) if self.batch_first else input, hidden, lengths
-        )
+        if self.batch_first:
+            input = input.transpose(0, 1)
+        output, last = self._stack(input, hidden, lengths)
         return output.transpose(0, 1) if self.batch_first else output, last
 
     def _stack(
@@ -218,16 +212,13 @@ class QRNN(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         last_states = []
         for i, layer in enumerate(self.layers):
-            first = i * self.directions
-            state = None if hidden is None else hidden[first : first + self.directions]
-            if self.bidirectional:
-                backwards = self.layers_reverse[i]
-                h, last = layer(x, None if state is None else state[:1], lengths)
-                h_back, last_back = backwards(x, None if state is None else state[1:], lengths)
-                x, last = torch.cat([h, h_back], dim=2), torch.cat([last, last_back])
-            else:
-                x, last = layer(x, state, lengths)
-            last_states.append(last)
+            outputs = []
+            for cell in (layer, self.layers_reverse[i]) if self.bidirectional else (layer,):
+                state = None if hidden is None else hidden[len(last_states)]
+                output, last = cell(x, state, lengths)
+                outputs.append(output)
+                last_states.append(last)
+            x = torch.cat(outputs, dim=2) if self.bidirectional else outputs[0]
             if i < self.num_layers - 1:
                 x = functional.dropout(x, self.dropout, self.training)
         return x, torch.cat(last_states)

@@ -1,15 +1,22 @@
 """Shared by several test files: a tiny corpus, and scripts run as a user would run them."""
 
+import contextlib
 import importlib
 import os
 import random
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_checks import Place
+from shims import Canaries, Shim
 
+import fast.qrnn
+from fast import cross_entropy, linear
+from qrnn import cuda, forget_mult, kernels
 from run import program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +82,42 @@ def one_thread():
     """Such small networks are slower on several threads, and much slower on a busy machine."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that the tests start
+
+
+@pytest.fixture(scope="session")
+def cpp_kernels(tmp_path_factory):
+    """The CUDA kernels as C++, each compiled at its first use."""
+    return Shim(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def shim(cpp_kernels, monkeypatch):
+    """The CUDA kernels on CPU tensors; copies by `shim.place` and new tensors have canaries."""
+    canaries = Canaries()
+
+    def new_empty(like, *shape, dtype=None):
+        return canaries.new_empty(like, *shape, dtype=dtype)
+
+    cpp_kernels.launched.clear()
+    monkeypatch.setattr(cuda, "kernel", cpp_kernels.kernel)
+    monkeypatch.setattr(cuda, "current_stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(cross_entropy, "THREADS", 64)
+    properties = SimpleNamespace(multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    yield SimpleNamespace(
+        launched=cpp_kernels.launched, place=Place(canaries.copy), check=canaries.check
+    )
+    canaries.check()
+
+
+@pytest.fixture
+def as_on_a_gpu(shim, monkeypatch):
+    """The forms of a GPU on CPU tensors: kernels, and products with rows aligned for a GPU."""
+    for place in (forget_mult, fast.qrnn):
+        monkeypatch.setattr(place, "way_for", lambda *_: kernels)
+    monkeypatch.setattr(linear, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(cross_entropy, "is_usable", lambda *_: True)
 
 
 @pytest.fixture

@@ -5,20 +5,18 @@ import gc
 import numpy as np
 import pytest
 import torch
-from shims import ShimLauncher, needs_compiler
+from shims import needs_compiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast
 import fast.qrnn
-import qrnn.kernels
 import training
 from checkpoint.model_file import tensors_of
-from fast import cross_entropy, cuda_graphs, linear
+from fast import cuda_graphs
 from fast.cuda_graphs import GraphedStep
 from loss import TrainingLoss
 from model import CELLS, QRNN, make_network
 from nt_asgd import NTASGD
-from qrnn import cuda
 from training import TrainingStep
 from weight_drop import WeightDrop
 
@@ -322,7 +320,7 @@ def test_bf16_trains_float32_weights_close_to_float32():
 
 @needs_compiler
 @pytest.mark.parametrize("rnn_type", ["QRNN", "LSTM"])
-def test_a_step_through_every_cuda_kernel(rnn_type, tmp_path, monkeypatch):
+def test_a_step_through_every_cuda_kernel(rnn_type, shim, request):
     """A step as on a GPU: recurrence and loss run as C++, rows are aligned."""
 
     def losses():
@@ -336,25 +334,14 @@ def test_a_step_through_every_cuda_kernel(rnn_type, tmp_path, monkeypatch):
         return train(step, (1, 3)), step.params
 
     expected, params = losses()
-    launchers = []
-    monkeypatch.setattr(cross_entropy, "THREADS", 64)
-    for module in (qrnn.kernels, cross_entropy):
-        folder, options = tmp_path / module.__name__, module.compile_options(torch.float32)
-        folder.mkdir()
-        launchers.append(
-            ShimLauncher(module.SOURCE, folder, [options], fibers=module is cross_entropy)
-        )
-        monkeypatch.setattr(module.SOURCE, "launch", launchers[-1])
-    for place in (qrnn.forget_mult, fast.qrnn):
-        monkeypatch.setattr(place, "way_for", lambda *_: qrnn.kernels)
-    monkeypatch.setattr(linear, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(cross_entropy, "is_usable", lambda *_: True)
-    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
+    assert not shim.launched
+    request.getfixturevalue("as_on_a_gpu")
     results, ours = losses()
     assert results == pytest.approx(expected, rel=1e-5)
     for p, q in zip(ours, params, strict=True):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
-    assert [bool(launcher.launched) for launcher in launchers] == [rnn_type == "QRNN", True]
+    recurrence = {"qrnn_forward", "qrnn_backward"} if rnn_type == "QRNN" else set()
+    assert set(shim.launched) == {"cross_entropy"} | recurrence
 
 
 def test_the_check_at_start_replays_steps():

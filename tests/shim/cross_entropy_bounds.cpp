@@ -12,24 +12,23 @@ int main() {
     shared_begin = (unsigned char *)shared_memory;
     shared_capacity = sizeof(shared_memory);
     for (const long long columns : {2, 3, 4, 5, 255, 256, 257, 300, 511, 513})
-        for (int options = 0; options < 16; ++options) {
-            const long long rows = 3, shift = options % 4 == 3 ? 1 : 0, apart = options % 4;
-            const long long blocks = 2, distance = columns + apart;
-            const bool with_bias = options & 4, with_sums = options & 8;
+        for (int options = 0; options < 4; ++options) {
+            const long long rows = 3, blocks = 2, vectors = (columns + PER_VECTOR - 1) / PER_VECTOR;
+            const long long distance = (vectors + options % 2) * PER_VECTOR;
             // The buffer ends with the last row.
-            const std::unique_ptr<Scalar[]> logits(new Scalar[shift + 2 * distance + columns]());
+            const std::unique_ptr<Scalar[]> logits(new Scalar[(rows - 1) * distance + columns]());
             const std::unique_ptr<State[]> bias(new State[columns]()), losses(new State[rows]);
             const std::unique_ptr<State[]> sums(new State[blocks * columns]);
             const long long targets[] = {0, columns - 1, columns};
-            Scalar *logits_at = logits.get() + shift;
-            const State *bias_at = with_bias ? bias.get() : nullptr;
+            Scalar *logits_at = logits.get();
+            const State *bias_at = bias.get();
             const long long *targets_at = targets;
-            State *losses_at = losses.get(), *sums_at = with_sums ? sums.get() : nullptr;
+            State *losses_at = losses.get(), *sums_at = options / 2 ? sums.get() : nullptr;
             long long sizes[] = {distance, rows, columns, 1};
             void *arguments[] = {&logits_at, &sizes[0], &bias_at,  &targets_at, &losses_at,
                                  &sums_at,   &sizes[1], &sizes[2], &sizes[3]};
-            const long long sums_end = (columns + PER_VECTOR - 1) / PER_VECTOR * PER_VECTOR;
-            shared_size = (4 * WARPS + (with_sums ? sums_end : 0)) * sizeof(State);
+            const long long floats = 4 * WARPS + (sums_at ? vectors * PER_VECTOR : 0);
+            shared_size = floats * sizeof(State);
             const char *failure = launch(cross_entropy, (unsigned)blocks, THREADS, arguments);
             if (failure) return std::puts(failure), 1;
         }

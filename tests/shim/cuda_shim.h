@@ -17,6 +17,9 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
+using std::exp;
+using std::log;
+
 struct Dim3 {
     unsigned x, y, z;
 };
