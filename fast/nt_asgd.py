@@ -26,8 +26,8 @@ class FastNTASGD(NTASGD):
                 group["averaged_steps"] += 1
 
     @torch.no_grad()
-    def step(self, closure: None = None, *, gradient_scale: float | Tensor = 1.0) -> None:
-        """As NTASGD's step on the gradients times `gradient_scale`."""
+    def step(self, closure: None = None, *, gradient_scale: Tensor | None = None) -> None:
+        """As NTASGD's step on the gradients, times the number `gradient_scale` if it is given."""
         if self.averaging_weight is None:
             self.count()
         for group in self.param_groups:
@@ -45,22 +45,22 @@ class FastNTASGD(NTASGD):
                     average.lerp_(p, self.averaging_weight)
 
 
-def _descend(params: list[Tensor], lr: float | Tensor, decay: float, scale: float | Tensor) -> None:
+def _descend(params: list[Tensor], lr: float | Tensor, decay: float, scale: Tensor | None) -> None:
     """`p -= lr * (scale * gradient + decay * p)` in one pass.
 
     If the rate is a tensor, or on a GPU, this also scales the gradients in place.
     """
-    grads = [p.grad for p in params]
-    if params[0].device.type == "cpu" and not isinstance(lr, Tensor):
-        scale, divisor = float(scale), None
-        if not scale:
+    grads, divisor = [p.grad for p in params], None
+    if scale is not None and params[0].device.type == "cpu" and not isinstance(lr, Tensor):
+        factor = float(scale)
+        if not factor:
             # The gradient's norm is infinite: the parameters must become nan, not stay.
             torch._foreach_add_(params, grads, alpha=0.0)
             return
         # `grad_scale` would also write the scaled gradients; scaling the factors does not.
-        lr, decay = lr * scale, decay / scale
-    else:
-        divisor = (1 / scale).float() if isinstance(scale, Tensor) else None
+        lr, decay = lr * factor, decay / factor
+    elif scale is not None:
+        divisor = (1 / scale).float()
     torch._fused_sgd_(
         params,
         grads,
@@ -85,7 +85,7 @@ def compare(like: Tensor) -> Iterator[list[Tensor]]:
         for step in range(4):
             if step == 2:
                 optimizer.start_averaging()
-            scale = 0.5 if step % 2 else 1.0
+            scale = torch.tensor(0.5 if step % 2 else 1.0, device=like.device)
             for p in params:
                 p.grad = numbers(*p.shape, like=like, phase=step)
             if kind is FastNTASGD:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from fast.nt_asgd import FastNTASGD
 from nt_asgd import NTASGD
@@ -36,13 +37,14 @@ class _Toy(nn.Module):
         return [self.weight.new_ones(1, bsz, 4)]
 
     def forward(self, data: Tensor, targets: Tensor, hidden: list[Tensor]) -> tuple:
-        state = 0.5 * hidden[0] + self.weight[data].mean(dim=0, keepdim=True)
-        loss = (state * self.weight[targets].sum(dim=0)).square().mean()
+        words, next_words = embedding(data, self.weight), embedding(targets, self.weight)
+        state = 0.5 * hidden[0] + words.mean(dim=0, keepdim=True)
+        loss = (state * next_words.sum(dim=0)).square().mean()
         return loss, loss.detach(), [state]
 
 
 def compare(like: Tensor, set_up: Callable[[FastStep], None] = lambda step: None) -> Iterator[list]:
-    """Weights, averages and sums after four steps, two of them averaged, of both classes.
+    """Weights, averages and sums after two epochs of three steps, one averaged, of both classes.
 
     `set_up` may turn the FastStep into another kind of step.
     """
@@ -53,9 +55,11 @@ def compare(like: Tensor, set_up: Callable[[FastStep], None] = lambda step: None
         step = kind(network, optimizer, text, bptt=4, clip=0.3)
         if kind is FastStep:
             set_up(step)
-        for number in range(4):
-            if number == 1:
+        for averaged in (False, True):
+            if averaged:
                 optimizer.start_averaging()
-            step.take(3, 3)
+            step.begin()
+            for _ in range(3):
+                step.take(3, 3)
         average = optimizer.state[network.weight]["average"]
         yield [network.weight, average, *step.hidden, step.total, step.interval, step.norm]
