@@ -1,6 +1,7 @@
 """Shared by benchmarks: flags, headings, tables, and timing in turn, fair if the speed drifts."""
 
 import argparse
+import collections
 import functools
 import math
 import platform
@@ -117,8 +118,8 @@ def measure(
     """Seconds of each run of each variant, in turn: `call(k)` works on the k-th set of inputs.
 
     On a GPU it is device time: each variant is captured in a CUDA graph that goes through all sets
-    again and again for at least a millisecond, which excludes the host's time and keeps inputs out
-    of the caches. A replay's time is divided by its number of calls.
+    again and again for at least a millisecond, which excludes the host's time and keeps inputs
+    and results out of the caches. A replay's time is divided by its number of calls.
     """
     if device.type == "cuda":
         timers = {way: _graph_timer(call, sets) for way, call in ways.items()}
@@ -147,9 +148,11 @@ def _graph_timer(call: Callable[[int], object], sets: int) -> Callable[[], float
 
 def _captured(call: Callable[[int], object], sets: int, calls: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
+    # A result's memory is used again only after all sets, when it is no longer in the cache.
+    results = collections.deque(maxlen=sets)
     with torch.cuda.graph(graph):
         for k in range(calls):
-            call(k % sets)
+            results.append(call(k % sets))
     return graph
 
 

@@ -24,6 +24,11 @@ from qrnn import QRNNLayer, definition
 from qrnn.forget_mult import forget_mult, pool
 from run.device import set_precision
 
+try:  # flash-linear-attention, the package fla-core
+    from fla.ops.hgrn import fused_recurrent_hgrn
+except ImportError:
+    fused_recurrent_hgrn = None
+
 # (seq_len, batch, hidden)
 RECURRENCES = [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 1, 1550)]
 LAYERS = {
@@ -42,10 +47,7 @@ Case = tuple[Sequence[Tensor], Tensor]
 
 
 def case_numbers(nbytes: int, device: torch.device) -> range:
-    """The numbers of as many cases of `nbytes` as fill the GPU's L2 cache twice; one on a CPU.
-
-    Count only the inputs: the results of all cases share their memory.
-    """
+    """The numbers of as many cases of `nbytes` as fill the GPU's L2 cache twice; one on a CPU."""
     if device.type != "cuda":
         return range(1)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -69,6 +71,26 @@ def agreeing(
     return calls
 
 
+def hgrn(cases: Sequence[Case]) -> Callable[[int], Any]:
+    """`gradients` of flash-linear-attention's recurrence, with respect to its own inputs.
+
+    It takes f * x and log(1 - f), each (1, seq_len, batch * hidden), which are made here, untimed.
+    """
+
+    def recurrence(x: Tensor, g: Tensor) -> Tensor:
+        return fused_recurrent_hgrn(x, g)[0]
+
+    own = []
+    for (f, x), grad in cases:
+        inputs = [(f * x).flatten(1)[None].detach(), (1 - f).log().flatten(1)[None].detach()]
+        own.append(([part.requires_grad_() for part in inputs], grad.flatten(1)[None]))
+    (f, x), _ = cases[0]
+    torch.testing.assert_close(
+        recurrence(*own[0][0]).view_as(x), forget_mult(f, x), atol=1e-4, rtol=1e-4
+    )
+    return functools.partial(gradients, recurrence, own)
+
+
 def time_recurrences(runs: int, bandwidth: float, device: torch.device) -> None:
     """Print the table of ForgetMult."""
     columns = ["us", "fastest to slowest", "MB", "of the copy", "x slowest"]
@@ -86,7 +108,10 @@ def time_recurrences(runs: int, bandwidth: float, device: torch.device) -> None:
         # The nodes of 4,096 steps are too many for a graph.
         if device.type != "cuda" or shape[0] < 4096:
             functions["loop of autograd nodes"] = definition.forget_mult
-        seconds = common.measure(agreeing(functions, cases), device, runs, len(cases))
+        calls = agreeing(functions, cases)
+        if device.type == "cuda" and fused_recurrent_hgrn is not None:
+            calls["fused_recurrent_hgrn"] = hgrn(cases)
+        seconds = common.measure(calls, device, runs, len(cases))
         slowest = max(statistics.median(times) for times in seconds.values())
         moved = FORGET_MULT_TENSORS * 4 * math.prod(shape)
         for way, times in seconds.items():
@@ -157,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{POOL_TENSORS} N numbers of 4 bytes; a large copy moves {bandwidth / 1e9:.1f} GB/s",
         device,
     )
+    if device.type == "cuda" and fused_recurrent_hgrn is None:
+        print("not beside flash-linear-attention's recurrence: the package fla-core is missing")
     time_recurrences(args.runs, bandwidth, device)
     time_pools(args.runs, bandwidth, device)
     time_layers(args.runs, device)

@@ -15,7 +15,7 @@ from fast.step import FastStep
 from loss import TrainingLoss
 from model import RNNModel
 from nt_asgd import NTASGD
-from run.device import set_precision
+from run.device import make_deterministic, set_precision
 from splitcross import SplitCrossEntropyLoss
 from training import TrainingStep
 
@@ -188,10 +188,20 @@ def check_a_failed_recording(rnn_type):
     assert again._replays
 
 
+def check_deterministic(rnn_type):
+    """With --deterministic two runs have the same bits."""
+    make_deterministic()
+    first, second = make(rnn_type), make(rnn_type)
+    assert torch.equal(run(first, 20), run(second, 20))
+    for p, q in zip(first.params, second.params, strict=True):
+        assert torch.equal(p, q)
+
+
+# A failed recording may leave CUDA in a state that breaks later tests; the other cannot be undone.
 @pytest.mark.parametrize("rnn_type", ORIGINAL_CELLS)
-def test_after_a_recording_that_failed_steps_run_eagerly(rnn_type):
-    # In its own process: a failed recording may leave CUDA in a state that breaks later tests.
-    code = f"import test_step_gpu as tests; tests.check_a_failed_recording({rnn_type!r})"
+@pytest.mark.parametrize("check", ["a_failed_recording", "deterministic"])
+def test_in_a_process_of_its_own(check, rnn_type):
+    code = f"import test_step_gpu as tests; tests.check_{check}({rnn_type!r})"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", code]

@@ -280,6 +280,7 @@ def test_deterministic():
         "from run.device import make_deterministic\n"
         "make_deterministic()\n"
         "assert torch.are_deterministic_algorithms_enabled()\n"
+        "assert not torch.utils.deterministic.fill_uninitialized_memory\n"
         "assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark\n"
         "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n"
     )
