@@ -41,7 +41,7 @@ def code(source: Path) -> str:
 def kernel(source: Path, name: str, options: tuple[str, ...], device: torch.device) -> Any:
     """A kernel of a CUDA source, compiled with `options` and loaded on a GPU at the first call.
 
-    Raises RuntimeError, which says what to install, where CuPy is missing or cannot compile.
+    Raises RuntimeError where CuPy is missing or cannot compile, with the reason.
     """
     try:
         import cupy
@@ -50,13 +50,12 @@ def kernel(source: Path, name: str, options: tuple[str, ...], device: torch.devi
         with torch.cuda.device(device):
             return module.get_function(name)
     except Exception as error:  # of CuPy, its compiler or its cache folder
-        raise RuntimeError(f"{source.name} needs CuPy: {requirement()} ({error})") from error
-
-
-def requirement() -> str:
-    """What to install for the kernels."""
-    major = (torch.version.cuda or "13").split(".")[0]
-    return f"pip install 'cupy-cuda{major}x[ctk]', see requirements-gpu.txt"
+        major = (torch.version.cuda or "13").split(".")[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(
+            f"CuPy cannot make it ({reason}): if CuPy or NVRTC is missing, pip install "
+            f"'cupy-cuda{major}x[ctk]>=14', see requirements-gpu.txt"
+        ) from error
 
 
 def launch(

@@ -310,14 +310,27 @@ def test_a_plain_layer_runs_the_definition(monkeypatch):
     torch.testing.assert_close(layer(x)[0], expected)
 
 
-def test_without_cupy_a_gpu_falls_back_with_one_warning(monkeypatch):
+class UnableCuPy:
+    """CuPy on a machine where it cannot compile: its exceptions are no RuntimeErrors."""
+
+    class RawModule:
+        def __init__(self, **options):
+            raise Exception("nvrtc: error: invalid value for --gpu-architecture\nand more")
+
+
+@pytest.mark.parametrize(
+    ("cupy", "reason"), [(None, "import of cupy halted"), (UnableCuPy, "nvrtc: error: invalid")]
+)
+def test_without_cupy_a_gpu_falls_back_with_one_warning(cupy, reason, monkeypatch):
     class OnGPU:
         is_cuda, device, dtype = True, torch.device("cpu"), torch.float32
 
-    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     for cache in (cuda.kernel, forget_mult._agrees):
         cache.cache_clear()
-    with pytest.warns(UserWarning, match=r"kernels\.py is not used .* 'cupy-cuda1\dx\[ctk\]'"):
+    with pytest.warns(
+        UserWarning, match=rf"kernels\.py is not used .*\({reason}.*\).*cupy-cuda1\dx"
+    ):
         assert forget_mult.way_for(OnGPU()) is fused
     with warnings.catch_warnings():
         warnings.simplefilter("error")
