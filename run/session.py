@@ -29,6 +29,7 @@ from loss import TrainingLoss
 from nt_asgd import NonMonotonicTrigger
 from run import ranks
 from run.device import make_deterministic, select_device, set_precision
+from run.estimate import TIMED, WARM_UP, estimate_line
 from run.log_lines import DOUBLE_RULE, RULE, batch_line, end_line, epoch_line
 from run.metrics import MetricsWriter
 from run.progress import Bar
@@ -48,6 +49,8 @@ EVAL_BATCH_SIZE = 10
 TEST_BATCH_SIZE = 1
 # Rows of text compared at resumption, to detect a different order of the text.
 _ROWS_TO_COMPARE = 16
+# Seconds of training on a CPU above which a smaller model is worth naming.
+_LONG = 12 * 3600
 
 
 def resumed_file(path: str, stage: str) -> tuple[Checkpoint, Recorded]:
@@ -133,6 +136,8 @@ class Session:
         # Where a resumed run goes on, until its first epoch begins.
         self._position: Mapping[str, Any] | None = None
         self._bar = Bar(None, "", wanted=False)
+        # The batches of this epoch in this process; None once the estimate is printed.
+        self._taken: int | None = 0
 
     # The start
 
@@ -271,17 +276,57 @@ class Session:
             )
         self.epoch, self._began = epoch, time.time()
         self._reported = time.perf_counter(), step.batches, step.row
-        rows, columns = step.source.shape
-        self._bar = Bar(rows * columns, f"epoch {epoch}", wanted=self.ranks.first)
+        self._taken = None if self._taken is None else 0
+        tokens = self._rows(step.source) * step.source.size(1)
+        what = f"epoch {epoch} of {args.epochs}"
+        self._bar = Bar(tokens, what, wanted=self.ranks.first)
+        self._bar.update(0, **self._best_so_far())
+
+    def _best_so_far(self) -> dict[str, str]:
+        """The lowest validation perplexity, for the bar; nothing in the first epoch."""
+        finite = math.isfinite(self.best_loss)
+        return {"best": f"{perplexity(self.best_loss):.2f}"} if finite else {}
+
+    def _rows(self, source: Tensor) -> int:
+        """The rows of `source` that an epoch or an evaluation reads, with --max-batches fewer."""
+        most, limit = len(source) - 1, self.args.max_batches
+        return most if limit is None else min(most, limit * self.args.bptt)
 
     def after_batch(self) -> None:
         """Report, obey a signal, and save, where each is due."""
         if self.step.batches % self.args.log_interval == 0:
             self._report_batch()
+        if self._taken is not None:
+            self._time_batch()
         self._bar.to(self.step.row * self.step.source.size(1))
         self.stop.check()
         if self.ranks.decided(self.clock.due()):
             self.save()
+
+    def _time_batch(self) -> None:
+        """Time the first batches, then print once how long the run takes at their pace."""
+        self._taken += 1
+        if self._taken not in (WARM_UP, TIMED):
+            return
+        step, row = self.step, self.step.row
+        loss = self.ranks.total(float(step.total)) / row  # waits for a GPU
+        if self._taken == WARM_UP:
+            self._timed_from = time.perf_counter(), row
+            return
+        start, first_row = self._timed_from
+        seconds = (time.perf_counter() - start) / (row - first_row) / step.source.size(1)
+        line, left = estimate_line(
+            seconds,
+            train=self._rows(step.source) * step.source.size(1),
+            valid=self._rows(self.valid_data) * self.valid_data.size(1),
+            done=row / self._rows(step.source),
+            epochs=self.args.epochs - self.epoch + 1,
+            loss=loss,
+        )
+        if left > _LONG and self.device.type == "cpu" and self.stage == "main.py":
+            line += " | a smaller model: --preset small"
+        self._bar.line(line)
+        self._taken = None
 
     def _report_batch(self) -> None:
         """Print and write the numbers since the last report."""
@@ -296,7 +341,8 @@ class Session:
         batches = batches if args.max_batches is None else args.max_batches
         ms = seconds * 1000 / taken
         self._bar.line(batch_line(self.epoch, step.batches, batches, self.rate, ms, loss))
-        self._bar.update(0, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
+        numbers = {"loss": f"{loss:.2f}", "ppl": f"{perplexity(loss):.2f}"}
+        self._bar.update(0, **numbers, **self._best_so_far())
         self.write(
             "batch",
             row=step.row,
@@ -337,7 +383,8 @@ class Session:
     def evaluate(self, what: str, network: TrainingLoss) -> float:
         """The loss of `network` on valid.txt or test.txt, in nats a token."""
         source = self.valid_data if what == "valid.txt" else self.test_data
-        with Bar(source.numel(), what, wanted=self.ranks.first) as bar:
+        tokens = self._rows(source) * source.size(1)
+        with Bar(tokens, what, wanted=self.ranks.first) as bar:
 
             def after_chunk(tokens: int) -> None:
                 bar.update(tokens)
