@@ -113,7 +113,8 @@ class Parser(argparse.ArgumentParser):
                 "--preset",
                 belongs="call",
                 choices=self.presets,
-                help="use the published flags; flags given beside it override them",
+                help="use the published flags of a row of docs/commands.md, or those of a small "
+                "model; flags given beside it override them",
             )
 
     def flag(

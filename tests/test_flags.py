@@ -10,7 +10,7 @@ from conftest import ROOT, TINY
 
 from cli import flags
 from cli.parser import CLASSIC, VERSION, Recorded
-from cli.presets import COMMANDS
+from cli.presets import COMMANDS, SMALL
 from utils import ToolkitError
 
 TRAINING = {
@@ -225,9 +225,12 @@ def test_version(name, script):
     assert f"## {VERSION}, " in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("row", COMMANDS)
+PRESETS = {**COMMANDS, "small": SMALL}
+
+
+@pytest.mark.parametrize("row", PRESETS)
 def test_a_preset_is_the_published_command(row, capsys):
-    for name, published in COMMANDS[row].items():
+    for name, published in PRESETS[row].items():
         given = parser_of(name).parse_args(shlex.split(published))
         capsys.readouterr()
         preset = parser_of(name).parse_args(["--preset", row])
