@@ -5,6 +5,10 @@ before each text, and the file is never changed. Statistics of the gradients ove
 collected once and kept beside the model, as SAVE.rms.
 """
 
+from run import interpreter  # noqa: F401
+
+# isort: split
+
 import argparse
 import hashlib
 import math
@@ -43,7 +47,11 @@ FAST_TOKENS = 30_000
 
 def build_parser() -> Parser:
     """The command line of dynamiceval.py."""
-    parser = Parser("dynamiceval", __doc__)
+    parser = Parser(
+        "dynamiceval",
+        __doc__,
+        "dynamiceval.py --data data/penn --save PTB.pt --gridfast",
+    )
     flags.add_data(parser, "data/penn")
     flags.add_split(parser)
     flags.add_model(parser)
@@ -178,7 +186,7 @@ def statistics(
     source = corpus.columns("train", args.batch_size).to(params[0].device)
     cure = "lower --batch_size or bring a longer text"
     check_length(source, "train.txt", cure, args.batch_size)
-    _, segments = run(network, optimizer, source, args, "gradients over train.txt")
+    _, segments = run(network, optimizer, source, args, "gradients")
     rms = optimizer.rms(segments)
     try:
         with replacing(path) as file:

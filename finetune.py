@@ -1,5 +1,9 @@
 """Finetune a trained model: averaged SGD from the first step, until it no longer improves."""
 
+from run import interpreter  # noqa: F401
+
+# isort: split
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +24,11 @@ from utils import ToolkitError
 
 def build_parser() -> Parser:
     """The command line of finetune.py."""
-    parser = Parser("finetune", __doc__)
+    parser = Parser(
+        "finetune",
+        __doc__,
+        "finetune.py --data data/penn --save PTB.pt --keep",
+    )
     flags.add_trainer(
         parser, save="model file to start from, replaced when a better model is found"
     )

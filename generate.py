@@ -1,5 +1,9 @@
 """Sample text from a trained model, word by word."""
 
+from run import interpreter  # noqa: F401
+
+# isort: split
+
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +29,11 @@ WORDS_PER_LINE = 20
 
 def build_parser() -> Parser:
     """The command line of generate.py."""
-    parser = Parser("generate", __doc__)
+    parser = Parser(
+        "generate",
+        __doc__,
+        'generate.py --checkpoint PTB.pt --outf - --words 100 --prompt "the company"',
+    )
     parser.flag(
         "",
         "--data",

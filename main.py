@@ -1,5 +1,9 @@
 """Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set."""
 
+from run import interpreter  # noqa: F401
+
+# isort: split
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -25,7 +29,13 @@ from utils import ToolkitError
 
 def build_parser() -> Parser:
     """The command line of main.py."""
-    parser = Parser("main", __doc__)
+    parser = Parser(
+        "main",
+        __doc__,
+        "main.py --preset small --data data/sample --save SMALL.pt",
+        "main.py --preset ptb-lstm",
+        "main.py --resume PTB.pt",
+    )
     flags.add_trainer(parser, save="model file to write")
     flags.add_vocabulary(parser)
     parser.flag(

@@ -4,6 +4,10 @@ A RUN is the log of main.py or finetune.py (their output in a file), a metrics.j
 that holds one. The switch to averaged SGD is marked.
 """
 
+from run import interpreter  # noqa: F401
+
+# isort: split
+
 import math
 import re
 from collections.abc import Sequence
@@ -48,7 +52,11 @@ class Curve:
 
 def build_parser() -> Parser:
     """The command line of plot.py."""
-    parser = Parser("", __doc__)
+    parser = Parser(
+        "",
+        __doc__,
+        "plot.py lstm.log gru.log --out curves.png",
+    )
     parser.flag("", "runs", nargs="+", metavar="RUN", help="log file, metrics.jsonl or folder")
     parser.flag(
         "",

@@ -4,6 +4,10 @@ With --search the cache's window, theta and lambda are first tuned on valid.txt,
 scored with the best.
 """
 
+from run import interpreter  # noqa: F401
+
+# isort: split
+
 import argparse
 import math
 from collections.abc import Sequence
@@ -32,7 +36,12 @@ DRAWN_WORDS = 20
 
 def build_parser() -> Parser:
     """The command line of pointer.py."""
-    parser = Parser("pointer", __doc__)
+    parser = Parser(
+        "pointer",
+        __doc__,
+        "pointer.py --data data/penn --save PTB.pt --search",
+        "pointer.py --data data/penn --save PTB.pt --by-word 20 --plot words.png",
+    )
     flags.add_data(parser, "data/penn")
     flags.add_split(parser)
     flags.add_model(parser)

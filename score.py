@@ -10,6 +10,10 @@ word as written, one for each space between words, one for each end of a line. I
 vocabulary is one character, or one byte written as a number, each token counts as one character.
 """
 
+from run import interpreter  # noqa: F401
+
+# isort: split
+
 import itertools
 import json
 import math
@@ -43,7 +47,12 @@ CACHE_FLAGS = ("window", "theta", "lambdasm", "cache_from_start")
 
 def build_parser() -> Parser:
     """The command line of score.py."""
-    parser = Parser("", __doc__)
+    parser = Parser(
+        "",
+        __doc__,
+        'score.py --checkpoint PTB.pt --text "the company said" --tokens',
+        "score.py --checkpoint PTB.pt --html surprisal.html data/penn/test.txt",
+    )
     parser.flag(
         "text", "file", nargs="?", metavar="FILE", help="text to score, UTF-8; - is standard input"
     )

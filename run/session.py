@@ -285,7 +285,7 @@ class Session:
     def _best_so_far(self) -> dict[str, str]:
         """The lowest validation perplexity, for the bar; nothing in the first epoch."""
         finite = math.isfinite(self.best_loss)
-        return {"best": f"{perplexity(self.best_loss):.2f}"} if finite else {}
+        return {"best": f"{perplexity(self.best_loss):.1f}"} if finite else {}
 
     def _rows(self, source: Tensor) -> int:
         """The rows of `source` that an epoch or an evaluation reads, with --max-batches fewer."""
@@ -341,8 +341,7 @@ class Session:
         batches = batches if args.max_batches is None else args.max_batches
         ms = seconds * 1000 / taken
         self._bar.line(batch_line(self.epoch, step.batches, batches, self.rate, ms, loss))
-        numbers = {"loss": f"{loss:.2f}", "ppl": f"{perplexity(loss):.2f}"}
-        self._bar.update(0, **numbers, **self._best_so_far())
+        self._bar.update(0, ppl=f"{perplexity(loss):.1f}", **self._best_so_far())
         self.write(
             "batch",
             row=step.row,

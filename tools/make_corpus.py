@@ -44,7 +44,7 @@ WORD = re.compile(
 
 def build_parser() -> Parser:
     """The command line of make_corpus.py."""
-    parser = Parser("", __doc__)
+    parser = Parser("", __doc__, "tools/make_corpus.py book.txt --out data/book --lower")
     parser.flag("", "texts", nargs="+", metavar="TEXT", help="file of raw text, UTF-8")
     parser.flag("", "--out", required=True, metavar="FOLDER", help="corpus folder to make")
     parser.flag("", "--as", dest="kind", choices=KINDS, default="words", help="kind of tokens")
