@@ -3,11 +3,13 @@
 Each segment is scored before the model learns from it. The weights are reset to the model file's
 before each text, and the file is never changed. Statistics of the gradients over train.txt are
 collected once and kept beside the model, as SAVE.rms.
+
+Examples:
+
+    python dynamiceval.py --data data/penn --save PTB.pt --gridfast
 """
 
-from run import interpreter  # noqa: F401
-
-# isort: split
+import run.interpreter
 
 import argparse
 import hashlib
@@ -47,11 +49,7 @@ FAST_TOKENS = 30_000
 
 def build_parser() -> Parser:
     """The command line of dynamiceval.py."""
-    parser = Parser(
-        "dynamiceval",
-        __doc__,
-        "dynamiceval.py --data data/penn --save PTB.pt --gridfast",
-    )
+    parser = Parser("dynamiceval", __doc__)
     flags.add_data(parser, "data/penn")
     flags.add_split(parser)
     flags.add_model(parser)

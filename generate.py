@@ -1,8 +1,11 @@
-"""Sample text from a trained model, word by word."""
+"""Sample text from a trained model, word by word.
 
-from run import interpreter  # noqa: F401
+Examples:
 
-# isort: split
+    python generate.py --checkpoint PTB.pt --outf - --words 100 --prompt "the company"
+"""
+
+import run.interpreter  # noqa: F401
 
 import math
 import sys
@@ -29,11 +32,7 @@ WORDS_PER_LINE = 20
 
 def build_parser() -> Parser:
     """The command line of generate.py."""
-    parser = Parser(
-        "generate",
-        __doc__,
-        'generate.py --checkpoint PTB.pt --outf - --words 100 --prompt "the company"',
-    )
+    parser = Parser("generate", __doc__)
     parser.flag(
         "",
         "--data",

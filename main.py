@@ -1,8 +1,13 @@
-"""Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set."""
+"""Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set.
 
-from run import interpreter  # noqa: F401
+Examples:
 
-# isort: split
+    python main.py --preset small --data data/sample --save SMALL.pt
+    python main.py --preset ptb-lstm
+    python main.py --resume PTB.pt
+"""
+
+import run.interpreter  # noqa: F401
 
 import argparse
 import sys
@@ -29,13 +34,7 @@ from utils import ToolkitError
 
 def build_parser() -> Parser:
     """The command line of main.py."""
-    parser = Parser(
-        "main",
-        __doc__,
-        "main.py --preset small --data data/sample --save SMALL.pt",
-        "main.py --preset ptb-lstm",
-        "main.py --resume PTB.pt",
-    )
+    parser = Parser("main", __doc__)
     flags.add_trainer(parser, save="model file to write")
     flags.add_vocabulary(parser)
     parser.flag(

@@ -2,11 +2,13 @@
 
 A RUN is the log of main.py or finetune.py (their output in a file), a metrics.jsonl, or the folder
 that holds one. The switch to averaged SGD is marked.
+
+Examples:
+
+    python plot.py lstm.log gru.log --out curves.png
 """
 
-from run import interpreter  # noqa: F401
-
-# isort: split
+import run.interpreter  # noqa: F401
 
 import math
 import re
@@ -52,11 +54,7 @@ class Curve:
 
 def build_parser() -> Parser:
     """The command line of plot.py."""
-    parser = Parser(
-        "",
-        __doc__,
-        "plot.py lstm.log gru.log --out curves.png",
-    )
+    parser = Parser("", __doc__)
     parser.flag("", "runs", nargs="+", metavar="RUN", help="log file, metrics.jsonl or folder")
     parser.flag(
         "",

@@ -2,11 +2,14 @@
 
 With --search the cache's window, theta and lambda are first tuned on valid.txt, and test.txt is
 scored with the best.
+
+Examples:
+
+    python pointer.py --data data/penn --save PTB.pt --search
+    python pointer.py --data data/penn --save PTB.pt --by-word 20 --plot words.png
 """
 
-from run import interpreter  # noqa: F401
-
-# isort: split
+import run.interpreter  # noqa: F401
 
 import argparse
 import math
@@ -36,12 +39,7 @@ DRAWN_WORDS = 20
 
 def build_parser() -> Parser:
     """The command line of pointer.py."""
-    parser = Parser(
-        "pointer",
-        __doc__,
-        "pointer.py --data data/penn --save PTB.pt --search",
-        "pointer.py --data data/penn --save PTB.pt --by-word 20 --plot words.png",
-    )
+    parser = Parser("pointer", __doc__)
     flags.add_data(parser, "data/penn")
     flags.add_split(parser)
     flags.add_model(parser)

@@ -102,19 +102,14 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """The parser of the script `stage`; a stage without published commands has no --preset.
 
-    `examples` are command lines, shown at the end of the help.
+    A last paragraph "Examples:" of the description stands at the end of the help.
     `given` reads a command line, and `settle` makes the final flags of it and of a model file;
     `parse_args` does both, without a file.
     """
 
-    def __init__(self, stage: str, description: str | None, *examples: str) -> None:
-        super().__init__(
-            description=description,
-            epilog="\n".join(["examples:", *(f"  python {words}" for words in examples)])
-            if examples
-            else None,
-            formatter_class=_Help,
-        )
+    def __init__(self, stage: str, description: str | None) -> None:
+        text, examples, commands = (description or "").partition("Examples:")
+        super().__init__(description=text, epilog=examples + commands, formatter_class=_Help)
         # Python 3.14 colours the help with control characters by default.
         self.color = False
         self.classic = CLASSIC.get(stage, [])
@@ -274,6 +269,11 @@ class Parser(argparse.ArgumentParser):
             if not (folder / "valid.txt").exists() and not (folder / "test.txt").exists():
                 taken["split"] = split
         if file.use == "resume" and "save" not in given:
+            if file.path.endswith(".before-finetune"):
+                raise ToolkitError(
+                    f"{file.path} is finetune.py's copy and stays as it is: name another file for "
+                    "the resumed run with --save"
+                )
             taken["save"] = file.path
         return model | taken
 

@@ -6,22 +6,13 @@ WARM_UP, TIMED = 3, 20
 _EVALUATION = 1 / 3
 
 
-def estimate_line(
-    seconds: float, train: int, valid: int, done: float, epochs: int, loss: float
-) -> tuple[str, float]:
-    """The line that tells how long the run takes, and the seconds left.
+def times(seconds: float, *, train: int, valid: int, done: int, epochs: int) -> tuple[float, float]:
+    """The seconds of an epoch, and of the rest of `epochs` epochs, at `seconds` a token.
 
-    `seconds` a token were measured; an epoch has `train` tokens, of which the fraction `done` is
-    trained on, and `valid` tokens of evaluation; `epochs` are left with this one, and `loss` is
-    that of the batches so far, in nats a token.
+    An epoch trains on `train` tokens, `done` of them already, and evaluates `valid` tokens.
     """
     epoch = seconds * (train + valid * _EVALUATION)
-    left = epoch * epochs - seconds * train * done
-    return (
-        f"| about {in_words(epoch)} an epoch, {in_words(left)} for {epochs} "
-        f"epoch{'s' * (epochs > 1)} | loss of the first batches {loss:.2f}",
-        left,
-    )
+    return epoch, epoch * epochs - seconds * done
 
 
 def in_words(seconds: float) -> str:

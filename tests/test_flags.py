@@ -102,7 +102,7 @@ def test_a_mistyped_flag_is_answered_with_the_nearest(script_name, flag, meant, 
 def test_the_help_fits_eighty_columns_and_its_examples_are_right(script_name, script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = script(script_name, "--help")
-    text, _, examples = out.partition("\nexamples:\n")
+    text, _, examples = out.partition("\nExamples:\n\n")
     assert [line for line in text.splitlines() if len(line) > 80] == []
     for line in examples.splitlines():
         program, name, *argv = shlex.split(line)
@@ -321,7 +321,7 @@ def test_a_preset_that_contradicts_the_model_is_an_error(script, trained, corpus
     assert "--model QRNN contradicts" in err
     status, _, err = script("finetune", "--preset", "ptb-qrnn", "--model", "GRU", *argv)
     assert status == 1
-    assert re.search("--(emsize|nhid) .* contradicts", err)
+    assert re.search("--(emsize|nhid|nlayers) .* contradicts", err)
 
 
 def test_a_run_with_a_preset_and_its_resumption(script, corpus_dir, tmp_path):

@@ -1,5 +1,6 @@
 """A Python that cannot run the scripts gets a sentence."""
 
+import importlib
 import subprocess
 import sys
 
@@ -23,4 +24,5 @@ def test_without_the_virtual_environment(script):
 
 def test_windows_is_answered_with_wsl(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
-    assert "WSL" in interpreter._missing()
+    with pytest.raises(SystemExit, match="on Windows use WSL"):
+        importlib.reload(interpreter)

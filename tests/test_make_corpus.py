@@ -99,10 +99,10 @@ def test_pieces_put_together_are_the_text(script, text, tmp_path):
     ("argv", "message"),
     [
         (["book.txt", "--out", "."], ". exists already"),
-        (["none.txt", "--out", "new"], "cannot read none.txt"),
+        (["none.txt", "--out", "new"], "cannot use none.txt (No such file"),
         (["bad.txt", "--out", "new"], "line 2 of bad.txt is not UTF-8"),
         (["short.txt", "--out", "new"], "the 2 lines that are not empty make 2, 0 and 0 lines"),
-        (["book.txt", "--out", "book.txt/new"], "cannot write book.txt/new"),
+        (["book.txt", "--out", "book.txt/new"], "cannot use book.txt (File exists)"),
         (["book.txt", "--out", "new", "--as", "pieces"], "needs the package sentencepiece"),
     ],
 )

@@ -58,10 +58,10 @@ def test_goes_on_to_a_place_and_is_silent_where_it_is_not_wanted(monkeypatch):
 
 def test_the_longest_bar_fits_eighty_columns(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with Bar(10**6, "epoch 499 of 500") as bar:
+    with Bar(10**6, "epoch 499 of 500, best 9999.9") as bar:
         bar._bar.dynamic_ncols, bar._bar.ncols = None, 80
-        bar.update(10**5, ppl="9999.9", best="9999.9")
+        bar.update(10**5, ppl="9999.9")
         bar._bar.refresh()
         last = sys.stderr.getvalue().split("\r")[-1]
     assert len(last) == 80
-    assert last.endswith(", ppl=9999.9, best=9999.9")
+    assert last.endswith(", ppl=9999.9")

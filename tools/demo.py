@@ -36,16 +36,6 @@ def run(script: str, *flags: str) -> str:
     return "".join(lines)
 
 
-def uses(model: str) -> list[str]:
-    """The commands to try with the model file."""
-    page = Path(model).with_name("surprisal.html")
-    return [
-        f"python generate.py --checkpoint {model} --outf - --words 60 --prompt 'and the king'",
-        f"python score.py --checkpoint {model} --text 'and the king said unto them' --tokens",
-        f"python score.py --checkpoint {model} --html {page} data/sample/test.txt",
-    ]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the stages, print the table, and keep the model."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -73,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     shown = os.path.relpath(MODEL, ROOT)
     print(f"\nThe model is {shown}, until the next demonstration replaces it. Try it:\n")
     print(". .venv/bin/activate")
-    for command in uses(shown):
-        print(command)
+    print(f"python generate.py --checkpoint {shown} --outf - --words 60 --prompt 'and the king'")
+    print(f"python score.py --checkpoint {shown} --text 'and the king said unto them' --tokens")
+    print(f"python score.py --checkpoint {shown} --html demo.html data/sample/test.txt")
     worse = [name for name, *row in rows[1:] if row[0] >= rows[0][1] or row[1] >= rows[0][2]]
     if worse:
         sys.exit(f"no better than word frequencies: {', '.join(worse)}")

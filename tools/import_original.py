@@ -35,9 +35,7 @@ GATES = {4: "LSTM", 3: "GRU"}
 
 def build_parser() -> Parser:
     """The command line of import_original.py."""
-    parser = Parser(
-        "", __doc__, "tools/import_original.py exported.pt --data data/penn --save model.pt"
-    )
+    parser = Parser("", __doc__)
     parser.flag("", "exported", help="file of tensors exported from the original")
     flags.add_data(parser, "data/penn/")
     flags.add_save(parser, "model file to write")

@@ -7,6 +7,10 @@ characters  single characters, with _ for the space
 pieces      parts of words, from SentencePiece, whose model is kept as OUT/pieces.model
 
 The last lines become valid.txt and test.txt. The same texts and flags give the same bytes.
+
+Examples:
+
+    python tools/make_corpus.py book.txt --out data/book --lower
 """
 
 import argparse
@@ -30,9 +34,6 @@ from files.reading import opened
 from run import program
 from utils import ToolkitError
 
-# What `--as` makes, by the value of score.py's --tokens-are.
-KINDS = ("words", "characters", "pieces")
-VOCABULARY = {"words": 10_000, "pieces": 8_000}
 SPACE = "_"
 # \w has no accents that are characters of their own, which many scripts write within words.
 _MARKS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
@@ -44,17 +45,18 @@ WORD = re.compile(
 
 def build_parser() -> Parser:
     """The command line of make_corpus.py."""
-    parser = Parser("", __doc__, "tools/make_corpus.py book.txt --out data/book --lower")
+    parser = Parser("", __doc__)
     parser.flag("", "texts", nargs="+", metavar="TEXT", help="file of raw text, UTF-8")
     parser.flag("", "--out", required=True, metavar="FOLDER", help="corpus folder to make")
-    parser.flag("", "--as", dest="kind", choices=KINDS, default="words", help="kind of tokens")
+    kinds = ["words", "characters", "pieces"]
+    parser.flag("", "--as", dest="kind", choices=kinds, default="words", help="kind of tokens")
     parser.flag("", "--lower", action="store_true", help="write everything in lower case")
     parser.flag(
         "",
         "--vocab-size",
         type=types.vocabulary_size,
-        help="number of pieces; for words, the --vocab-size of the command that is printed "
-        f"(default: words {VOCABULARY['words']}, pieces {VOCABULARY['pieces']})",
+        default=8000,
+        help="number of pieces; for words, the limit in the main.py command that is printed",
     )
     parser.flag(
         "",
@@ -71,7 +73,7 @@ def build_parser() -> Parser:
 def lines_of(texts: Sequence[str], lower: bool) -> Iterator[str]:
     """The lines of the files that are not empty, with single spaces between words.
 
-    Raises ToolkitError if a file cannot be read or is not UTF-8.
+    Raises OSError, and ToolkitError if a file is not UTF-8.
     """
     for path in texts:
         try:
@@ -85,10 +87,6 @@ def lines_of(texts: Sequence[str], lower: bool) -> Iterator[str]:
             raise ToolkitError(
                 f"line {number} of {path} is not UTF-8: convert the file to UTF-8 (iconv does it)"
             ) from None
-        except OSError as error:
-            raise ToolkitError(
-                f"cannot read {path} ({error.strerror}): name a file of text"
-            ) from error
 
 
 def words(line: str) -> list[str]:
@@ -96,15 +94,14 @@ def words(line: str) -> list[str]:
     return [match[0] for match in WORD.finditer(line)]
 
 
-def characters(line: str) -> list[str]:
-    """The characters, with SPACE for the space."""
-    return list(line.replace(" ", SPACE))
-
-
 def pieces(lines: Iterator[str], size: int, folder: Path) -> Callable[[str], list[str]]:
     """Train SentencePiece on lines, keep its model in the folder, and return its tokeniser."""
-    import sentencepiece
-
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ToolkitError(
+            "--as pieces needs the package sentencepiece: pip install sentencepiece"
+        ) from None
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -150,40 +147,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(args.out)
     if os.path.lexists(out):
         raise ToolkitError(f"{out} exists already: name a new folder with --out")
-    if args.kind == "pieces":
-        try:
-            import sentencepiece  # noqa: F401
-        except ImportError:
-            raise ToolkitError(
-                "--as pieces needs the package sentencepiece: pip install sentencepiece"
-            ) from None
     counts = parts_of(sum(1 for _ in lines_of(args.texts, args.lower)), args.split)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-            made = Path(folder) / out.name
-            made.mkdir()
-            vocabulary, marks = write(args, made, counts)
-            made.rename(out)
-    except OSError as error:
-        raise ToolkitError(f"cannot write {out} ({error.strerror}): pass another --out") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        made = Path(folder) / out.name
+        made.mkdir()
+        vocabulary, marks = write(args, made, counts)
+        made.rename(out)
     sizes = ", ".join(f"{name}.txt {n}" for name, n in zip(SPLITS, counts, strict=True))
     print(f"Wrote {out}: lines of {sizes}; {vocabulary} distinct tokens")
     if marks:
         print(f"The text has {marks} underscores of its own: they look like the mark of a space")
     print(f"For score.py: --tokens-are {args.kind}")
-    most = args.vocab_size or VOCABULARY["words"]
-    rare = f"--vocab-size {most} " if vocabulary > most else "--min-count 2 "
-    rare = rare if args.kind == "words" else ""
+    rare = f"--vocab-size {args.vocab_size}" if vocabulary > args.vocab_size else "--min-count 2"
+    rare = f"{rare} " if args.kind == "words" else ""
     print(f"\npython main.py --preset small --data {out} {rare}--save OWN.pt")
 
 
 def write(args: argparse.Namespace, folder: Path, counts: Sequence[int]) -> tuple[int, int]:
     """Write the parts' files; the number of distinct tokens, and of the text's own SPACE marks."""
-    tokenise = {"words": words, "characters": characters}.get(args.kind)
-    if tokenise is None:
+    tokenise = words if args.kind == "words" else lambda line: list(line.replace(" ", SPACE))
+    if args.kind == "pieces":
         train = islice(lines_of(args.texts, args.lower), counts[0])
-        tokenise = pieces(train, args.vocab_size or VOCABULARY["pieces"], folder)
+        tokenise = pieces(train, args.vocab_size, folder)
     lines, vocabulary, marks = lines_of(args.texts, args.lower), set(), 0
     for name, count in zip(SPLITS, counts, strict=True):
         with open(folder / f"{name}.txt", "w", encoding="utf-8", newline="\n") as file:

@@ -55,18 +55,15 @@ def published_table(results: Path) -> str:
     for name in ROWS:
         head = next(iter(read_lines(results / f"{name}.metrics.jsonl")), {})
         ours[name] = {} if head.get("reduced") else head.get("stages", {})
-    any_of_ours = any(ours.values())
-    more = ["ours: main", *stages[1:]] if any_of_ours else []
+    filled = stages if any(ours.values()) else []
+    more = ["ours: main", *stages[1:]] if filled else []
     lines = table_head("corpus, cell", "published: main", *stages[1:], *more)
     for name, row in ROWS.items():
         cells = [published_cell(row, stage) for stage in stages]
-        if any_of_ours:
-            cells += [our_cell(row, ours[name].get(stage, {})) for stage in stages]
+        cells += [our_cell(row, ours[name].get(stage, {})) for stage in filled]
         title = f"[{row.title}](results/{name}.md)" if ours[name] else row.title
         lines.append(table_row(title, *cells))
-    if not any_of_ours:
-        lines += ["", NONE_OF_OURS]
-    return "\n".join(lines)
+    return "\n".join(lines if filled else [*lines, "", NONE_OF_OURS])
 
 
 def replaced(text: str, name: str, content: str) -> str:
