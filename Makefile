@@ -42,6 +42,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/.runtime: requirements.txt | $(BIN)/python
+	@echo "Downloading PyTorch into $(VENV): on Linux pip's build has CUDA, which is gigabytes." \
+	"Without a GPU, stop here (Ctrl-C), install the CPU build of the version in requirements.txt" \
+	"with the command that pytorch.org gives for pip and CPU, by $(BIN)/python -m pip, and call" \
+	"make again."
 	$(INSTALL) -r requirements.txt
 	touch $@
 

@@ -3,7 +3,13 @@
 Each segment is scored before the model learns from it. The weights are reset to the model file's
 before each text, and the file is never changed. Statistics of the gradients over train.txt are
 collected once and kept beside the model, as SAVE.rms.
+
+Examples:
+
+    python dynamiceval.py --data data/penn --save PTB.pt --gridfast
 """
+
+import run.interpreter
 
 import argparse
 import hashlib
@@ -178,7 +184,7 @@ def statistics(
     source = corpus.columns("train", args.batch_size).to(params[0].device)
     cure = "lower --batch_size or bring a longer text"
     check_length(source, "train.txt", cure, args.batch_size)
-    _, segments = run(network, optimizer, source, args, "gradients over train.txt")
+    _, segments = run(network, optimizer, source, args, "gradients")
     rms = optimizer.rms(segments)
     try:
         with replacing(path) as file:

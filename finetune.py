@@ -1,4 +1,11 @@
-"""Finetune a trained model: averaged SGD from the first step, until it no longer improves."""
+"""Finetune a trained model: averaged SGD from the first step, until it no longer improves.
+
+Examples:
+
+    python finetune.py --data data/penn --save PTB.pt --keep
+"""
+
+import run.interpreter  # noqa: F401
 
 import argparse
 from collections.abc import Sequence
@@ -116,7 +123,7 @@ def finetune(args: argparse.Namespace, session: Session) -> None:
                 valid_loss = session.validate()
                 session.done = session.trigger.update(valid_loss)
                 last = session.done or epoch == args.epochs
-                session.keep_if_best(valid_loss, last, "Averaged model")
+                session.keep_if_best(valid_loss, last, "averaged model")
             session.end_epoch()
             if session.done:
                 print("Done: the validation loss no longer falls")

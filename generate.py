@@ -1,4 +1,11 @@
-"""Sample text from a trained model, word by word."""
+"""Sample text from a trained model, word by word.
+
+Examples:
+
+    python generate.py --checkpoint PTB.pt --outf - --words 100 --prompt "the company"
+"""
+
+import run.interpreter  # noqa: F401
 
 import math
 import sys

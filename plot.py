@@ -2,7 +2,13 @@
 
 A RUN is the log of main.py or finetune.py (their output in a file), a metrics.jsonl, or the folder
 that holds one. The switch to averaged SGD is marked.
+
+Examples:
+
+    python plot.py lstm.log gru.log --out curves.png
 """
+
+import run.interpreter  # noqa: F401
 
 import math
 import re

@@ -2,7 +2,14 @@
 
 With --search the cache's window, theta and lambda are first tuned on valid.txt, and test.txt is
 scored with the best.
+
+Examples:
+
+    python pointer.py --data data/penn --save PTB.pt --search
+    python pointer.py --data data/penn --save PTB.pt --by-word 20 --plot words.png
 """
+
+import run.interpreter  # noqa: F401
 
 import argparse
 import math

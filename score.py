@@ -8,7 +8,14 @@ the first word of the text is scored too.
 Bits per character are the total bits divided by the characters of the scored text: those of each
 word as written, one for each space between words, one for each end of a line. If every word of the
 vocabulary is one character, or one byte written as a number, each token counts as one character.
+
+Examples:
+
+    python score.py --checkpoint PTB.pt --text "the company said" --tokens
+    python score.py --checkpoint PTB.pt --html surprisal.html data/penn/test.txt
 """
+
+import run.interpreter  # noqa: F401
 
 import itertools
 import json

@@ -1,8 +1,10 @@
 """The parser of every script: one-line errors, classic abbreviations, presets, model files."""
 
 import argparse
+import difflib
 import functools
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,17 +89,27 @@ class Recorded:
     fixed: dict[str, str] = field(default_factory=dict)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The help with the description's paragraphs wrapped for the terminal; tables stay."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            part if "  " in part else textwrap.fill(part, width) for part in paragraphs
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of the script `stage`; a stage without published commands has no --preset.
 
+    A last paragraph "Examples:" of the description stands at the end of the help.
     `given` reads a command line, and `settle` makes the final flags of it and of a model file;
     `parse_args` does both, without a file.
     """
 
     def __init__(self, stage: str, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        text, examples, commands = (description or "").partition("Examples:")
+        super().__init__(description=text, epilog=examples + commands, formatter_class=_Help)
         # Python 3.14 colours the help with control characters by default.
         self.color = False
         self.classic = CLASSIC.get(stage, [])
@@ -113,7 +125,9 @@ class Parser(argparse.ArgumentParser):
                 "--preset",
                 belongs="call",
                 choices=self.presets,
-                help="use the published flags; flags given beside it override them",
+                metavar="NAME",
+                help="use the published flags of a row of docs/commands.md, or those of a small "
+                f"model: {', '.join(self.presets)}; flags given beside it override them",
             )
 
     def flag(
@@ -204,6 +218,11 @@ class Parser(argparse.ArgumentParser):
         return " ".join(w for name in sorted(values) for w in self.flags[name].words(values[name]))
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: --"):
+            flag = message.split()[2].partition("=")[0]
+            known = self._option_string_actions
+            close = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.7)
+            message += f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
     def _check_given(self, given: Mapping[str, Any], file: Recorded) -> None:
@@ -250,6 +269,11 @@ class Parser(argparse.ArgumentParser):
             if not (folder / "valid.txt").exists() and not (folder / "test.txt").exists():
                 taken["split"] = split
         if file.use == "resume" and "save" not in given:
+            if file.path.endswith(".before-finetune"):
+                raise ToolkitError(
+                    f"{file.path} is finetune.py's copy and stays as it is: name another file for "
+                    "the resumed run with --save"
+                )
             taken["save"] = file.path
         return model | taken
 
@@ -258,8 +282,21 @@ class Parser(argparse.ArgumentParser):
         return vars(super().parse_args([self._expanded(word) for word in words]))
 
     def _expanded(self, word: str) -> str:
+        """A word of the command line with the flag's own spelling, if it is a flag.
+
+        The spellings with - and with _ are the same, and so are --save and --checkpoint.
+        """
         flag, equals, value = word.partition("=")
-        if not flag.startswith("--") or flag == "--" or flag in self.classic:
+        known = self._option_string_actions
+        if not flag.startswith("--") or flag == "--" or flag in known:
             return word
-        matches = [classic for classic in self.classic if classic.startswith(flag)]
-        return f"{matches[0]}{equals}{value}" if len(matches) == 1 else word
+        hyphens = flag.replace("_", "-")
+        spellings = {name.replace("_", "-"): name for name in known}
+        other = {"--save": "--checkpoint", "--checkpoint": "--save"}.get(flag)
+        exact = spellings.get(hyphens) or (other if other in known else None)
+        classic = [name for name in self.classic if name.replace("_", "-").startswith(hyphens)]
+        every = [name for spelled, name in spellings.items() if spelled.startswith(hyphens)]
+        for matches in ([exact] if exact else [], classic, every):
+            if len(matches) == 1:
+                return f"{matches[0]}{equals}{value}"
+        return word

@@ -1,7 +1,7 @@
-"""The published commands, word by word.
+"""The published commands, word by word, and a small model.
 
-Those of main.py, finetune.py and pointer.py are from the original's documentation, the settings of
-dynamiceval.py from the code of arXiv 1709.07432. A script that is missing has none.
+The commands of main.py, finetune.py and pointer.py are from the original's documentation, the
+settings of dynamiceval.py from the code of arXiv 1709.07432. A script that is missing has none.
 """
 
 _CHARACTERS = "--alpha 0 --beta 0 --dropoute 0"
@@ -67,7 +67,19 @@ COMMANDS = {
     },
 }
 
+# Small enough for minutes on two cores; tools/demo.py runs it.
+_SMALL = (
+    "--batch_size 20 --bptt 35 --emsize 128 --nhid 256 --nlayers 2 --dropout 0.3 --dropouth 0.2 "
+    "--dropouti 0.3 --dropoute 0.05 --wdrop 0.3 --seed 1 --nonmono 2"
+)
+SMALL = {
+    "main": f"{_SMALL} --epochs 10",
+    "finetune": f"{_SMALL} --epochs 4",
+    "pointer": "--window 500 --theta 0.5 --lambdasm 0.1",
+}
+
 
 def of_stage(stage: str) -> dict[str, str]:
-    """The published flags of a script, by the row's name; empty if there are none."""
-    return {name: row[stage] for name, row in COMMANDS.items() if stage in row}
+    """The flags of a script's presets by name; empty if there are none."""
+    rows = {**COMMANDS, "small": SMALL}
+    return {name: row[stage] for name, row in rows.items() if stage in row}

@@ -68,8 +68,8 @@ def _check_files(folder: Path, split: bool = False) -> None:
         )
     if not is_folder:
         raise CorpusError(
-            f"there is no corpus folder {folder}: fetch one with ./getdata.sh NAME, or give its "
-            "path with --data"
+            f"there is no corpus folder {folder}: fetch one with ./getdata.sh NAME, give another "
+            "with --data, or try --data data/sample"
         )
     if split:
         others = [name for name in given if name != "train.txt"]

@@ -27,6 +27,9 @@ class Bar:
             unit=unit,
             unit_scale=True,
             leave=False,
+            # Without the counts, so that it fits 80 columns with the numbers of training.
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
+            "{postfix}",
             dynamic_ncols=True,
             file=sys.stderr,
         )

@@ -29,6 +29,7 @@ from loss import TrainingLoss
 from nt_asgd import NonMonotonicTrigger
 from run import ranks
 from run.device import make_deterministic, select_device, set_precision
+from run.estimate import TIMED, WARM_UP, in_words, times
 from run.log_lines import DOUBLE_RULE, RULE, batch_line, end_line, epoch_line
 from run.metrics import MetricsWriter
 from run.progress import Bar
@@ -48,6 +49,8 @@ EVAL_BATCH_SIZE = 10
 TEST_BATCH_SIZE = 1
 # Rows of text compared at resumption, to detect a different order of the text.
 _ROWS_TO_COMPARE = 16
+# Seconds of training on a CPU above which a smaller model is worth naming.
+_LONG = 12 * 3600
 
 
 def resumed_file(path: str, stage: str) -> tuple[Checkpoint, Recorded]:
@@ -133,6 +136,8 @@ class Session:
         # Where a resumed run goes on, until its first epoch begins.
         self._position: Mapping[str, Any] | None = None
         self._bar = Bar(None, "", wanted=False)
+        # The batches of this epoch in this process; None once the estimate is printed.
+        self._taken: int | None = 0
 
     # The start
 
@@ -214,6 +219,12 @@ class Session:
         self._position = state["position"]
         self.epoch += self._position is not None
         self.last_good = args.resume
+        batch = 0 if self._position is None else self._position["batches"]
+        best = f"best {source.valid_loss:.2f} after epoch {source.epoch}"
+        print(
+            f"Resuming {args.resume}: epoch {self.finished + 1}, batch {batch} of about "
+            f"{self._batches()}, {best if source.epoch else 'no epoch has ended yet'}"
+        )
         if source.epoch and self.best is None:
             self.best = checkpoint.in_memory(dataclasses.replace(source, args=self.flags))
 
@@ -239,6 +250,8 @@ class Session:
                 "stateful": self._states(),
             }
         )
+        if self.finished >= last and not self.done:
+            print(f"All {last} epochs are done: a larger --epochs continues the run")
         places = {os.path.realpath(path) for path in (self.args.resume, self.args.save)}
         if self.args.resume and self.finished >= last and len(places) == 2:
             self.save()
@@ -269,19 +282,63 @@ class Session:
                 "the text does not go on as it did where the run stopped: resume it with the flags "
                 "that it had"
             )
-        self.epoch, self._began = epoch, time.time()
+        # The epoch's time counts its part before the run was stopped.
+        self._began = time.time() - (position or {}).get("seconds", 0.0)
+        self.epoch = epoch
         self._reported = time.perf_counter(), step.batches, step.row
-        rows, columns = step.source.shape
-        self._bar = Bar(rows * columns, f"epoch {epoch}", wanted=self.ranks.first)
+        self._taken = None if self._taken is None else 0
+        tokens = self._rows(step.source) * step.source.size(1)
+        what = f"epoch {epoch} of {args.epochs}"
+        if math.isfinite(self.best_loss):
+            what += f", best {perplexity(self.best_loss):.1f}"
+        self._bar = Bar(tokens, what, wanted=self.ranks.first)
+
+    def _rows(self, source: Tensor) -> int:
+        """The rows of `source` that an epoch or an evaluation reads, with --max-batches fewer."""
+        most, limit = len(source) - 1, self.args.max_batches
+        return most if limit is None else min(most, limit * self.args.bptt)
 
     def after_batch(self) -> None:
         """Report, obey a signal, and save, where each is due."""
         if self.step.batches % self.args.log_interval == 0:
             self._report_batch()
+        if self._taken is not None:
+            self._time_batch()
         self._bar.to(self.step.row * self.step.source.size(1))
         self.stop.check()
         if self.ranks.decided(self.clock.due()):
             self.save()
+
+    def _time_batch(self) -> None:
+        """Time the first batches, then print once how long the run takes at their pace."""
+        self._taken += 1
+        if self._taken not in (WARM_UP, TIMED):
+            return
+        step, row = self.step, self.step.row
+        loss = self.ranks.total(float(step.total)) / row  # waits for a GPU
+        if self._taken == WARM_UP:
+            self._timed_from = time.perf_counter(), row
+            return
+        start, first_row = self._timed_from
+        columns = step.source.size(1)
+        epoch, left = times(
+            (time.perf_counter() - start) / (row - first_row) / columns,
+            train=self._rows(step.source) * columns,
+            valid=self._rows(self.valid_data) * self.valid_data.size(1),
+            done=row * columns,
+            epochs=self.args.epochs - self.epoch + 1,
+        )
+        line = f"| about {in_words(epoch)} an epoch, {in_words(left)} until epoch "
+        line += f"{self.args.epochs} | loss of the first batches {loss:.2f}"
+        if left > _LONG and self.device.type == "cpu" and self.stage == "main.py":
+            line += " | a smaller model: --preset small"
+        self._bar.line(line)
+        self._taken = None
+
+    def _batches(self) -> int:
+        """About how many batches an epoch has."""
+        most = max(1, (len(self.step.source) - 1) // self.step.bptt)
+        return most if self.args.max_batches is None else self.args.max_batches
 
     def _report_batch(self) -> None:
         """Print and write the numbers since the last report."""
@@ -292,11 +349,9 @@ class Session:
         now = time.perf_counter(), step.batches, step.row
         seconds, taken, rows = (b - a for a, b in zip(self._reported, now, strict=True))
         self._reported = now
-        batches = max(1, (len(step.source) - 1) // step.bptt)
-        batches = batches if args.max_batches is None else args.max_batches
         ms = seconds * 1000 / taken
-        self._bar.line(batch_line(self.epoch, step.batches, batches, self.rate, ms, loss))
-        self._bar.update(0, loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
+        self._bar.line(batch_line(self.epoch, step.batches, self._batches(), self.rate, ms, loss))
+        self._bar.update(0, ppl=f"{perplexity(loss):.1f}")
         self.write(
             "batch",
             row=step.row,
@@ -337,7 +392,8 @@ class Session:
     def evaluate(self, what: str, network: TrainingLoss) -> float:
         """The loss of `network` on valid.txt or test.txt, in nats a token."""
         source = self.valid_data if what == "valid.txt" else self.test_data
-        with Bar(source.numel(), what, wanted=self.ranks.first) as bar:
+        tokens = self._rows(source) * source.size(1)
+        with Bar(tokens, what, wanted=self.ranks.first) as bar:
 
             def after_chunk(tokens: int) -> None:
                 bar.update(tokens)
@@ -362,7 +418,7 @@ class Session:
         self.write("epoch", time=seconds, valid_loss=loss)
         return loss
 
-    def keep_if_best(self, loss: float, last: bool, what: str = "Model") -> None:
+    def keep_if_best(self, loss: float, last: bool, what: str = "model") -> None:
         """Keep the current weights if `loss` is the lowest so far, to save them at the epoch's end.
 
         A save takes time, so not every short epoch is saved; the `last` one is.
@@ -370,8 +426,8 @@ class Session:
         self._saving = last or self.ranks.decided(self.clock.due_at_epoch_end())
         if loss < self.best_loss:
             self.best, self.best_loss = self.snapshot(self.epoch, loss), loss
-            saved = "Saving " + what[0].lower() + what[1:]
-            print(f"{saved if self._saving else f'{what} to be saved'} (new best validation)")
+            kept = "Saving" if self._saving else "Keeping in memory, until the next save, the"
+            print(f"{kept} {what} (new best validation)")
 
     def end_epoch(self) -> None:
         """Count the epoch, and save if a save is due."""
@@ -469,6 +525,7 @@ class Session:
             "row": step.row,
             "batches": step.batches,
             "since": step.since,
+            "seconds": time.time() - self._began,
             "total": total,
             "interval": interval,
             **map_state(lambda *columns: torch.cat(columns, dim=1), *parts),
@@ -506,6 +563,7 @@ class Session:
                 raise Stopped(stopped.signum, sentence) from None
             print(RULE)
             print(f"Exiting from {what} early")
+            print(f"--resume {self.args.save} continues it")
 
     def test(self) -> None:
         """Score the best model on the test set."""

@@ -10,7 +10,7 @@ from conftest import ROOT, TINY
 
 from cli import flags
 from cli.parser import CLASSIC, VERSION, Recorded
-from cli.presets import COMMANDS
+from cli.presets import COMMANDS, SMALL
 from utils import ToolkitError
 
 TRAINING = {
@@ -31,6 +31,7 @@ DEFAULTS = {
         "words": 1000, "seed": 1111, "temperature": 1.0, "log_interval": 100, "cuda": None,
     },
 }  # fmt: skip
+SCRIPTS = [*DEFAULTS, "dynamiceval", "score", "plot"]
 
 
 def parser_of(script):
@@ -64,6 +65,50 @@ def test_every_classic_abbreviation_still_works(script):
             assert {*line} == {flag.removeprefix("--").replace("-", "_")}, short
             if value is not None:
                 assert parser_of(script).given([f"{short}={value}"]).line == line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_hyphens_and_underscores_are_the_same_in_every_flag(script):
+    parser = parser_of(script)
+    for name in [n for n in parser._option_string_actions if n.startswith("--")]:
+        for spelled in (
+            name.replace("-", "_").replace("__", "--", 1),
+            f"--{name[2:].replace('_', '-')}",
+        ):
+            assert parser._expanded(spelled) == name
+            assert parser._expanded(f"{spelled}=x-y_z") == f"{name}=x-y_z"
+    if script != "plot":
+        paths = [parser.given([f, "x.pt"]).line for f in ("--save", "--checkpoint")]
+        assert paths[0] == paths[1] != {}
+
+
+@pytest.mark.parametrize(
+    ("script_name", "flag", "meant"),
+    [
+        ("main", "--bath_size", "--batch_size"), ("main", "--droputh", "--dropouth"),
+        ("score", "--indepedent", "--independent"), ("plot", "--max_pppl", "--max-ppl"),
+        ("main", "--nosuchflag", None),
+    ],
+)  # fmt: skip
+def test_a_mistyped_flag_is_answered_with_the_nearest(script_name, flag, meant, script):
+    files = ["x.log"] if script_name == "plot" else []
+    status, _, err = script(script_name, *files, flag, "3")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert err.count("did you mean") == (meant is not None)
+    assert meant is None or f"; did you mean {meant}? (" in err
+
+
+@pytest.mark.parametrize("script_name", SCRIPTS)
+def test_the_help_fits_eighty_columns_and_its_examples_are_right(script_name, script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = script(script_name, "--help")
+    text, _, examples = out.partition("\nExamples:\n\n")
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    for line in examples.splitlines():
+        program, name, *argv = shlex.split(line)
+        assert (program, name) == ("python", f"{script_name}.py")
+        parser_of(script_name).given(argv)
+    assert examples
 
 
 def test_given_flags_and_dropouts():
@@ -225,9 +270,12 @@ def test_version(name, script):
     assert f"## {VERSION}, " in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("row", COMMANDS)
+PRESETS = {**COMMANDS, "small": SMALL}
+
+
+@pytest.mark.parametrize("row", PRESETS)
 def test_a_preset_is_the_published_command(row, capsys):
-    for name, published in COMMANDS[row].items():
+    for name, published in PRESETS[row].items():
         given = parser_of(name).parse_args(shlex.split(published))
         capsys.readouterr()
         preset = parser_of(name).parse_args(["--preset", row])
@@ -273,7 +321,7 @@ def test_a_preset_that_contradicts_the_model_is_an_error(script, trained, corpus
     assert "--model QRNN contradicts" in err
     status, _, err = script("finetune", "--preset", "ptb-qrnn", "--model", "GRU", *argv)
     assert status == 1
-    assert re.search("--(emsize|nhid) .* contradicts", err)
+    assert re.search("--(emsize|nhid|nlayers) .* contradicts", err)
 
 
 def test_a_run_with_a_preset_and_its_resumption(script, corpus_dir, tmp_path):

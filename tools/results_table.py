@@ -25,6 +25,11 @@ from bench.published import BITS, ROWS, Row, shown
 from cli.presets import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
+NONE_OF_OURS = (
+    "None of these rows has been run here yet. What has been run: the [demo](results/demo.md), the "
+    "[small-scale study](docs/reproducing.md#a-small-scale-study), and a\n[small run beside the "
+    "same run of the original](docs/reproducing.md#the-same-small-run-in-the-original)."
+)
 
 
 def published_cell(row: Row, stage: str) -> str:
@@ -46,16 +51,21 @@ def our_cell(row: Row, known: dict[str, Any]) -> str:
 
 
 def published_table(results: Path) -> str:
-    """The published table with our figures from the files in `results`."""
+    """The published table, with our figures if the files in `results` have any."""
     stages = ["main", "finetune", "pointer"]
-    lines = table_head("corpus, cell", "published: main", *stages[1:], "ours: main", *stages[1:])
-    for name, row in ROWS.items():
+    ours = {}
+    for name in ROWS:
         head = next(iter(read_lines(results / f"{name}.metrics.jsonl")), {})
-        ours = {} if head.get("reduced") else head.get("stages", {})
+        ours[name] = {} if head.get("reduced") else head.get("stages", {})
+    filled = stages if any(ours.values()) else []
+    more = ["ours: main", *stages[1:]] if filled else []
+    lines = table_head("corpus, cell", "published: main", *stages[1:], *more)
+    for name, row in ROWS.items():
         cells = [published_cell(row, stage) for stage in stages]
-        cells += [our_cell(row, ours.get(stage, {})) for stage in stages]
-        lines.append(table_row(f"[{row.title}](results/{name}.md)" if ours else row.title, *cells))
-    return "\n".join(lines)
+        cells += [our_cell(row, ours[name].get(stage, {})) for stage in filled]
+        title = f"[{row.title}](results/{name}.md)" if ours[name] else row.title
+        lines.append(table_row(title, *cells))
+    return "\n".join(lines if filled else [*lines, "", NONE_OF_OURS])
 
 
 def replaced(text: str, name: str, content: str) -> str:
