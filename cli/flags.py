@@ -7,6 +7,7 @@ from typing import Any
 from cli import types
 from cli.parser import Parser
 from model import CELLS, find_cell
+from scoring.spelling import KINDS
 
 # The rate for SGD is 30; at 30 Adam diverges in the first batches.
 ADAM_RATE = 1e-3
@@ -72,6 +73,19 @@ def add_vocabulary(parser: Parser) -> None:
         type=types.positive_int,
         help="keep the words that occur N times or more in train.txt, and read the others as "
         "<unk>; WikiText-2 and -103 have 3",
+    )
+
+
+def add_tokens_are(parser: Parser) -> None:
+    """--tokens-are."""
+    parser.flag(
+        "text",
+        "--tokens-are",
+        belongs="run",
+        choices=KINDS,
+        help="how tokens are put together to text: words by spaces; characters and bytes count as "
+        "one each; pieces by their marker (@@ at the end, \u2581 or ## at the front); joined "
+        "tokens have nothing between them; default: main.py's, or as the vocabulary shows",
     )
 
 

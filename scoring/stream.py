@@ -9,7 +9,17 @@ from torch import Tensor
 
 from continuous_cache import ContinuousCache
 from loss import TrainingLoss
+from model import Hidden
 from utils import get_batch
+
+
+class Step(NamedTuple):
+    """The network's results at n successive positions of a text in columns."""
+
+    output: Tensor  # (n * columns, size): the last layer's, for the criterion
+    layers: list[Tensor]  # each layer's raw outputs, (n, columns, size)
+    words: Tensor  # (n * columns,): the words that follow
+    hidden: Hidden  # the state after the last position
 
 
 class Piece(NamedTuple):
@@ -21,23 +31,44 @@ class Piece(NamedTuple):
 
 
 @torch.inference_mode()
-def pieces(
-    network: TrainingLoss, source: Tensor, bptt: int, max_batches: int | None = None
-) -> Iterator[Piece]:
-    """Run the network once over `source` (rows, 1), `bptt` positions at a time.
+def steps(
+    network: TrainingLoss,
+    source: Tensor,
+    bptt: int,
+    hidden: Hidden | None = None,
+    max_batches: int | None = None,
+) -> Iterator[Step]:
+    """Run the network once over `source` (rows, columns), `bptt` rows at a time.
 
-    The hidden state is carried, so `bptt` changes only the size of the pieces. Together they hold
-    every word but the first, `rows - 1` in all. `max_batches` stops early.
+    The hidden state, at first `hidden` or that of a text's start, is carried, so `bptt` changes
+    only the size of the steps. Together they hold every word but the first row's. `max_batches`
+    stops early.
     """
     network.eval()
-    model, criterion, hidden = network.model, network.criterion, network.init_hidden(1)
+    if hidden is None:
+        hidden = network.init_hidden(source.size(1))
     for chunk, i in enumerate(range(0, source.size(0) - 1, bptt)):
         if chunk == max_batches:
             break
         data, words = get_batch(source, i, bptt)
-        output, hidden, raw, _ = model(data, hidden, return_h=True)
-        logprob = criterion.target_logprob(model.decoder.weight, model.decoder.bias, output, words)
-        yield Piece(raw[-1].squeeze(1), words, logprob)
+        output, hidden, raw, _ = network.model(data, hidden, return_h=True)
+        yield Step(output, raw, words, hidden)
+
+
+def target_logprob(network: TrainingLoss, step: Step) -> Tensor:
+    """`log p` (n * columns,) of a step's words, in nats."""
+    decoder = network.model.decoder
+    return network.criterion.target_logprob(decoder.weight, decoder.bias, step.output, step.words)
+
+
+@torch.inference_mode()
+def pieces(
+    network: TrainingLoss, source: Tensor, bptt: int, max_batches: int | None = None
+) -> Iterator[Piece]:
+    """The steps of one stream, `source` (rows, 1)."""
+    for step in steps(network, source, bptt, max_batches=max_batches):
+        outputs = step.layers[-1].squeeze(1)
+        yield Piece(outputs, step.words, target_logprob(network, step))
 
 
 def joined(parts: Iterable[Piece]) -> Piece:
