@@ -11,7 +11,7 @@ import checkpoint
 from cli import flags
 from cli.parser import Parser, Recorded
 from cli.types import positive, positive_int, share_of_one
-from data import EOS, UNK, Dictionary
+from data import EOS, Dictionary
 from files.writing import unwritable, writing
 from loss import TrainingLoss
 from model import Hidden
@@ -53,7 +53,7 @@ def build_parser() -> Parser:
         metavar="P",
         help="sample among the likeliest words, as few as reach a total probability of P",
     )
-    parser.flag("", "--no-unk", action="store_true", help="never sample <unk>")
+    parser.flag("", "--no-unk", action="store_true", help="never sample the unknown word")
     parser.flag("", "--samples", type=positive_int, default=1, help="texts to sample, as one batch")
     parser.flag(
         "",
@@ -142,16 +142,16 @@ def prompt_ids(words: Sequence[str], dictionary: Dictionary) -> list[int]:
     Unknown words are printed to standard error; if the vocabulary has no <unk>, they raise
     ToolkitError.
     """
-    known = dictionary.word2idx
+    known, unk = dictionary.word2idx, dictionary.unk
     unknown = list(dict.fromkeys(word for word in words if word not in known))
-    if unknown and UNK not in known:
+    if unknown and unk not in known:
         raise ToolkitError(
             f"the model does not know the word {unknown[0]!r} of --prompt: write words as in its "
             "corpus (lower case, tokens separated by spaces)"
         )
     if unknown:
-        sys.stderr.write(f"not in the vocabulary, read as {UNK}: {' '.join(unknown)}\n")
-    return [*([known[EOS]] if EOS in known else []), *(known.get(w, known.get(UNK)) for w in words)]
+        sys.stderr.write(f"not in the vocabulary, read as {unk}: {' '.join(unknown)}\n")
+    return [*([known[EOS]] if EOS in known else []), *(known.get(w, known.get(unk)) for w in words)]
 
 
 def as_text(ids: Sequence[int], words: Sequence[str]) -> str:
@@ -173,6 +173,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problem:
         raise ToolkitError(f"cannot write {args.outf} ({problem}): pass another --outf")
     dictionary = loaded.dictionary
+    if args.no_unk and dictionary.unk not in dictionary.word2idx:
+        raise ToolkitError(
+            f"the model has no {dictionary.unk} for --no-unk to leave out: leave the flag out, or "
+            "name the corpus's own with main.py --unk"
+        )
     if args.prompt.split():
         known = torch.tensor(prompt_ids(args.prompt.split(), dictionary))
         prompt = known.unsqueeze(1).repeat(1, args.samples)
@@ -187,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)
     if not args.prompt.split():
         prompt = torch.randint(len(dictionary), (1, args.samples))
-    banned = dictionary.word2idx.get(UNK) if args.no_unk else None
+    banned = dictionary.word2idx[dictionary.unk] if args.no_unk else None
     words = sample(
         network,
         prompt.to(network.device),

@@ -105,10 +105,11 @@ def check_flags(parser: Parser, args: Any, given: Mapping[str, Any]) -> None:
         parser.error(f"--{idle[0].replace('_', '-')} is for the cache: add --cache")
     if args.tsv == "-" and (args.json or args.tokens):
         parser.error("--tsv - is the whole output: name a file, or leave out --json and --tokens")
-    if args.entropy and args.cache:
-        parser.error("--entropy is that of the model without the cache: leave out --cache")
-    if args.entropy and not ((args.tsv and not args.lines) or (args.json and args.tokens)):
-        parser.error("--entropy is a column of tokens: add --tsv, or --json --tokens")
+    of_tokens = (args.tsv and not args.lines) or (args.json and args.tokens)
+    if args.entropy and (args.cache or not of_tokens):
+        parser.error(
+            "--entropy is a column of tokens, without the cache: add --tsv, or --json --tokens"
+        )
 
 
 def text_lines(file: str | None, text: str | None) -> Iterator[str]:

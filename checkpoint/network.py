@@ -1,5 +1,6 @@
 """A network as the tensors of a model file, and back."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoint.model_file import Checkpoint, CheckpointError, copies, in_short
+from checkpoint.model_file import Checkpoint, CheckpointError, copies, in_short, load
 from data import Dictionary
 from loss import TrainingLoss, is_frozen
 from model import RNNModel, make_network
@@ -70,6 +71,19 @@ def rebuild(
             f"({in_short(error)}): use the code that wrote the file, or train it again"
         ) from error
     return tuple(module.to(device).eval() for module in modules)
+
+
+def open_model(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> tuple[TrainingLoss, Dictionary]:
+    """The network of a model file in evaluation, on `device`, and its vocabulary.
+
+    Raises CheckpointError for a file that cannot be used.
+    """
+    loaded = load(path)
+    network = TrainingLoss(*rebuild(loaded, torch.device(device))).eval()
+    load_further(network, loaded.loss)
+    return network, loaded.dictionary
 
 
 def check_readable(config: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:

@@ -58,21 +58,27 @@ def add_split(parser: Parser) -> None:
 
 
 def add_vocabulary(parser: Parser) -> None:
-    """--vocab-size and --min-count."""
+    """--vocab-size, --min-count and --unk."""
     add = parser.group("files", belongs="run")
+    add(
+        "--unk",
+        default="<unk>",
+        metavar="TOKEN",
+        help="the word of the corpus that stands for unknown ones, in this and all later stages",
+    )
     add(
         "--vocab-size",
         either="vocabulary",
         type=types.vocabulary_size,
-        help="keep the N most frequent words of train.txt, <unk> and <eos> among them, and read "
-        "the others as <unk>; PTB has 10,000",
+        help="keep the N most frequent words of train.txt, --unk and <eos> among them, and read "
+        "the others as --unk; PTB has 10,000",
     )
     add(
         "--min-count",
         either="vocabulary",
         type=types.positive_int,
         help="keep the words that occur N times or more in train.txt, and read the others as "
-        "<unk>; WikiText-2 and -103 have 3",
+        "--unk; WikiText-2 and -103 have 3",
     )
 
 

@@ -13,7 +13,7 @@ from data import EOS, Dictionary
 from loss import TrainingLoss
 from model import Hidden
 from scoring.spelling import Spelling
-from scoring.stream import Piece, steps, target_logprob, with_cache
+from scoring.stream import pieces, with_cache
 from scoring.tokens import Reader, Token, by_line, split_lines
 
 CHUNK = 1000
@@ -45,7 +45,8 @@ def states_of(
     """The output of each layer after each of `ids` except the first `skip`: (n - skip, size)."""
     # The last word is the one that nothing follows.
     source = torch.tensor([*ids, ids[-1]], device=network.device).unsqueeze(1)
-    parts = [[layer.squeeze(1).cpu() for layer in s.layers] for s in steps(network, source, bptt)]
+    runs = pieces(network, source, bptt)
+    parts = [[layer.squeeze(1).cpu() for layer in piece.layers] for piece in runs]
     return [torch.cat(layer)[skip:] for layer in zip(*parts, strict=True)]
 
 
@@ -115,22 +116,20 @@ class Scorer:
         The entropy is 0 unless it was asked for. Also returns the state at the end.
         """
         source, columns = torch.tensor(rows).t(), len(rows)
-        # One tensor for all: a small result a step between large ones that are freed would keep
+        # One tensor for all: a small result a piece between large ones that are freed would keep
         # the allocator from using their memory again.
         numbers = torch.zeros(len(source) - 1, columns, 2, dtype=torch.float64)
         at, network = 0, self.network
         each = max(1, self.bptt // columns)
-        for step in steps(network, source.to(network.device), each, hidden):
-            hidden, n = step.hidden, len(step.layers[-1])
-            logprob = target_logprob(network, step)
+        decoder, criterion = network.model.decoder, network.criterion
+        for piece in pieces(network, source.to(network.device), each, hidden=hidden):
+            hidden, logprob, n = piece.hidden, piece.logprob, len(piece.words) // columns
             if cache is not None:
-                piece = Piece(step.layers[-1].squeeze(1), step.words, logprob)
                 logprob, in_use = with_cache(piece, cache, self.lambdasm)
                 self.used += int(in_use.sum())
             numbers[at : at + n, :, 0] = logprob.view(n, columns)
             if self.entropy:
-                decoder = network.model.decoder
-                every = network.criterion.logprob(decoder.weight, decoder.bias, step.output)
+                every = criterion.logprob(decoder.weight, decoder.bias, piece.outputs)
                 # A probability of 0 adds nothing.
                 terms = every.exp().mul_(every.clamp_(min=-1e4))
                 numbers[at : at + n, :, 1] = -terms.sum(1).view(n, columns)

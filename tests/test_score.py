@@ -576,7 +576,11 @@ BAD_INPUT = {
     "model as text": (["m.pt"], 1, r"m\.pt is no text but .* --checkpoint"),
     "model and text": (["m.pt", "t.txt"], 2, "the model with --checkpoint"),
     "table and JSON": (["t.txt", "--tsv", "-", "--json"], 2, "--tsv - is the whole output"),
-    "entropy of a cache": (["t.txt", "--tsv", "-", "--cache", "--entropy"], 2, "without the cache"),
+    "entropy of a cache": (
+        ["t.txt", "--tsv", "-", "--cache", "--entropy"],
+        2,
+        "without the cache:",
+    ),
     "entropy of no tokens": (["t.txt", "--entropy"], 2, "add --tsv"),
     "no ids": (["--text", "a w1\n\nb w3", "--ids"], 1, "line 2 of the text is empty"),
     "no marker": (["t.txt", "--tokens-are", "pieces"], 1, "has a marker of pieces"),
