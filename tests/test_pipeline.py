@@ -499,6 +499,52 @@ def test_several_texts_and_a_part_of_the_words(script, trained, tmp_path):
     assert "<unk>" not in script("generate", *many, "--no-unk")[1]
 
 
+def test_the_corpus_s_own_unknown_word(script, corpus_dir, tmp_path):
+    folder, path = tmp_path / "own", tmp_path / "m.pt"
+    shutil.copytree(corpus_dir, folder)
+    text = (folder / "train.txt").read_text()
+    (folder / "train.txt").write_text(text.replace("w7 ", "<UNK> ") + "rare <UNK>\n")
+    argv = ["--data", folder, "--save", path, *TINY, "--epochs", 1, "--max-batches", 2]
+    out = script("main", *argv)[1]
+    assert "| <UNK> is a word like any other here: --unk '<UNK>' makes it the unknown one" in out
+    status, _, err = script("generate", "--checkpoint", path, "--no-unk", "--outf", "-")
+    assert (status, "no <unk> for --no-unk" in err) == (1, True)
+    status, _, err = script("main", *argv, "--unk", "<other>")
+    assert (status, "no word <other> for --unk" in err) == (1, True)
+
+    out = script("main", *argv, "--unk", "<UNK>", "--tokens-are", "joined", "--min-count", 2)[1]
+    assert "like any other" not in out
+    assert script("finetune", *argv, "--batch_size", 8, "--bptt", 10)[0] == 0
+    dictionary = checkpoint.load(path).dictionary
+    assert (dictionary.unk, dictionary.tokens_are) == ("<UNK>", "joined")
+    assert not {"rare", "<unk>"} & set(dictionary.idx2word)
+    argv = ["--checkpoint", path, "--no-cuda"]
+    out = script("generate", *argv, "--no-unk", "--outf", "-", "--words", 2000)[1]
+    assert "<UNK>" not in out
+    out = script("score", *argv, "--text", "w1 rare w3", "--json")[1]
+    assert json.loads(out)["notes"]["outside_the_vocabulary"].endswith("scored as <UNK>")
+    assert json.loads(out)["chars"] == len("w1rarew3\n")
+
+
+def test_texts_that_are_not_what_is_expected(script, corpus_dir, tmp_path):
+    argv = ["--save", tmp_path / "m.pt", *TINY, "--epochs", 1, "--max-batches", 1]
+    for name, change, line in (
+        ("plain", lambda text: text, None),
+        ("eos", lambda text: text.replace("\n", " <eos>\n"), "end in <eos> already"),
+        ("joined", lambda text: text.replace(" ", ""), r"(9\d|100)% of the words of valid.txt"),
+        ("marks", lambda text: text.replace("\nw1 ", "\n\ufeffw1 "), r"U\+FEFF, .* is within"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in ("train.txt", "valid.txt", "test.txt"):
+            (folder / part).write_text(change((corpus_dir / part).read_text()))
+        status, out, _ = script("main", "--data", folder, *argv)
+        assert status == 0
+        odd = [row for row in out.splitlines() if re.search("already|nowhere|FEFF", row)]
+        assert len(odd) == (line is not None)
+        assert line is None or re.search(line, odd[0])
+
+
 def test_the_words_that_reach_a_probability_are_kept():
     import generate
 

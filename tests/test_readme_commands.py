@@ -80,6 +80,7 @@ def tree(tmp_path, monkeypatch):
         tmp_path / "data" / "sample",
         ignore=lambda _, names: {name for name in names if not name.endswith(".txt")},
     )
+    (tmp_path / "nbest.txt").write_text(SPOKEN, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

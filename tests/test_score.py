@@ -15,6 +15,7 @@ import pytest
 import references
 import torch
 from conftest import CORPORA, ORIGINAL_CELLS, ROOT, TINY, linux_only
+from test_readme import blocks
 
 import checkpoint
 import training
@@ -22,6 +23,7 @@ from data import Dictionary
 from loss import TrainingLoss
 from model import RNNModel, make_network
 from scoring.page import _colour, full_bits, level_of
+from scoring.scores import hidden_states, surprisals
 from scoring.spelling import Spelling
 from scoring.tokens import Reader
 from utils import ToolkitError, batchify
@@ -366,6 +368,36 @@ def test_a_table_of_tokens_and_the_states(independent, script, with_unk, tmp_pat
         assert (str(token["line"]), str(token["token_id"])) == (row["sentence_id"], row["token_id"])
         assert token["bits"] == pytest.approx(float(row["surprisal"]), abs=1e-6)
         assert token["entropy"] == pytest.approx(float(row["entropy"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("cell", ORIGINAL_CELLS)
+def test_in_python(cell, script, trained):
+    network, dictionary = checkpoint.open_model(trained[cell])
+    assert not any(module.training for module in network.modules())
+    tokens = surprisals(network, dictionary, TEXT)
+    found = scored(script, trained[cell], "--text", TEXT, "--tokens")[:-1]
+    assert [token.word for token in tokens] == [o["word"] for o in found]
+    assert [token.bits for token in tokens] == [o["bits"] for o in found]
+    # The states after each token predict the next one.
+    states = hidden_states(network, dictionary, TEXT)
+    assert [len(layer) for layer in states] == [len(tokens)] * 2
+    decoder = network.model.decoder
+    logprob = network.criterion.logprob(decoder.weight, decoder.bias, states[-1][:-1])
+    nats = logprob.gather(1, torch.tensor([[token.id] for token in tokens[1:]])).squeeze(1)
+    assert nats.tolist() == pytest.approx([token.logprob for token in tokens[1:]], abs=1e-5)
+
+
+def test_the_page_in_python(script, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    renamed(trained["LSTM"], "PTB.pt", "<unk> the company said it would sell".split())
+    page = {}
+    exec(blocks(ROOT / "docs" / "in-python.md")[0], page)
+    found = scored(script, "PTB.pt", "--text", page["text"], "--tokens", "--states", "s.npz")
+    assert [token.bits for token in page["tokens"]] == [o["bits"] for o in found[:-1]]
+    assert [o["unknown"] for o in found[:-1]] == [False] * 6 + [True] * 2 + [False]
+    with np.load("s.npz") as states:
+        for number, layer in enumerate(page["layers"], start=1):
+            assert np.array_equal(states[f"layer_{number}"], layer.numpy())
 
 
 def test_what_is_not_scored_is_missing_in_a_table(script, trained):
