@@ -387,11 +387,12 @@ def test_in_python(cell, script, trained):
     assert nats.tolist() == pytest.approx([token.logprob for token in tokens[1:]], abs=1e-5)
 
 
-def test_the_page_in_python(script, trained, tmp_path, monkeypatch):
+def test_the_page_in_python(script, trained, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     renamed(trained["LSTM"], "PTB.pt", "<unk> the company said it would sell".split())
     page = {}
     exec(blocks(ROOT / "docs" / "in-python.md")[0], page)
+    assert "company" in capfd.readouterr().out
     found = scored(script, "PTB.pt", "--text", page["text"], "--tokens", "--states", "s.npz")
     assert [token.bits for token in page["tokens"]] == [o["bits"] for o in found[:-1]]
     assert [o["unknown"] for o in found[:-1]] == [False] * 6 + [True] * 2 + [False]
