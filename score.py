@@ -32,7 +32,7 @@ from run.corpus import check_known
 from run.network import network_of
 from run.progress import Bar
 from scoring.page import to_html
-from scoring.report import Report, notes
+from scoring.report import Report, notes, table_file
 from scoring.scores import Scorer, states_of
 from scoring.spelling import Spelling
 from scoring.tokens import Reader, Summary, Token, by_line, split_lines
@@ -49,16 +49,8 @@ def build_parser() -> Parser:
     add = parser.group("text")
     add("file", nargs="*", default=[], metavar="FILE", help="text to score; - is standard input")
     add("--text", metavar="WORDS", help="text to score, instead of a FILE")
-    add(
-        "--as-corpus",
-        action="store_true",
-        help="score as main.py scores test.txt: the first token is only an input and is not scored",
-    )
-    add(
-        "--independent",
-        action="store_true",
-        help="score each line on its own, after one <eos>, without the lines before it",
-    )
+    add("--as-corpus", action="store_true", help="as main.py's test score: the first is an input")
+    add("--independent", action="store_true", help="score each line on its own, after one <eos>")
     add("--ids", action="store_true", help="the first field of each line is its id, not scored")
     flags.add_tokens_are(parser)
     add("--chars", type=positive_int, help="characters of the original text, for bits/char")
@@ -67,18 +59,10 @@ def build_parser() -> Parser:
     add("--lines", action="store_true", help="one line of output for each line of text")
     add("--tokens", action="store_true", help="one line of output for each token")
     add("--json", action="store_true", help="JSON lines; the last one is the total")
-    add(
-        "--tsv",
-        metavar="FILE",
-        help="write a table of the tokens, with --lines of the lines; - is standard output, alone",
-    )
+    add("--tsv", metavar="FILE", help="write a table of tokens, or of --lines; - is all the output")
     add("--entropy", action="store_true", help="add each prediction's entropy to --tsv and --json")
     add("--states", metavar="FILE", help="write each layer's output after each token, as .npz")
-    add(
-        "--html",
-        metavar="FILE",
-        help="write a web page of the text with each token coloured by its surprisal",
-    )
+    add("--html", metavar="FILE", help="write a page with tokens coloured by their surprisal")
     add = parser.group("files")
     add("--checkpoint", "--save", default="model.pt", metavar="FILE", help="model file")
     add = parser.group("cache")
@@ -195,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = None if args.as_corpus else dictionary.word2idx[EOS]
     summary = functools.partial(Summary, dictionary.word2idx.get(dictionary.unk), spelling.unit)
     total, kept, start = summary(), [], None
-    with Bar(None, "scoring") as bar, Report(args, spelling, dictionary.unk) as report:
+    with Bar(None, "scoring") as bar, table_file(args.tsv) as file_of_table:
+        report = Report(args, spelling, dictionary.unk, file_of_table)
         scorer = Scorer(
             network,
             first,

@@ -5,25 +5,19 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from data import EOS
 from files.writing import writing
 from scoring.spelling import Spelling
 from scoring.tokens import Reader, Summary, Token, counted
-from utils import bits
 
-# The columns of --tsv, and the names of their values in JSON.
-TOKEN_COLUMNS = {
-    "sentence_id": "line",
-    "token_id": "token_id",
-    "token": "word",
-    "surprisal": "bits",
-    "unknown": "unknown",
-    "entropy": "entropy",
-}
-LINE_COLUMNS = {"sentence_id": "line", "tokens": "tokens", "logprob": "logprob", "ppl": "ppl"}
+# What JSON says of a token, and the columns of --tsv, some of which have another name there.
+TOKEN = ["line", "number", "word", "unknown", "chars", "logprob", "bits"]
+TOKEN_COLUMNS = ["line", "number", "word", "bits", "unknown"]
+LINE_COLUMNS = ["line", "tokens", "logprob", "ppl"]
+IN_TABLE = {"line": "sentence_id", "number": "token_id", "word": "token", "bits": "surprisal"}
 PERPLEXITIES = {
     "ppl_without_unk": "without unknown words",
     "ppl_without_eos": f"without {EOS}",
@@ -58,42 +52,42 @@ def notes(reader: Reader, first: Token, args: Any, used: int, scored: int) -> di
     return remarks
 
 
-class Report:
-    """Writes the lines of a text as they are scored, and the total; a context manager.
+@contextlib.contextmanager
+def table_file(path: str | None) -> Iterator[TextIO | None]:
+    """The file of --tsv, standard output for `-`, None without a path."""
+    if path in (None, "-"):
+        yield sys.stdout if path else None
+        return
+    with writing(path, "--tsv") as file:
+        text = io.TextIOWrapper(file, "utf-8", "backslashreplace")
+        try:
+            yield text
+        finally:
+            text.detach()
 
-    `args` are the flags of score.py. With `--tsv -` only the table is written.
+
+class Report:
+    """Writes the lines of a text as they are scored, and the total, as score.py's `args` say.
+
+    `table` is the file of --tsv, if there is one. With `--tsv -` only the table is written.
     """
 
-    def __init__(self, args: Any, spelling: Spelling, unk: str) -> None:
-        self._args, self._spelling, self._unk = args, spelling, unk
-        self._columns = LINE_COLUMNS if args.lines else dict(TOKEN_COLUMNS)
-        if not args.entropy:
-            self._columns.pop("entropy", None)
-        self._table: TextIO | None = None
-        self._files = contextlib.ExitStack()
-
-    def __enter__(self) -> "Report":
-        if self._args.tsv == "-":
-            self._table = sys.stdout
-        elif self._args.tsv:
-            file = self._files.enter_context(writing(self._args.tsv, "--tsv"))
-            self._table = io.TextIOWrapper(file, "utf-8", "backslashreplace")
-            self._files.callback(self._table.detach)
-        if self._table:
-            print("\t".join(self._columns), file=self._table)
-        return self
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._files.__exit__(*error)
+    def __init__(self, args: Any, spelling: Spelling, unk: str, table: TextIO | None) -> None:
+        self._args, self._spelling, self._unk, self._table = args, spelling, unk, table
+        entropy = ["entropy"] if args.entropy else []
+        self._fields = TOKEN + entropy
+        self._columns = LINE_COLUMNS if args.lines else TOKEN_COLUMNS + entropy
+        if table:
+            print(*(IN_TABLE.get(name, name) for name in self._columns), sep="\t", file=table)
 
     def line(self, tokens: Sequence[Token], summary: Summary) -> None:
         """Write what the flags ask for of a line and its tokens."""
-        rows = [_values(token) for token in tokens]
+        rows = [{name: getattr(token, name) for name in self._fields} for token in tokens]
         whole = {"line": tokens[0].line, **summary.numbers()}
         if self._table:
             for row in [whole] if self._args.lines else rows:
-                cells = (_cell(row.get(name)) for name in self._columns.values())
-                print("\t".join(cells), file=self._table)
+                cells = (_cell(row[name]) for name in self._columns)
+                print(*cells, sep="\t", file=self._table)
         if self._args.tsv == "-":
             return
         label = f"| {f'line {tokens[0].line}':>10s} |"
@@ -142,22 +136,6 @@ class Report:
             f"bits/token {shown('bits_per_token', '6.3f')} | "
             f"bits/{unit} {shown(f'bits_per_{unit}', '6.4f')}"
         )
-
-
-def _values(token: Token) -> dict[str, Any]:
-    """What JSON and a table say of a token."""
-    values = {
-        "line": token.line,
-        "token_id": token.number,
-        "word": token.word,
-        "unknown": token.unknown,
-        "chars": token.chars,
-        "logprob": token.logprob,
-        "bits": token.bits,
-    }
-    if token.entropy is not None:
-        values["entropy"] = bits(token.entropy)
-    return values
 
 
 def _cell(value: Any) -> str:

@@ -15,6 +15,7 @@ from model import Hidden
 from scoring.spelling import Spelling
 from scoring.stream import pieces, with_cache
 from scoring.tokens import Reader, Token, by_line, split_lines
+from utils import bits
 
 CHUNK = 1000
 
@@ -141,4 +142,4 @@ class Scorer:
         for token, (logprob, entropy) in zip(tokens, numbers.tolist(), strict=True):
             token.logprob = logprob
             if self.entropy:
-                token.entropy = entropy
+                token.entropy = bits(entropy)

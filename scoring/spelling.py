@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data import EOS, Dictionary
@@ -32,42 +33,51 @@ class Spelling:
         words = [word for word in dictionary.idx2word if not re.fullmatch("<.+>", word)]
         marked = {marker: sum(_has(marker, word) for word in words) for marker in _MARKERS}
         marker = max(_MARKERS, key=marked.__getitem__)
-        kind, why = given or dictionary.tokens_are, "as --tokens-are says"
-        if not kind:
-            kind, why = _shown(dictionary, words, marked[marker]), "as the vocabulary shows"
+        kind = given or dictionary.tokens_are
+        why = "as --tokens-are says" if kind else "as the vocabulary shows"
+        kind = kind or _shown(dictionary, words, marked[marker])
         if not kind:
             return cls("", "", f"unclear: bits/char needs one of --tokens-are {' '.join(KINDS)}")
         if kind != "pieces":
             return cls(kind, "", f"{kind}, {why}")
-        if not marked[marker]:
-            raise ToolkitError(
-                "no word of the vocabulary has a marker of pieces (@@ at its end, \u2581 or ## at "
-                "its front): give another --tokens-are"
-            )
-        return cls(kind, marker, f"pieces with the marker {marker}, {why}")
+        if marked[marker]:
+            return cls(kind, marker, f"pieces with the marker {marker}, {why}")
+        raise ToolkitError(
+            "no word of the vocabulary has a marker of pieces (@@ at its end, \u2581 or ## at its "
+            "front): give another --tokens-are"
+        )
 
     @property
     def unit(self) -> str:
         """What `size` counts."""
         return "byte" if self.kind == "bytes" else "char"
 
+    def line(self, words: Sequence[str]) -> str:
+        """The words of a line as text, with spaces if the kind is unknown.
+
+        A marker that joins nothing, such as a `@@` at the end, is text.
+        """
+        if self.kind == "bytes" and all(map(str.isdigit, words)):
+            return bytes(map(int, words)).decode("utf-8", "replace")
+        if self.marker == "\u2581":
+            return "".join(words).replace(self.marker, " ").removeprefix(" ")
+        if self.kind in ("characters", "bytes", "joined"):
+            return "".join(words)
+        text = " ".join(words)
+        glue = {"": "", "@@": "@@ ", "##": " ##"}[self.marker]
+        return text.replace(glue, "") if glue else text
+
     def size(self, word: str, before: str) -> int | None:
         """The characters, or bytes, that a word adds to its line after `before`, "" at the start.
 
-        A space between the two is counted. The end of a line, <eos>, is one; a `@@` before it joins
-        nothing and counts as text. None if the kind is unknown.
+        The end of a line, <eos>, is one. None if the kind is unknown.
         """
         if not self.kind:
             return None
-        if self.kind in ("characters", "bytes"):
+        if word == EOS or self.kind in ("characters", "bytes"):
             return 1
-        if word == EOS:
-            return 1 + 2 * (self.marker == "@@" and _has("@@", before))
-        if self.marker == "\u2581":
-            return len(word) - (not before and word.startswith(self.marker))
-        glued = {"": False, "@@": _has("@@", before), "##": _has("##", word)}[self.marker]
-        space = bool(before) and not glued and self.kind != "joined"
-        return len(word) - 2 * (bool(self.marker) and _has(self.marker, word)) + space
+        text = [before] if before else []
+        return len(self.line([*text, word])) - len(self.line(text))
 
 
 def _has(marker: str, word: str) -> bool:

@@ -15,7 +15,7 @@ class Token:
     """A token of the text.
 
     `chars` is None where the kind of the tokens is not known. `logprob` is in nats, None where the
-    token is not scored; `entropy`, if it was asked for, is that of the prediction, in nats.
+    token is not scored; `entropy`, if it was asked for, is that of the prediction, in bits.
     """
 
     word: str

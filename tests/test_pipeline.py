@@ -98,7 +98,7 @@ def test_four_stages(cell, script, corpus_dir, tmp_path):
 
     text = tmp_path / "text.txt"
     status, _, err = script("generate", "--checkpoint", path, "--outf", text, "--words", 45)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"written to {text}\n")
     lines = text.read_text().splitlines()
     assert [len(line.split()) for line in lines] == [20, 20, 5]
     known = set(checkpoint.load(path).dictionary.idx2word)
@@ -458,8 +458,99 @@ def test_generate(script, trained, tmp_path):
     assert script("generate", *prompted, "--seed", 4)[1] == greedy
     assert script("generate", *prompted[:-2], "--temperature", 0.001)[1] == greedy
     assert script("generate", *prompted[:-2], "--temperature", 1e-300)[1] == greedy
+    assert script("generate", *prompted[:-2], "--temperature", 0)[1] == greedy
     hot = script("generate", *argv, "--temperature", 50, "--words", 300)[1]
     assert len(set(hot.split())) > 50
+
+
+@pytest.mark.parametrize("kind", ["words", "characters", "pieces"])
+def test_lines_as_text(kind, script, trained, tmp_path):
+    loaded = checkpoint.load(trained["LSTM"])
+    words = [w for w in loaded.vocabulary["words"] if w != "<eos>"]
+    letters = {
+        w: {"words": w, "characters": chr(k + 97), "pieces": f"\u2581{w}"}[kind]
+        for k, w in enumerate(words)
+    }
+    if kind == "pieces":
+        letters[words[0]] = words[0]
+    loaded.vocabulary["words"] = [letters.get(w, w) for w in loaded.vocabulary["words"]]
+    path = tmp_path / "m.pt"
+    checkpoint.save(path, loaded)
+    start = " ".join(letters[w] for w in words[1:3])
+    argv = ["--checkpoint", path, "--no-cuda", "--outf", "-", "--prompt", start, "--lines", 5]
+    status, out, err = script("generate", *argv)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == len(set(lines)) == 5
+    texts = {"words": start, "characters": start.replace(" ", ""), "pieces": " ".join(words[1:3])}
+    assert all(line.startswith(texts[kind]) for line in lines)
+    assert ("<eos>" not in out, "\u2581" in out) == (True, False)
+    # The likeliest line: each word is the likeliest after those before it.
+    best = script("generate", *argv[:-1], 1, "--temperature", 0)[1].removesuffix("\n")
+    if kind == "words":
+        for n in range(3, len(best.split()) + 2):
+            prompt = [
+                "--checkpoint",
+                path,
+                "--prompt",
+                " ".join(best.split()[: n - 1]),
+                "--next",
+                1,
+            ]
+            assert script("generate", *prompt)[1].split()[1] == [*best.split(), "<eos>"][n - 1]
+    # Nothing but the joining differs.
+    spaced = script("generate", *argv[:-1], 1, "--temperature", 0, "--tokens-are", "words")[1]
+    pieces = "".join(spaced.split())
+    texts = {"words": spaced, "characters": pieces, "pieces": pieces.replace("\u2581", " ")}
+    assert best == texts[kind].strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--next 2", "give a --prompt"),
+        ("--next 2 --prompt w1 --top-k 3", "leave out --top-k"),
+        ("--interactive --outf t.txt", "leave out --outf"),
+        ("--interactive --prompt w1", "not allowed with argument"),
+        ("--lines 2 --samples 3", "not allowed with argument"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, message, script, trained):
+    status, out, err = script("generate", "--checkpoint", trained["LSTM"], *flags.split())
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_prompts_from_standard_input(trained):
+    command = [sys.executable, ROOT / "generate.py", "--checkpoint", trained["LSTM"], "--no-cuda"]
+    command += ["--interactive", "--words", "3"]
+    result = subprocess.run(command, input="w1 w3\nzebra\nw9\n", capture_output=True, text=True)
+    assert result.returncode == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[:-3] for line in lines] == [["w1", "w3"], ["w9"]]
+    assert "'zebra'" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [["--next", 2], ["--tsv", "-", "--text"]])
+def test_words_of_the_command_line_are_utf8_in_any_locale(flags, trained, tmp_path):
+    model = checkpoint.load(trained["LSTM"])
+    model.vocabulary["words"] = [w.replace("w1", "gar\xe7on") for w in model.vocabulary["words"]]
+    checkpoint.save(tmp_path / "m.pt", model)
+    script = "generate.py" if flags[0] == "--next" else "score.py"
+    command = [sys.executable, ROOT / script, "--checkpoint", tmp_path / "m.pt", "--no-cuda"]
+    command += [
+        *map(str, flags),
+        *(["--prompt"] if script == "generate.py" else []),
+        "w3 gar\xe7on",
+    ]
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    results = [
+        subprocess.run([str(c).encode() for c in command], capture_output=True, env=env)
+        for env in (plain, {**os.environ, "PYTHONUTF8": "1"})
+    ]
+    numbers = [re.findall(rb"\d\.\d{5}", result.stdout) for result in results]
+    assert numbers[0] == numbers[1] != []
+    assert [result.stderr for result in results] == [b"", b""]
 
 
 def test_next_words_are_those_that_score_gives(script, trained):
@@ -489,7 +580,9 @@ def test_several_texts_and_a_part_of_the_words(script, trained, tmp_path):
     status, out, err = script("generate", *argv, "--samples", 3, "--prompt", "zebra w3 gnu zebra")
     assert (status, err) == (0, "not in the vocabulary, read as <unk>: zebra gnu\n")
     texts = out.split("\n\n")
-    assert [len(text.split()) for text in texts] == [30, 30, 30]
+    # The prompt is a part of each text.
+    assert [len(text.split()) for text in texts] == [34, 34, 34]
+    assert all(text.startswith("zebra w3 gnu zebra ") for text in texts)
     assert len(set(texts)) == 3
     # At such a small probability only the likeliest word is left.
     few = script("generate", *argv, "--top-p", 1e-6, "--prompt", "w3")[1]

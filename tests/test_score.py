@@ -365,7 +365,7 @@ def test_a_table_of_tokens_and_the_states(independent, script, with_unk, tmp_pat
     assert at == len(rows)
     tokens = scored(script, with_unk, *argv[3:], "--tokens")[:-1]
     for token, row in zip(tokens, rows, strict=True):
-        assert (str(token["line"]), str(token["token_id"])) == (row["sentence_id"], row["token_id"])
+        assert (str(token["line"]), str(token["number"])) == (row["sentence_id"], row["token_id"])
         assert token["bits"] == pytest.approx(float(row["surprisal"]), abs=1e-6)
         assert token["entropy"] == pytest.approx(float(row["entropy"]), abs=1e-6)
 
