@@ -189,7 +189,7 @@ def compose(network: TrainingLoss, dictionary: Dictionary, prompt: str, args: An
 
 def converse(network: TrainingLoss, dictionary: Dictionary, args: Any) -> None:
     """Print the continuation of each line of standard input."""
-    for line in sys.stdin.buffer:
+    for line in sys.stdin.buffer if sys.stdin else ():
         try:
             sys.stdout.write(compose(network, dictionary, line.decode(errors="replace"), args))
         except ToolkitError as error:
@@ -242,12 +242,8 @@ def check_flags(parser: Parser, given: Given) -> None:
         parser.error(f"--next samples nothing: leave out --{idle[0].replace('_', '-')}")
     if given.get("next") and not given.get("prompt", "").split():
         parser.error("--next predicts the word after --prompt: give a --prompt")
-    if given.get("lines") and given.get("samples"):
-        parser.error("--lines and --samples are both the number of texts: give one")
-    if given.get("interactive") and (given.get("prompt") or given.get("outf")):
-        parser.error(
-            "--interactive has its prompts and output in the terminal: leave the other out"
-        )
+    if given.get("interactive") and given.get("outf"):
+        parser.error("--interactive prints its texts: leave out --outf")
 
 
 if __name__ == "__main__":

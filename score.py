@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             new_cache=functools.partial(ContinuousCache, *cache) if args.cache else None,
             lambdasm=args.lambdasm,
             entropy=args.entropy,
-            tick=lambda logprobs: bar.update(len(logprobs)),
+            tick=bar.update,
         )
         lines = text_lines(file, args.text)
         blocks = reader.blocks(lines, math.inf if args.independent else BLOCK_TOKENS)

@@ -63,8 +63,8 @@ class Scorer:
     `first` is the word that is read before a text; if it is None, a text's first token is only an
     input and is not scored. `new_cache` makes the continuous cache, mixed in with the weight
     `lambdasm`; `used` counts the tokens at which it was in use. With `entropy` the entropy of each
-    prediction is filled in too. `bptt` positions are computed at a time. `tick` gets the log p
-    (n,) of the tokens done.
+    prediction is filled in too. `bptt` positions are computed at a time. `tick` gets
+    the number of tokens done.
     """
 
     network: TrainingLoss
@@ -73,7 +73,7 @@ class Scorer:
     new_cache: Callable[[], ContinuousCache] | None = None
     lambdasm: float = 0.0
     entropy: bool = False
-    tick: Callable[[Tensor], None] = lambda logprobs: None
+    tick: Callable[[int], None] = lambda tokens: None
     used: int = 0
 
     def stream(self, blocks: Iterable[list[Token]]) -> Iterator[list[Token]]:
@@ -134,7 +134,7 @@ class Scorer:
                 # A probability of 0 adds nothing.
                 terms = every.exp().mul_(every.clamp_(min=-1e4))
                 numbers[at : at + n, :, 1] = -terms.sum(1).view(n, columns)
-            self.tick(logprob)
+            self.tick(len(logprob))
             at += n
         return numbers, hidden
 

@@ -39,7 +39,8 @@ class Spelling:
         if not kind:
             return cls("", "", f"unclear: bits/char needs one of --tokens-are {' '.join(KINDS)}")
         if kind != "pieces":
-            return cls(kind, "", f"{kind}, {why}")
+            marks = kind == "characters" and any(len(word) > 1 for word in words)
+            return cls(kind, "", f"{kind}{', some of several code points' * marks}, {why}")
         if marked[marker]:
             return cls(kind, marker, f"pieces with the marker {marker}, {why}")
         raise ToolkitError(

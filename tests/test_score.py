@@ -239,6 +239,7 @@ def test_characters_of_every_kind_of_tokens(case):
     kind = case.removeprefix("given ")
     spelling = Spelling.of(dictionary, kind if case.startswith("given") else None)
     assert spelling.kind == kind.split(" ")[0]
+    assert ("code points" in spelling.note) == (kind == "characters")
     ((*tokens, end),) = Reader(dictionary, spelling).blocks([line], 1)
     if text is None:
         assert [token.chars for token in (*tokens, end)] == [None] * (len(tokens) + 1)
