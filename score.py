@@ -75,13 +75,8 @@ def build_parser() -> Parser:
 
 def check_flags(parser: Parser, args: Any, given: Mapping[str, Any]) -> None:
     """End with an error for flags that contradict each other or would have no effect."""
-    if len(args.file) > 1:
-        parser.error(
-            f"{' '.join(args.file)} is more than one text: give one FILE, and the model with "
-            "--checkpoint"
-        )
-    if args.file and args.text is not None:
-        parser.error("give a FILE or --text, not both")
+    if len(args.file) + (args.text is not None) > 1:
+        parser.error("give one text, a FILE or --text, not both, and the model with --checkpoint")
     if args.as_corpus and args.independent:
         parser.error("--as-corpus scores one stream and --independent many: give one")
     idle = [flag for flag in CACHE_FLAGS if flag in given and not args.cache]

@@ -60,11 +60,10 @@ def _read(dictionary: Dictionary, text: str) -> list[Token]:
 class Scorer:
     """Fills in the log p of tokens.
 
-    `first` is the word that is read before a text; if it is None, a text's first token is only an
-    input and is not scored. `new_cache` makes the continuous cache, mixed in with the weight
-    `lambdasm`; `used` counts the tokens at which it was in use. With `entropy` the entropy of each
-    prediction is filled in too. `bptt` positions are computed at a time. `tick` gets
-    the number of tokens done.
+    `first` is read before a text; if it is None, a text's first token is an input only. `new_cache`
+    makes the continuous cache, mixed in with the weight `lambdasm`; `used` counts the tokens at
+    which it was in use. `entropy` asks for that of each prediction. `bptt` positions are computed
+    at a time. `tick` gets the number of tokens done.
     """
 
     network: TrainingLoss

@@ -24,6 +24,7 @@ EXCLUDED = {
     "pip install": "installs",
     "python bench/reproduce.py": "hours; tests/test_reproduce.py runs it at a reduced size",
     "torchrun": "starts several processes; tests of the same name in tests/ do it",
+    "PYTHONPATH=the/example": "needs the example and a file of its",
     "PYTHONPATH=the/original": "needs the original and the PyTorch that can read its files",
     "./getdata.sh": "fetches from the internet; tests/test_getdata.py runs it from a folder",
 }
