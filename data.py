@@ -18,7 +18,9 @@ from utils import batchify
 class Dictionary:
     """The vocabulary: words to ids and back, with the number of occurrences of each id.
 
-    `counter` maps an id to its occurrences and `total` is their sum; both count tokens.
+    `counter` maps an id to its occurrences and `total` is their sum; both count tokens. `unk` is
+    the word that stands for unknown ones, if the vocabulary has it, and `tokens_are` the kind of
+    its tokens, one of scoring.spelling.KINDS, if main.py was given it.
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,8 @@ class Dictionary:
         self.idx2word: list[str] = []
         self.counter: Counter[int] = Counter()
         self.total = 0
+        self.unk = UNK
+        self.tokens_are = ""
 
     def __len__(self) -> int:
         return len(self.idx2word)
@@ -41,12 +45,19 @@ class Dictionary:
         return idx
 
     @classmethod
-    def from_words(cls, words: Sequence[str], counts: Sequence[int] | None = None) -> Dictionary:
+    def from_words(
+        cls,
+        words: Sequence[str],
+        counts: Sequence[int] | None = None,
+        unk: str = UNK,
+        tokens_are: str = "",
+    ) -> Dictionary:
         """Build the vocabulary in which `words[i]` has id `i` and occurred `counts[i]` times.
 
         Without `counts` every count is 0.
         """
         dictionary = cls()
+        dictionary.unk, dictionary.tokens_are = unk, tokens_are
         dictionary.idx2word = list(words)
         dictionary.word2idx = {word: idx for idx, word in enumerate(dictionary.idx2word)}
         if counts is not None:
@@ -120,29 +131,28 @@ class Corpus:
         return batchify(self.part(split, first * rows, last * rows), last - first)
 
     def with_fewer_words(self, vocab_size: int | None = None, min_count: int = 0) -> Corpus:
-        """Return the same corpus with rare words read as `<unk>`.
+        """Return the same corpus with rare words read as `<unk>`, the dictionary's `unk`.
 
         The words kept occur `min_count` times or more in train. If they are too many, the most
         frequent are kept, ties by first appearance, so that the vocabulary has at most `vocab_size`
-        words, `<unk>` and `<eos>` included. Ids stay in order of first appearance. If all words are
-        kept, the corpus itself is returned.
+        words, `<unk>` and `<eos>` included. Ids stay in order of first appearance; an `<unk>` that
+        occurs nowhere is last.
         """
         old = self.dictionary
         counts = np.bincount(self.train, minlength=len(old))
-        special = [old.word2idx[word] for word in (EOS, UNK) if word in old.word2idx]
+        special = [old.word2idx[word] for word in (EOS, old.unk) if word in old.word2idx]
         keep = counts >= min_count
         keep[special] = True
-        if vocab_size is not None and (keep.sum() > vocab_size or not keep.all()):
+        if vocab_size is not None:
             room = max(0, vocab_size - 2)
             ranked = np.argsort(np.where(keep, -counts, 1), kind="stable")
             ranked = ranked[~np.isin(ranked, special)][:room]
             keep &= np.isin(np.arange(len(old)), [*ranked, *special])
-        if keep.all():
-            return self
         words: dict[str, int] = {}
         new_ids = np.empty(len(old), dtype=np.int32)
         for idx, word in enumerate(old.idx2word):
-            new_ids[idx] = words.setdefault(word if keep[idx] else UNK, len(words))
+            new_ids[idx] = words.setdefault(word if keep[idx] else old.unk, len(words))
+        words.setdefault(old.unk, len(words))
         occurrences = np.zeros(len(words), dtype=np.int64)
         np.add.at(occurrences, new_ids, [old.counter[idx] for idx in range(len(old))])
         return self._renumbered(new_ids, list(words), occurrences)
@@ -164,7 +174,10 @@ class Corpus:
     def _renumbered(self, new_ids: np.ndarray, words: list[str], counts: np.ndarray) -> Corpus:
         """Return a copy with the vocabulary `words`; `new_ids` has the new id of each old one."""
         renumbered = copy.copy(self)
-        renumbered.dictionary = Dictionary.from_words(words, counts.tolist())
+        old = self.dictionary
+        renumbered.dictionary = Dictionary.from_words(
+            words, counts.tolist(), old.unk, old.tokens_are
+        )
         renumbered._new_ids = new_ids if self._new_ids is None else new_ids[self._new_ids]
         return renumbered
 
@@ -181,7 +194,7 @@ def partial_shuffle(text: torch.Tensor, rng: np.random.RandomState) -> None:
 
 def _ids_in(dictionary: Dictionary, words: list[str], folder: Path) -> tuple[np.ndarray, list[int]]:
     """Return the ids of `words` in `dictionary`, int32, and the positions of words it lacks."""
-    unk = dictionary.word2idx.get(UNK, -1)
+    unk = dictionary.word2idx.get(dictionary.unk, -1)
     ids = [dictionary.word2idx.get(word) for word in words]
     unknown = [place for place, idx in enumerate(ids) if idx is None]
     if unknown and unk < 0:
@@ -189,8 +202,8 @@ def _ids_in(dictionary: Dictionary, words: list[str], folder: Path) -> tuple[np.
         noun = "word" if len(unknown) == 1 else "words"
         raise CorpusError(
             f"the corpus {folder} has {len(unknown)} distinct {noun} that the model's vocabulary "
-            f"lacks, such as {examples}, and the vocabulary has no {UNK} to read them as: use the "
-            "corpus that the model was trained on, or train a model on this one"
+            f"lacks, such as {examples}, and the vocabulary has no {dictionary.unk} to read them "
+            "as: use the corpus that the model was trained on, or train a model on this one"
         )
     for place in unknown:
         ids[place] = unk

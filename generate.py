@@ -7,24 +7,27 @@ Examples:
 
 import run.interpreter  # noqa: F401
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import checkpoint
 from cli import flags
-from cli.parser import Parser, Recorded
-from cli.types import positive, positive_int, share_of_one
-from data import EOS, UNK, Dictionary
+from cli.parser import Given, Parser, Recorded
+from cli.types import non_negative, positive_int, share_of_one
+from data import EOS, Dictionary
 from files.writing import unwritable, writing
 from loss import TrainingLoss
 from model import Hidden
 from run import program
 from run.network import network_of
 from run.progress import Bar
+from scoring.spelling import Spelling
 from utils import ToolkitError, seed_everything
 
 WORDS_PER_LINE = 20
@@ -40,49 +43,37 @@ def build_parser() -> Parser:
         help="no effect, kept from the original: the vocabulary is read from the model file",
     )
     flags.add_model(parser)
-    parser.flag("", "--checkpoint", default="./model.pt", help="model file to sample from")
-    parser.flag("", "--outf", default="generated.txt", help="file to write, - for standard output")
-    parser.flag("", "--words", type=positive_int, default=1000, help="number of words to sample")
-    parser.flag(
-        "",
-        "--temperature",
-        type=positive,
-        default=1.0,
-        help="above 1 for more varied words, below 1 for likelier ones",
-    )
-    parser.flag(
-        "", "--top-k", type=positive_int, metavar="K", help="sample among the K likeliest words"
-    )
-    parser.flag(
-        "",
+    add = parser.group("")
+    add("--checkpoint", default="./model.pt", help="model file to sample from")
+    add("--outf", default="generated.txt", help="file to write, - for standard output")
+    add("--words", type=positive_int, default=1000, help="number of words to sample, at most")
+    add("--lines", either="texts", type=positive_int, help="lines to sample, each up to its <eos>")
+    add("--temperature", type=non_negative, default=1.0, help="above 1 more varied, 0 likeliest")
+    add("--top-k", type=positive_int, metavar="K", help="sample among the K likeliest words")
+    add(
         "--top-p",
         type=share_of_one,
         metavar="P",
         help="sample among the likeliest words, as few as reach a total probability of P",
     )
-    parser.flag("", "--no-unk", action="store_true", help="never sample <unk>")
-    parser.flag("", "--samples", type=positive_int, default=1, help="texts to sample, as one batch")
-    parser.flag(
-        "",
+    add("--no-unk", action="store_true", help="never sample the unknown word")
+    add("--samples", either="texts", type=positive_int, default=1, help="texts to sample at once")
+    add(
         "--prompt",
+        either="prompts",
         default="",
         help="words to continue, written as in the corpus, from the start of a line; by default a "
-        "random word is continued",
+        "random word is continued, with --lines the start of a line",
     )
-    parser.flag(
-        "",
+    add("--interactive", either="prompts", action="store_true", help="continue each line of input")
+    add(
         "--next",
         type=positive_int,
         metavar="K",
         help="print the K likeliest words after --prompt with their probabilities; sample nothing",
     )
-    parser.flag(
-        "",
-        "--log-interval",
-        type=positive_int,
-        default=100,
-        help="words between progress lines",
-    )
+    add("--log-interval", type=positive_int, default=100, help="words between progress lines")
+    flags.add_tokens_are(parser)
     flags.add_seed(parser)
     flags.add_device(parser)
     return parser
@@ -149,76 +140,117 @@ def prompt_ids(words: Sequence[str], dictionary: Dictionary) -> list[int]:
     Unknown words are printed to standard error; if the vocabulary has no <unk>, they raise
     ToolkitError.
     """
-    known = dictionary.word2idx
+    known, unk = dictionary.word2idx, dictionary.unk
     unknown = list(dict.fromkeys(word for word in words if word not in known))
-    if unknown and UNK not in known:
+    if unknown and unk not in known:
         raise ToolkitError(
             f"the model does not know the word {unknown[0]!r} of --prompt: write words as in its "
             "corpus (lower case, tokens separated by spaces)"
         )
     if unknown:
-        sys.stderr.write(f"not in the vocabulary, read as {UNK}: {' '.join(unknown)}\n")
-    return [*([known[EOS]] if EOS in known else []), *(known.get(w, known.get(UNK)) for w in words)]
+        sys.stderr.write(f"not in the vocabulary, read as {unk}: {' '.join(unknown)}\n")
+    return [*([known[EOS]] if EOS in known else []), *(known.get(w, known.get(unk)) for w in words)]
 
 
-def as_text(ids: Sequence[int], words: Sequence[str]) -> str:
-    """The words of `ids` in lines of 20."""
-    lines = [ids[n : n + WORDS_PER_LINE] for n in range(0, len(ids), WORDS_PER_LINE)]
-    return "".join(" ".join(words[i] for i in line) + "\n" for line in lines)
+def as_text(words: Sequence[str]) -> str:
+    """The words in lines of 20."""
+    lines = [words[n : n + WORDS_PER_LINE] for n in range(0, len(words), WORDS_PER_LINE)]
+    return "".join(" ".join(line) + "\n" for line in lines)
+
+
+def compose(network: TrainingLoss, dictionary: Dictionary, prompt: str, args: Any) -> str:
+    """The texts that continue `prompt`, which is a part of them, as `args` say."""
+    words, count = prompt.split(), args.lines or args.samples
+    if words or args.lines:
+        start = torch.tensor(prompt_ids(words, dictionary)).unsqueeze(1).repeat(1, count)
+    else:
+        start = torch.randint(len(dictionary), (1, count))
+    chosen = sample(
+        network,
+        start.to(network.device),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        banned=dictionary.word2idx[dictionary.unk] if args.no_unk else None,
+    )
+    ids, running = [], torch.ones(count, dtype=torch.bool, device=network.device)
+    with Bar(args.words, "generating", "word") as bar:
+        for number in range(1, args.words + 1):
+            ids.append(next(chosen))
+            bar.update(1)
+            # Standard output gets only the text.
+            if number % args.log_interval == 0 and args.outf != "-" and not args.interactive:
+                bar.line(f"| Generated {number}/{args.words} words")
+            if args.lines:
+                running &= ids[-1] != dictionary.word2idx.get(EOS, -1)
+                if not running.any():
+                    break
+    # The ids are copied to the host once: a copy for every word would stall a GPU each time.
+    texts = [[dictionary.idx2word[i] for i in text] for text in torch.stack(ids, dim=1).tolist()]
+    if not args.lines:
+        return "\n".join(as_text([*words, *text]) for text in texts)
+    spelling = Spelling.of(dictionary, args.tokens_are)
+    lines = ([*words, *itertools.takewhile(lambda word: word != EOS, text)] for text in texts)
+    return "".join(f"{spelling.line(line)}\n" for line in lines)
+
+
+def converse(network: TrainingLoss, dictionary: Dictionary, args: Any) -> None:
+    """Print the continuation of each line of standard input."""
+    for line in sys.stdin.buffer if sys.stdin else ():
+        try:
+            sys.stdout.write(compose(network, dictionary, line.decode(errors="replace"), args))
+        except ToolkitError as error:
+            sys.stderr.write(f"{error}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write sampled words; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     given = parser.given(argv)
-    if given.get("next") and not given.get("prompt", "").split():
-        parser.error("--next predicts the word after --prompt: give a --prompt")
+    check_flags(parser, given)
     path = given.get("checkpoint", parser.flags["checkpoint"].default)
     loaded = checkpoint.load(path)
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
-    problem = None if args.outf == "-" or args.next else unwritable(args.outf)
+    problem = None if args.outf == "-" or args.next or args.interactive else unwritable(args.outf)
     if problem:
         raise ToolkitError(f"cannot write {args.outf} ({problem}): pass another --outf")
     dictionary = loaded.dictionary
-    if args.prompt.split():
-        known = torch.tensor(prompt_ids(args.prompt.split(), dictionary))
-        prompt = known.unsqueeze(1).repeat(1, args.samples)
+    if args.no_unk and dictionary.unk not in dictionary.word2idx:
+        raise ToolkitError(
+            f"the model has no {dictionary.unk} for --no-unk to leave out: leave the flag out, or "
+            "name the corpus's own with main.py --unk"
+        )
+    # Words of the command line are UTF-8 in any locale.
+    prompt = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     network = network_of(loaded, args)
+    seed_everything(args.seed)
     if args.next:
-        prompt = prompt[:, :1].to(network.device)
-        logprob, _ = next_words(network, prompt, network.init_hidden(1))
+        ids = torch.tensor(prompt_ids(prompt.split(), dictionary), device=network.device)
+        logprob, _ = next_words(network, ids.unsqueeze(1), network.init_hidden(1))
         best = logprob[0].topk(min(args.next, len(dictionary)))
         for nats, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"{math.exp(nats):.6f} {dictionary.idx2word[word]}")
-        return
-    seed_everything(args.seed)
-    if not args.prompt.split():
-        prompt = torch.randint(len(dictionary), (1, args.samples))
-    banned = dictionary.word2idx.get(UNK) if args.no_unk else None
-    words = sample(
-        network,
-        prompt.to(network.device),
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        banned=banned,
-    )
-    ids = []
-    with Bar(args.words, "generating", "word") as bar:
-        for number in range(1, args.words + 1):
-            ids.append(next(words))
-            bar.update(1)
-            # Standard output gets only the text.
-            if number % args.log_interval == 0 and args.outf != "-":
-                bar.line(f"| Generated {number}/{args.words} words")
-    # The ids are copied to the host once: a copy for every word would stall a GPU each time.
-    texts = torch.stack(ids, dim=1).tolist()
-    text = "\n".join(as_text(one, dictionary.idx2word) for one in texts)
-    if args.outf == "-":
-        sys.stdout.write(text)
-        return
-    with writing(args.outf, "--outf") as file:
-        file.write(text.encode())
+    elif args.interactive:
+        converse(network, dictionary, args)
+    elif args.outf == "-":
+        sys.stdout.write(compose(network, dictionary, prompt, args))
+    else:
+        text = compose(network, dictionary, prompt, args)
+        with writing(args.outf, "--outf") as file:
+            file.write(text.encode())
+        sys.stderr.write(f"written to {args.outf}\n")
+
+
+def check_flags(parser: Parser, given: Given) -> None:
+    """End with an error for flags that contradict each other or would have no effect."""
+    sampling = "words lines temperature top_k top_p no_unk samples interactive outf seed".split()
+    idle = [flag for flag in sampling if flag in given.line]
+    if given.get("next") and idle:
+        parser.error(f"--next samples nothing: leave out --{idle[0].replace('_', '-')}")
+    if given.get("next") and not given.get("prompt", "").split():
+        parser.error("--next predicts the word after --prompt: give a --prompt")
+    if given.get("interactive") and given.get("outf"):
+        parser.error("--interactive prints its texts: leave out --outf")
 
 
 if __name__ == "__main__":

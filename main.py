@@ -37,6 +37,7 @@ def build_parser() -> Parser:
     parser = Parser("main", __doc__)
     flags.add_trainer(parser, save="model file to write")
     flags.add_vocabulary(parser)
+    flags.add_tokens_are(parser)
     parser.flag(
         "training",
         "--optimizer",
@@ -98,7 +99,7 @@ def starting_file(given: Given) -> tuple[Checkpoint | None, Recorded | None]:
         raise ToolkitError(
             "--init starts a new run and --resume continues an old one: give one of the two"
         )
-    for flag in ("vocab_size", "min_count"):
+    for flag in ("vocab_size", "min_count", "unk"):
         if given.get(flag) and (init or path):
             raise ToolkitError(
                 f"--{flag.replace('_', '-')} makes a vocabulary, but --resume and --init use the "
@@ -119,7 +120,7 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
         config = {**source.config, **flags.dropouts(args)}
         model, criterion = checkpoint.rebuild(source, session.device, **flags.dropouts(args))
     else:
-        corpus = read_corpus(args, first=session.ranks.first)
+        corpus = read_corpus(args, unk=args.unk, first=session.ranks.first)
         splits = default_splits(len(corpus.dictionary))
         if splits:
             corpus = corpus.sorted_by_frequency()
@@ -134,6 +135,7 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
             **flags.dropouts(args),
         }
         model, criterion = make_network(**config)
+    corpus.dictionary.tokens_are = args.tokens_are or corpus.dictionary.tokens_are
     network = TrainingLoss(
         model.to(session.device),
         criterion.to(session.device),

@@ -110,7 +110,7 @@ def run_once(network: TrainingLoss, source: Tensor, bptt: int, max_batches: int 
     parts = []
     with Bar(predicted(source, bptt, max_batches), "valid.txt") as bar:
         for piece in pieces(network, source, bptt, max_batches):
-            parts.append(piece)
+            parts.append(joined([piece]))
             bar.update(len(piece.words))
     return joined(parts)
 

@@ -15,6 +15,7 @@ from checkpoint.network import (
     further,
     load_further,
     load_state,
+    open_model,
     rebuild,
     snapshot,
     vocabulary_of,

@@ -6,7 +6,8 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
     config            the arguments of `model.make_network`
     model, criterion  the best weights so far, which the later stages use
     loss              further weights of a loss.TrainingLoss that has some
-    vocabulary        the words by id, and how often each occurred
+    vocabulary        the arguments of `Dictionary.from_words`: the words by id, how often each
+                      occurred, and what main.py was told about them
     args, stage       the flags it was trained with, and the script that wrote it
     epoch, valid_loss the epoch of the best weights, and their validation loss in nats; 0 and
                       infinity before the first epoch has ended
@@ -63,7 +64,7 @@ class Checkpoint:
     @property
     def dictionary(self) -> Dictionary:
         """The vocabulary the model was trained with."""
-        return Dictionary.from_words(self.vocabulary["words"], self.vocabulary["counts"])
+        return Dictionary.from_words(**self.vocabulary)
 
 
 def in_memory(checkpoint: Checkpoint) -> Checkpoint:

@@ -1,5 +1,6 @@
 """A network as the tensors of a model file, and back."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoint.model_file import Checkpoint, CheckpointError, copies, in_short
+from checkpoint.model_file import Checkpoint, CheckpointError, copies, in_short, load
 from data import Dictionary
 from loss import TrainingLoss, is_frozen
 from model import RNNModel, make_network
@@ -17,7 +18,8 @@ from splitcross import SplitCrossEntropyLoss
 def vocabulary_of(dictionary: Dictionary) -> dict[str, Any]:
     """A dictionary as plain values."""
     counts = [dictionary.counter[i] for i in range(len(dictionary))]
-    return {"words": list(dictionary.idx2word), "counts": counts}
+    words = {"words": list(dictionary.idx2word), "counts": counts}
+    return {**words, "unk": dictionary.unk, "tokens_are": dictionary.tokens_are}
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -47,7 +49,9 @@ def load_further(network: TrainingLoss, state: Mapping[str, Tensor]) -> None:
 def rebuild(
     checkpoint: Checkpoint, device: torch.device, **dropouts: float
 ) -> tuple[RNNModel, SplitCrossEntropyLoss]:
-    """The model and criterion of a file, on `device`; `dropouts` override those of the file.
+    """The model and criterion of a file in evaluation, on `device`.
+
+    `dropouts` override those of the file. Training starts with `train()`, as for any module.
 
     Raises CheckpointError if the weights do not fit the configuration or are not finite.
     """
@@ -66,7 +70,20 @@ def rebuild(
             f"the weights of the model file do not fit this code or are damaged "
             f"({in_short(error)}): use the code that wrote the file, or train it again"
         ) from error
-    return tuple(module.to(device) for module in modules)
+    return tuple(module.to(device).eval() for module in modules)
+
+
+def open_model(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> tuple[TrainingLoss, Dictionary]:
+    """The network of a model file in evaluation, on `device`, and its vocabulary.
+
+    Raises CheckpointError for a file that cannot be used.
+    """
+    loaded = load(path)
+    network = TrainingLoss(*rebuild(loaded, torch.device(device))).eval()
+    load_further(network, loaded.loss)
+    return network, loaded.dictionary
 
 
 def check_readable(config: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:

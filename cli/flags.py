@@ -7,6 +7,7 @@ from typing import Any
 from cli import types
 from cli.parser import Parser
 from model import CELLS, find_cell
+from scoring.spelling import KINDS
 
 # The rate for SGD is 30; at 30 Adam diverges in the first batches.
 ADAM_RATE = 1e-3
@@ -57,21 +58,40 @@ def add_split(parser: Parser) -> None:
 
 
 def add_vocabulary(parser: Parser) -> None:
-    """--vocab-size and --min-count."""
+    """--vocab-size, --min-count and --unk."""
     add = parser.group("files", belongs="run")
+    add(
+        "--unk",
+        default="<unk>",
+        metavar="TOKEN",
+        help="the word of the corpus that stands for unknown ones, in this and all later stages",
+    )
     add(
         "--vocab-size",
         either="vocabulary",
         type=types.vocabulary_size,
-        help="keep the N most frequent words of train.txt, <unk> and <eos> among them, and read "
-        "the others as <unk>; PTB has 10,000",
+        help="keep the N most frequent words of train.txt, --unk and <eos> among them, and read "
+        "the others as --unk; PTB has 10,000",
     )
     add(
         "--min-count",
         either="vocabulary",
         type=types.positive_int,
         help="keep the words that occur N times or more in train.txt, and read the others as "
-        "<unk>; WikiText-2 and -103 have 3",
+        "--unk; WikiText-2 and -103 have 3",
+    )
+
+
+def add_tokens_are(parser: Parser) -> None:
+    """--tokens-are."""
+    parser.flag(
+        "text",
+        "--tokens-are",
+        belongs="run",
+        choices=KINDS,
+        help="how tokens are put together to text: words by spaces; characters and bytes count as "
+        "one each; pieces by their marker (@@ at the end, \u2581 or ## at the front); joined "
+        "tokens have nothing between them; default: main.py's, or as the vocabulary shows",
     )
 
 

@@ -1,39 +1,80 @@
 """Reading the corpus that a script's flags name."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
-from data import SPLITS, Corpus, CorpusError, Dictionary
+from data import EOS, SPLITS, UNK, Corpus, CorpusError, Dictionary
+from files.reading import opened
 from run.progress import Bar
 
 
 def read_corpus(
-    args: argparse.Namespace, dictionary: Dictionary | None = None, first: bool = True
+    args: argparse.Namespace,
+    dictionary: Dictionary | None = None,
+    unk: str = UNK,
+    first: bool = True,
 ) -> Corpus:
     """The corpus of --data in a model's vocabulary `dictionary`, or in its own.
 
-    On a terminal the `first` process shows a bar. Prints how many tokens are read as <unk>. Raises
-    CorpusError, also if most tokens are.
+    `unk` is the unknown word of its own vocabulary. On a terminal the `first` process shows a bar.
+    Prints how many tokens are read as unknown, and what is unusual. Raises CorpusError, also if
+    most tokens are unknown.
     """
     folder = Path(args.data)
     parts = [folder / f"{name}.txt" for name in SPLITS]
     size = sum(part.stat().st_size for part in parts if part.is_file())
     with Bar(size, "reading", "B", wanted=first) as bar:
         corpus = Corpus(folder, dictionary, split=args.split, tick=bar.update)
-    if corpus.unknown:
-        unknown = corpus.unknown / len(corpus)
-        check_known(unknown, f"the corpus {args.data}")
-        print(
-            f"| {corpus.unknown} of the {len(corpus)} tokens of {args.data} ({unknown:.2%}) are "
-            "not in the model's vocabulary: read as <unk>"
-        )
-    if dictionary is None and (getattr(args, "vocab_size", None) or getattr(args, "min_count", 0)):
+    for line in unusual(corpus, folder, unk, new=dictionary is None):
+        print(f"| {line}")
+    if dictionary is not None:
+        if corpus.unknown:
+            unknown = corpus.unknown / len(corpus)
+            check_known(unknown, f"the corpus {args.data}")
+            print(
+                f"| {corpus.unknown} of the {len(corpus)} tokens of {args.data} ({unknown:.2%}) "
+                f"are not in the model's vocabulary: read as {dictionary.unk}"
+            )
+        return corpus
+    corpus.dictionary.unk = unk
+    if getattr(args, "vocab_size", None) or getattr(args, "min_count", 0):
         fewer = corpus.with_fewer_words(args.vocab_size, args.min_count or 0)
         kept = fewer.dictionary.word2idx
         rare = sum(word not in kept for word in corpus.dictionary.idx2word)
         print(f"| vocabulary of {len(kept)} words, {rare} rarer words left out")
         return fewer
+    if unk != UNK and unk not in corpus.dictionary.word2idx:
+        raise CorpusError(
+            f"the corpus {args.data} has no word {unk} for --unk to name: give its own symbol, or "
+            "make one of its rare words with --min-count"
+        )
     return corpus
+
+
+def unusual(corpus: Corpus, folder: Path, unk: str, new: bool) -> Iterator[str]:
+    """A line for each oddity of a corpus, which has a `new` vocabulary or a model's."""
+    with opened(folder / "train.txt") as file:
+        lines = [line for line in file.read(1 << 16).splitlines() if line.strip()]
+    if sum(line.rstrip().endswith(EOS.encode()) for line in lines) > len(lines) / 2:
+        yield f"the lines of {folder} end in {EOS} already and get another: take them out"
+    if not new:
+        return
+    words = corpus.dictionary.idx2word
+    if any("\ufeff" in word for word in words):
+        yield "U+FEFF, a byte order mark, is within the text, as a part of words: take it out"
+    for word in words:
+        if word.lower() == UNK and word != unk:
+            yield f"{word} is a word like any other here: --unk '{word}' makes it the unknown one"
+    # Ids are in order of first appearance.
+    valid = corpus.part("valid")
+    valid = valid[valid != corpus.dictionary.word2idx[EOS]]
+    unseen = (valid > corpus.part("train").max()).float().mean()
+    if unseen > 0.5:
+        yield (
+            f"{unseen:.0%} of the words of valid.txt occur nowhere in train.txt: put white space "
+            "between the words or characters of a language written without"
+        )
 
 
 def check_known(unknown: float, what: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's `main` and end the process.
 
     A ToolkitError becomes one line on stderr and exit status 1; a signal that was obeyed becomes
-    one line and 128 + its number.
+    one line and 128 + its number. If the reader of the output has ended, as `head` does, there is
+    no line.
     """
     # A stream that the caller closed is None here.
     for name in ("stdout", "stderr"):
@@ -40,6 +42,8 @@ def run(main: Callable[[], None]) -> NoReturn:
             raise ToolkitError(output.failure)
     except ToolkitError as error:
         _leave(1, f"error: {error}")
+    except BrokenPipeError:
+        _leave(128 + signal.SIGPIPE)
     except OSError as error:
         if error.filename is None:
             raise

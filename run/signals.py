@@ -25,7 +25,8 @@ class Output:
     """Standard output that may fail: the disk is full, or the reader of a pipe has ended.
 
     After the first failed write later output is discarded and the run is asked to end, as by a
-    signal; outside `StopRequests` the write raises ToolkitError. `failure` is the message.
+    signal; outside `StopRequests` the write raises BrokenPipeError where a reader has ended, else
+    ToolkitError. `failure` is the message.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -48,6 +49,8 @@ class Output:
                 f"standard output takes no more ({os.strerror(error.errno)}): send it to a place "
                 "with room"
             )
+            if self.stop is None and isinstance(error, BrokenPipeError):
+                raise
             if self.stop is None:
                 raise ToolkitError(self.failure) from error
             self.stop.output_failed(self.failure)

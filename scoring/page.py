@@ -2,11 +2,11 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from data import EOS, UNK
-from scoring.tokens import Summary, Token, by_line
-from utils import bits
+from data import EOS
+from scoring.spelling import Spelling
+from scoring.tokens import Token, by_line
 
 _STYLE = """
 :root { color-scheme: only light; }
@@ -57,12 +57,13 @@ def to_html(
     tokens: Sequence[Token],
     title: str,
     remarks: dict[str, str],
+    values: Mapping[str, float | None],
     ntoken: int,
-    characters: bool = False,
+    spelling: Spelling,
 ) -> str:
     """A page with the text, each token coloured by its surprisal; it needs no other file.
 
-    `ntoken` is the size of the vocabulary; with `characters` no space separates the tokens.
+    `values` are those of `Summary.numbers`, `ntoken` is the size of the vocabulary.
     """
     full = full_bits(ntoken)
     ink = ["#111" if level < 0.8 * _LEVELS else "#fff" for level in range(_LEVELS)]
@@ -73,13 +74,12 @@ def to_html(
     labels = [f"{level * full / _LEVELS:.1f}" for level in range(_LEVELS)]
     labels[-1] += "+"
     legend = "".join(f'<i class="s{level}">{label}</i>' for level, label in enumerate(labels))
-    values = Summary.of(tokens).numbers()
     units = [
         ("tokens", "tokens", "d"),
         ("log p, nats", "logprob", ".2f"),
         ("perplexity", "ppl", ".2f"),
         ("bits per token", "bits_per_token", ".3f"),
-        ("bits per character", "bits_per_char", ".3f"),
+        (f"bits per {spelling.unit}", f"bits_per_{spelling.unit}", ".3f"),
     ]
     cells = "".join(
         f"<td>{name}<br><strong>{'-' if values[key] is None else format(values[key], form)}"
@@ -87,7 +87,7 @@ def to_html(
         for name, key, form in units
     )
     footer = "<br>".join(html.escape(f"{subject}: {text}") for subject, text in remarks.items())
-    gap = "" if characters else " "
+    gap = "" if spelling.kind in ("characters", "joined") else " "
     body = "\n".join(
         f"<p>{gap.join(_token_html(token, full) for token in line)}</p>" for line in by_line(tokens)
     )
@@ -123,12 +123,11 @@ def _token_html(token: Token, full: float) -> str:
     tip = token.word
     if token.unknown:
         classes.append("u")
-        tip += f", scored as {UNK}"
+        tip += ", outside the vocabulary"
     if token.logprob is None:
         classes.append("n")
         tip += ": not scored"
     else:
-        surprisal = bits(-token.logprob)
-        classes.append(f"s{level_of(surprisal, full)}")
-        tip += f": {surprisal:.2f} bits, p = {math.exp(token.logprob):.2g}"
+        classes.append(f"s{level_of(token.bits, full)}")
+        tip += f": {token.bits:.2f} bits, p = {math.exp(token.logprob):.2g}"
     return f'<b class="{" ".join(classes)}" title="{html.escape(tip)}">{shown}</b>'

@@ -1,7 +1,7 @@
 """Log-probabilities along one stream of tokens, with and without the continuous cache."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,40 +9,49 @@ from torch import Tensor
 
 from continuous_cache import ContinuousCache
 from loss import TrainingLoss
+from model import Hidden
 from utils import get_batch
 
 
 class Piece(NamedTuple):
-    """The model's results at successive positions of a stream."""
+    """The model's results at n successive positions, of one stream or of several columns."""
 
-    outputs: Tensor  # (n, size): the last layer's raw outputs
-    words: Tensor  # (n,): the words that follow
-    logprob: Tensor  # (n,): log p of those words, in nats
+    outputs: Tensor  # (n * columns, size): the last layer's raw outputs
+    words: Tensor  # (n * columns,): the words that follow
+    logprob: Tensor  # (n * columns,): log p of those words, in nats
+    layers: Sequence[Tensor] = ()  # every layer's raw outputs, (n, columns, size)
+    hidden: Hidden | None = None  # the state after these positions
 
 
 @torch.inference_mode()
 def pieces(
-    network: TrainingLoss, source: Tensor, bptt: int, max_batches: int | None = None
+    network: TrainingLoss,
+    source: Tensor,
+    bptt: int,
+    max_batches: int | None = None,
+    hidden: Hidden | None = None,
 ) -> Iterator[Piece]:
-    """Run the network once over `source` (rows, 1), `bptt` positions at a time.
+    """Run the network once over `source` (rows, columns), `bptt` rows at a time.
 
-    The hidden state is carried, so `bptt` changes only the size of the pieces. Together they hold
-    every word but the first, `rows - 1` in all. `max_batches` stops early.
+    The hidden state, first `hidden` or that of a text's start, is carried, so `bptt` changes only
+    the size of the pieces. Together they hold every word but the first row's. `max_batches` stops
+    early.
     """
     network.eval()
-    model, criterion, hidden = network.model, network.criterion, network.init_hidden(1)
+    model, criterion = network.model, network.criterion
+    hidden = network.init_hidden(source.size(1)) if hidden is None else hidden
     for chunk, i in enumerate(range(0, source.size(0) - 1, bptt)):
         if chunk == max_batches:
             break
         data, words = get_batch(source, i, bptt)
         output, hidden, raw, _ = model(data, hidden, return_h=True)
         logprob = criterion.target_logprob(model.decoder.weight, model.decoder.bias, output, words)
-        yield Piece(raw[-1].squeeze(1), words, logprob)
+        yield Piece(raw[-1].flatten(0, 1), words, logprob, raw, hidden)
 
 
 def joined(parts: Iterable[Piece]) -> Piece:
-    """All pieces as one."""
-    return Piece(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    """All pieces as one, without the layers and the states."""
+    return Piece(*map(torch.cat, zip(*(part[:3] for part in parts), strict=True)))
 
 
 def mixture(logprob: Tensor, p_cache: Tensor, lambdasm: float) -> Tensor:

@@ -1,107 +1,185 @@
 """A text as the tokens of a model's vocabulary, and sums over scored tokens."""
 
 import math
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from data import EOS, UNK, Dictionary
+from data import EOS, Dictionary
+from scoring.spelling import Spelling
 from utils import ToolkitError, bits, perplexity
 
 
-@dataclass
+@dataclass(slots=True)
 class Token:
-    """A token of the text; `logprob` is in nats, None where it is not scored."""
+    """A token of the text.
+
+    `chars` is None where the kind of the tokens is not known. `logprob` is in nats, None where the
+    token is not scored; `entropy`, if it was asked for, is that of the prediction, in bits.
+    """
 
     word: str
-    line: int  # counted from 1
-    chars: int
+    id: int
+    line: int | str  # counted from 1, or the line's own id
+    number: int  # its place in the line, counted from 1
+    chars: int | None
     unknown: bool = False
     logprob: float | None = None
+    entropy: float | None = None
+
+    @property
+    def bits(self) -> float | None:
+        """The surprisal, `-log2 p`."""
+        return None if self.logprob is None else bits(-self.logprob)
 
 
 @dataclass
 class Summary:
-    """Sums over scored tokens; `logprob` in nats, `unknown` counts words outside the vocabulary."""
+    """Sums over the scored tokens, by kind: `eos`, `unk` (read as <unk>) and other words.
 
-    tokens: int
-    chars: int
-    unknown: int
-    logprob: float
+    `unknown` counts the words outside the vocabulary; `logprobs` are in nats.
+    """
 
-    @classmethod
-    def of(cls, tokens: Iterable[Token]) -> "Summary":
-        """Sum up those of `tokens` that are scored."""
-        scored = [token for token in tokens if token.logprob is not None]
-        return cls(
-            len(scored),
-            sum(token.chars for token in scored),
-            sum(token.unknown for token in scored),
-            math.fsum(token.logprob for token in scored),
-        )
+    unk_id: int | None
+    unit: str = "char"
+    chars: int = 0
+    unknown: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    logprobs: Counter[str] = field(default_factory=Counter)
 
-    def numbers(self) -> dict[str, float | None]:
-        """The reported numbers by name; None if nothing was scored or a number is infinite."""
-        loss = -self.logprob / self.tokens if self.tokens else math.nan
+    def add(self, tokens: Iterable[Token]) -> "Summary":
+        """Add those of `tokens` that are scored, and return the summary."""
+        for token in tokens:
+            if token.logprob is None:
+                continue
+            kind = "eos" if token.word == EOS else "unk" if token.id == self.unk_id else "words"
+            self.counts[kind] += 1
+            self.logprobs[kind] += token.logprob
+            self.unknown += token.unknown
+            self.chars += token.chars or 0
+        return self
+
+    def numbers(self, chars: int | None = None) -> dict[str, float | None]:
+        """The reported numbers by name; None if nothing was scored or a number is infinite.
+
+        `chars`, if given, replaces the characters of the tokens.
+        """
+        tokens, logprob = self.counts.total(), sum(self.logprobs.values())
+        loss = -logprob / tokens if tokens else math.nan
+        chars = chars or self.chars
         values = {
-            "tokens": self.tokens,
-            "chars": self.chars,
+            "tokens": tokens,
+            f"{self.unit}s": chars or math.nan,
             "unknown": self.unknown,
-            "logprob": self.logprob,
+            "logprob": logprob,
             "loss": loss,
             "ppl": perplexity(loss),
             "bits_per_token": bits(loss),
-            "bits_per_char": bits(-self.logprob) / self.chars if self.chars else math.nan,
+            f"bits_per_{self.unit}": bits(-logprob) / chars if chars else math.nan,
         }
-        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return _finite(values)
+
+    def conventions(self, words: int | None = None) -> dict[str, float | None]:
+        """Perplexities by other conventions, and the number of tokens in the mean of each.
+
+        `ppl1` is SRILM's: <eos> is in the sum and not in the count. With `words`, the number of
+        words of the original text, also the perplexity a word.
+        """
+        counts, logprobs = self.counts, self.logprobs
+        known = logprobs["words"] + logprobs["eos"]
+        cases = {
+            "ppl_without_unk": (known, counts["words"] + counts["eos"]),
+            "ppl_without_eos": (
+                logprobs["words"] + logprobs["unk"],
+                counts.total() - counts["eos"],
+            ),
+            "ppl1": (known, counts["words"]),
+        }
+        if words is not None:
+            cases["ppl_per_word"] = (sum(logprobs.values()), words)
+        values: dict[str, float] = {}
+        for name, (logprob, count) in cases.items():
+            values[name] = perplexity(-logprob / count) if count else math.nan
+            values[name.replace("ppl", "tokens", 1)] = count
+        return _finite(values)
 
 
-def is_character_level(dictionary: Dictionary) -> bool:
-    """Whether each word is a character, or a byte as a decimal number; <...> are ignored."""
-    words = [word for word in dictionary.idx2word if not re.fullmatch("<.*>", word)]
-    single = all(len(word) == 1 for word in words)
-    return single or all(word.isascii() and word.isdigit() and int(word) < 256 for word in words)
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def tokenize(text: str, dictionary: Dictionary) -> tuple[list[Token], Tensor]:
-    """The tokens of `text` and their ids (n,); every line ends in one <eos>.
+class Reader:
+    """Reads lines of text as tokens of a model's vocabulary; every line ends in one <eos>.
 
-    A word that the vocabulary lacks gets the id of <unk>. Raises ToolkitError if the vocabulary
-    lacks the <unk> that such a word needs, or <eos>.
+    A word that the vocabulary lacks gets the id of <unk>. With `ids` the first field of each line
+    is its id, which is no token. `tokens` counts the tokens read, `outside` the words that the
+    vocabulary lacks. Raises ToolkitError if the vocabulary lacks <eos>.
     """
-    if EOS not in dictionary.word2idx:
-        raise ToolkitError(f"the model's vocabulary has no {EOS}: it cannot score lines of text")
-    characters = is_character_level(dictionary)
-    known = dictionary.word2idx
-    unknown_id = known.get(UNK, -1)
-    tokens, ids = [], []
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        for position, word in enumerate(line.split()):
-            chars = 1 if characters else len(word) + (position > 0)
-            tokens.append(Token(word, number, chars, word not in known))
-            ids.append(known.get(word, unknown_id))
-        tokens.append(Token(EOS, number, 1))
-        ids.append(known[EOS])
-    outside = [token.word for token in tokens if token.unknown]
-    if outside and unknown_id < 0:
-        examples = ", ".join(map(repr, list(dict.fromkeys(outside))[:3]))
-        raise ToolkitError(
-            f"{counted(len(outside), 'token')} of {len(tokens)} "
-            f"({counted(len(set(outside)), 'distinct word')}, such as {examples}) are outside the "
-            f"model's vocabulary, which has no {UNK} to take their place: write the text as the "
-            "model's corpus is written"
-        )
-    return tokens, torch.tensor(ids)
+
+    def __init__(self, dictionary: Dictionary, spelling: Spelling, ids: bool = False) -> None:
+        if EOS not in dictionary.word2idx:
+            raise ToolkitError(
+                f"the model's vocabulary has no {EOS}: it cannot score lines of text"
+            )
+        self.dictionary = dictionary
+        self.spelling = spelling
+        self.ids = ids
+        self.tokens = 0
+        self.outside: Counter[str] = Counter()
+
+    def blocks(self, lines: Iterable[str], size: float) -> Iterator[list[Token]]:
+        """The tokens of successive whole lines, in lists of `size` tokens or a few more.
+
+        Raises ToolkitError for a word that needs an <unk> which the vocabulary lacks.
+        """
+        block: list[Token] = []
+        for number, line in enumerate(lines, start=1):
+            block += self._line(line, number)
+            if len(block) >= size:
+                yield self._checked(block)
+                block = []
+        if block:
+            yield self._checked(block)
+
+    def _line(self, text: str, name: int | str) -> Iterator[Token]:
+        known, unknown = self.dictionary.word2idx, self.dictionary.word2idx.get(self.dictionary.unk)
+        words = text.split()
+        if self.ids:
+            if not words:
+                raise ToolkitError(f"line {name} of the text is empty: --ids needs an id there")
+            name = words.pop(0)
+        before = ""
+        for number, word in enumerate(words, start=1):
+            size, outside = self.spelling.size(word, before), word not in known
+            self.outside.update([word] * outside)
+            yield Token(word, known.get(word, unknown), name, number, size, outside)
+            before = word
+        yield Token(EOS, known[EOS], name, len(words) + 1, self.spelling.size(EOS, before))
+        self.tokens += len(words) + 1
+
+    def _checked(self, block: list[Token]) -> list[Token]:
+        outside = [token.word for token in block if token.id is None]
+        if outside:
+            examples = ", ".join(map(repr, list(dict.fromkeys(outside))[:3]))
+            raise ToolkitError(
+                f"{counted(len(outside), 'token')} of {len(block)} "
+                f"({counted(len(set(outside)), 'distinct word')}, such as {examples}) are outside "
+                f"the model's vocabulary, which has no {self.dictionary.unk} to take their place: "
+                "write the text as the model's corpus is written"
+            )
+        return block
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, without their ends, which may be those of any system."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
 def by_line(tokens: Sequence[Token]) -> Iterator[list[Token]]:
     """The tokens of each line in turn."""
     line: list[Token] = []
     for token in tokens:
-        if line and token.line != line[0].line:
+        if line and token.number == 1:
             yield line
             line = []
         line.append(token)

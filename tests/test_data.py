@@ -470,3 +470,14 @@ def test_partial_shuffle_rotates_every_column_by_its_own_offset():
     assert len(set(offsets)) == 3
     for column, before, offset in zip(text.t(), columns, offsets, strict=True):
         assert column.tolist() == before[-offset:] + before[:-offset]
+
+
+@pytest.mark.parametrize(("limits", "dropped"), [((None, 1), 0), ((61, 0), 1), ((62, 0), 0)])
+def test_a_smaller_vocabulary_always_has_an_unknown_word(limits, dropped, corpus_dir):
+    corpus = Corpus(corpus_dir)
+    assert len(corpus.dictionary) == 61
+    fewer = corpus.with_fewer_words(*limits)
+    words = fewer.dictionary.idx2word
+    assert "<unk>" in words
+    assert len(set(corpus.dictionary.idx2word) - set(words)) == dropped
+    assert (fewer.dictionary.counter[fewer.dictionary.word2idx["<unk>"]] > 0) == (dropped > 0)

@@ -1,15 +1,19 @@
 """tools/import_original.py: weights named as in the original, and refused files."""
 
 import importlib.util
+import json
+import shutil
 
 import pytest
 import torch
 from conftest import ORIGINAL_CELLS, ROOT
+from test_readme import blocks
 
 import checkpoint
 from data import Corpus
 from model import RNNModel
 from run import program
+from scoring.scores import surprisals
 
 
 @pytest.fixture
@@ -63,6 +67,86 @@ def test_the_model_is_the_one_exported(
     assert loaded.dictionary.idx2word == Corpus(corpus_dir).dictionary.idx2word
 
 
+class WordLanguageModel(torch.nn.Module):
+    """The form of pytorch/examples' model, as a reference."""
+
+    def __init__(self, rnn_type, ntoken, ninp, nhid, nlayers, tied):
+        super().__init__()
+        self.encoder = torch.nn.Embedding(ntoken, ninp)
+        self.rnn = getattr(torch.nn, rnn_type)(ninp, nhid, nlayers)
+        self.decoder = torch.nn.Linear(nhid, ntoken)
+        if tied:
+            self.decoder.weight = self.encoder.weight
+
+    def forward(self, words):
+        return self.decoder(self.rnn(self.encoder(words))[0]).log_softmax(2)
+
+
+@pytest.mark.parametrize(("tied", "nhid", "nlayers"), [(True, 6, 2), (False, 9, 1), (False, 4, 3)])
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
+def test_word_language_model(rnn_type, tied, nhid, nlayers, importer, script, corpus_dir, tmp_path):
+    words = [word for word in Corpus(corpus_dir).dictionary.idx2word if word != "w7"]
+    (tmp_path / "words").write_text("\n".join(["<unk>", *words]) + "\n")
+    torch.manual_seed(0)
+    model = WordLanguageModel(rnn_type, 61, 6, nhid, nlayers, tied).eval()
+    torch.save(model.state_dict(), tmp_path / "exported")
+    argv = [tmp_path / "exported", "--vocab", tmp_path / "words", "--save", tmp_path / "m.pt"]
+    for _ in range(2):
+        status, out, err = importer(*argv)
+        assert (status, err) == (0, "")
+    assert f"{rnn_type}, {nlayers} layers, emsize 6, nhid {nhid}, 61 words" in out
+    # The file that was there is kept.
+    assert checkpoint.load(tmp_path / "m.pt.previous").config["rnn_type"] == rnn_type
+    text = "w1 w3 w7 w9"
+    argv = ["--checkpoint", tmp_path / "m.pt", "--no-cuda", "--json", "--tokens", "--text", text]
+    found = [json.loads(line) for line in script("score", *argv)[1].splitlines()][:-1]
+    ids = [words.index(word) + 1 for word in "<eos> w1 w3 <unk> w9 <eos>".split() if word in words]
+    ids.insert(3, 0)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids[:-1]).unsqueeze(1)).squeeze(1)
+    for token, row, word in zip(found, expected, ids[1:], strict=True):
+        assert token["logprob"] == pytest.approx(row[word].item(), abs=1e-6)
+
+
+def test_fastai_s_names(importer, corpus_dir, tmp_path):
+    model = export(tmp_path / "exported", corpus_dir)
+    names = {}
+    for name, tensor in model.state_dict().items():
+        part = "1" if name.startswith("decoder") else "0"
+        names[f"{part}.{name.replace('module.weight_hh_l0_raw', 'weight_hh_l0_raw')}"] = tensor
+        if name.endswith("_raw"):
+            names[f"0.{name.removesuffix('_raw')}"] = tensor * 0
+    names["0.encoder_dp.emb.weight"] = model.encoder.weight
+    # As docs/coming-from.md says.
+    left_out = ("encoder_dp", "module.weight_hh")
+    state = {k.split(".", 1)[1]: t for k, t in names.items() if not any(x in k for x in left_out)}
+    torch.save(state, tmp_path / "fastai")
+    for name in ("exported", "fastai"):
+        argv = [tmp_path / name, "--data", corpus_dir, "--save", tmp_path / f"{name}.pt"]
+        assert importer(*argv)[0] == 0
+    first, second = (checkpoint.load(tmp_path / f"{n}.pt").model for n in ("exported", "fastai"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_torchscript(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained["LSTM"], "PTB.pt")
+    (block,) = (b for b in blocks(ROOT / "docs" / "coming-from.md") if "class Flat" in b)
+    exec(block, {})
+    traced = torch.jit.load("PTB.ts")
+    network, dictionary = checkpoint.open_model("PTB.pt")
+    columns = [surprisals(network, dictionary, text) for text in ("w1 w3 w9 w27 w1", "w4") * 2]
+    # Another length and batch than the traced one, in two calls.
+    words = torch.tensor([[dictionary.word2idx["<eos>"]] * 4, [columns[k][0].id for k in range(4)]])
+    state = [torch.zeros(1, 4, size) for size in (16, 16, 12, 12)]
+    first, *state = traced(words[:1], *state)
+    second, *_ = traced(words[1:], *state)
+    for k, tokens in enumerate(columns):
+        assert first[k, tokens[0].id].item() == pytest.approx(tokens[0].logprob, abs=1e-5)
+        assert second[k, tokens[1].id].item() == pytest.approx(tokens[1].logprob, abs=1e-5)
+
+
 def test_later_stages_take_it(importer, script, corpus_dir, tmp_path):
     export(tmp_path / "exported", corpus_dir)
     path = tmp_path / "m.pt"
@@ -85,7 +169,9 @@ def test_a_split_softmax_comes_with_its_criterion(importer, corpus_dir, tmp_path
     assert torch.equal(raw, both["model"]["rnns.0.module.weight_hh_l0_raw"])
 
 
-@pytest.mark.parametrize("case", ["missing", "pickle", "names", "words", "nan", "list"])
+@pytest.mark.parametrize(
+    "case", ["missing", "pickle", "names", "words", "nan", "list", "flipped", "twice", "old"]
+)
 def test_what_is_refused(case, importer, corpus_dir, tmp_path):
     path = tmp_path / "exported"
     model = export(path, corpus_dir)
@@ -102,9 +188,17 @@ def test_what_is_refused(case, importer, corpus_dir, tmp_path):
     elif case == "nan":
         state["decoder.bias"] = torch.full_like(state["decoder.bias"], torch.nan)
         torch.save(state, path)
-    else:
+    elif case == "flipped":
+        content = bytearray(path.read_bytes())
+        content[content.index(model.rnns[0].module.bias_hh_l0.detach().numpy().tobytes())] ^= 1
+        path.write_bytes(content)
+    elif case == "old":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    elif case == "list":
         torch.save([1, 2], path)
-    status, _, err = importer(path, "--data", corpus_dir, "--save", tmp_path / "m.pt")
+    (tmp_path / "words").write_text("a b a\n")
+    vocab = ["--vocab", tmp_path / "words"] if case == "twice" else []
+    status, _, err = importer(path, "--data", corpus_dir, "--save", tmp_path / "m.pt", *vocab)
     assert status == 1
     assert len(err.splitlines()) == 1
     assert "error: " in err

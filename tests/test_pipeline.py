@@ -98,7 +98,7 @@ def test_four_stages(cell, script, corpus_dir, tmp_path):
 
     text = tmp_path / "text.txt"
     status, _, err = script("generate", "--checkpoint", path, "--outf", text, "--words", 45)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"written to {text}\n")
     lines = text.read_text().splitlines()
     assert [len(line.split()) for line in lines] == [20, 20, 5]
     known = set(checkpoint.load(path).dictionary.idx2word)
@@ -458,8 +458,99 @@ def test_generate(script, trained, tmp_path):
     assert script("generate", *prompted, "--seed", 4)[1] == greedy
     assert script("generate", *prompted[:-2], "--temperature", 0.001)[1] == greedy
     assert script("generate", *prompted[:-2], "--temperature", 1e-300)[1] == greedy
+    assert script("generate", *prompted[:-2], "--temperature", 0)[1] == greedy
     hot = script("generate", *argv, "--temperature", 50, "--words", 300)[1]
     assert len(set(hot.split())) > 50
+
+
+@pytest.mark.parametrize("kind", ["words", "characters", "pieces"])
+def test_lines_as_text(kind, script, trained, tmp_path):
+    loaded = checkpoint.load(trained["LSTM"])
+    words = [w for w in loaded.vocabulary["words"] if w != "<eos>"]
+    letters = {
+        w: {"words": w, "characters": chr(k + 97), "pieces": f"\u2581{w}"}[kind]
+        for k, w in enumerate(words)
+    }
+    if kind == "pieces":
+        letters[words[0]] = words[0]
+    loaded.vocabulary["words"] = [letters.get(w, w) for w in loaded.vocabulary["words"]]
+    path = tmp_path / "m.pt"
+    checkpoint.save(path, loaded)
+    start = " ".join(letters[w] for w in words[1:3])
+    argv = ["--checkpoint", path, "--no-cuda", "--outf", "-", "--prompt", start, "--lines", 5]
+    status, out, err = script("generate", *argv)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == len(set(lines)) == 5
+    texts = {"words": start, "characters": start.replace(" ", ""), "pieces": " ".join(words[1:3])}
+    assert all(line.startswith(texts[kind]) for line in lines)
+    assert ("<eos>" not in out, "\u2581" in out) == (True, False)
+    # The likeliest line: each word is the likeliest after those before it.
+    best = script("generate", *argv[:-1], 1, "--temperature", 0)[1].removesuffix("\n")
+    if kind == "words":
+        for n in range(3, len(best.split()) + 2):
+            prompt = [
+                "--checkpoint",
+                path,
+                "--prompt",
+                " ".join(best.split()[: n - 1]),
+                "--next",
+                1,
+            ]
+            assert script("generate", *prompt)[1].split()[1] == [*best.split(), "<eos>"][n - 1]
+    # Nothing but the joining differs.
+    spaced = script("generate", *argv[:-1], 1, "--temperature", 0, "--tokens-are", "words")[1]
+    pieces = "".join(spaced.split())
+    texts = {"words": spaced, "characters": pieces, "pieces": pieces.replace("\u2581", " ")}
+    assert best == texts[kind].strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--next 2", "give a --prompt"),
+        ("--next 2 --prompt w1 --top-k 3", "leave out --top-k"),
+        ("--interactive --outf t.txt", "leave out --outf"),
+        ("--interactive --prompt w1", "not allowed with argument"),
+        ("--lines 2 --samples 3", "not allowed with argument"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, message, script, trained):
+    status, out, err = script("generate", "--checkpoint", trained["LSTM"], *flags.split())
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_prompts_from_standard_input(trained):
+    command = [sys.executable, ROOT / "generate.py", "--checkpoint", trained["LSTM"], "--no-cuda"]
+    command += ["--interactive", "--words", "3"]
+    result = subprocess.run(command, input="w1 w3\nzebra\nw9\n", capture_output=True, text=True)
+    assert result.returncode == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[:-3] for line in lines] == [["w1", "w3"], ["w9"]]
+    assert "'zebra'" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [["--next", 2], ["--tsv", "-", "--text"]])
+def test_words_of_the_command_line_are_utf8_in_any_locale(flags, trained, tmp_path):
+    model = checkpoint.load(trained["LSTM"])
+    model.vocabulary["words"] = [w.replace("w1", "gar\xe7on") for w in model.vocabulary["words"]]
+    checkpoint.save(tmp_path / "m.pt", model)
+    script = "generate.py" if flags[0] == "--next" else "score.py"
+    command = [sys.executable, ROOT / script, "--checkpoint", tmp_path / "m.pt", "--no-cuda"]
+    command += [
+        *map(str, flags),
+        *(["--prompt"] if script == "generate.py" else []),
+        "w3 gar\xe7on",
+    ]
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    results = [
+        subprocess.run([str(c).encode() for c in command], capture_output=True, env=env)
+        for env in (plain, {**os.environ, "PYTHONUTF8": "1"})
+    ]
+    numbers = [re.findall(rb"\d\.\d{5}", result.stdout) for result in results]
+    assert numbers[0] == numbers[1] != []
+    assert [result.stderr for result in results] == [b"", b""]
 
 
 def test_next_words_are_those_that_score_gives(script, trained):
@@ -489,7 +580,9 @@ def test_several_texts_and_a_part_of_the_words(script, trained, tmp_path):
     status, out, err = script("generate", *argv, "--samples", 3, "--prompt", "zebra w3 gnu zebra")
     assert (status, err) == (0, "not in the vocabulary, read as <unk>: zebra gnu\n")
     texts = out.split("\n\n")
-    assert [len(text.split()) for text in texts] == [30, 30, 30]
+    # The prompt is a part of each text.
+    assert [len(text.split()) for text in texts] == [34, 34, 34]
+    assert all(text.startswith("zebra w3 gnu zebra ") for text in texts)
     assert len(set(texts)) == 3
     # At such a small probability only the likeliest word is left.
     few = script("generate", *argv, "--top-p", 1e-6, "--prompt", "w3")[1]
@@ -497,6 +590,52 @@ def test_several_texts_and_a_part_of_the_words(script, trained, tmp_path):
     many = [*argv, "--words", 2000, "--samples", 2]
     assert "<unk>" in script("generate", *many)[1]
     assert "<unk>" not in script("generate", *many, "--no-unk")[1]
+
+
+def test_the_corpus_s_own_unknown_word(script, corpus_dir, tmp_path):
+    folder, path = tmp_path / "own", tmp_path / "m.pt"
+    shutil.copytree(corpus_dir, folder)
+    text = (folder / "train.txt").read_text()
+    (folder / "train.txt").write_text(text.replace("w7 ", "<UNK> ") + "rare <UNK>\n")
+    argv = ["--data", folder, "--save", path, *TINY, "--epochs", 1, "--max-batches", 2]
+    out = script("main", *argv)[1]
+    assert "| <UNK> is a word like any other here: --unk '<UNK>' makes it the unknown one" in out
+    status, _, err = script("generate", "--checkpoint", path, "--no-unk", "--outf", "-")
+    assert (status, "no <unk> for --no-unk" in err) == (1, True)
+    status, _, err = script("main", *argv, "--unk", "<other>")
+    assert (status, "no word <other> for --unk" in err) == (1, True)
+
+    out = script("main", *argv, "--unk", "<UNK>", "--tokens-are", "joined", "--min-count", 2)[1]
+    assert "like any other" not in out
+    assert script("finetune", *argv, "--batch_size", 8, "--bptt", 10)[0] == 0
+    dictionary = checkpoint.load(path).dictionary
+    assert (dictionary.unk, dictionary.tokens_are) == ("<UNK>", "joined")
+    assert not {"rare", "<unk>"} & set(dictionary.idx2word)
+    argv = ["--checkpoint", path, "--no-cuda"]
+    out = script("generate", *argv, "--no-unk", "--outf", "-", "--words", 2000)[1]
+    assert "<UNK>" not in out
+    out = script("score", *argv, "--text", "w1 rare w3", "--json")[1]
+    assert json.loads(out)["notes"]["outside_the_vocabulary"].endswith("scored as <UNK>")
+    assert json.loads(out)["chars"] == len("w1rarew3\n")
+
+
+def test_texts_that_are_not_what_is_expected(script, corpus_dir, tmp_path):
+    argv = ["--save", tmp_path / "m.pt", *TINY, "--epochs", 1, "--max-batches", 1]
+    for name, change, line in (
+        ("plain", lambda text: text, None),
+        ("eos", lambda text: text.replace("\n", " <eos>\n"), "end in <eos> already"),
+        ("joined", lambda text: text.replace(" ", ""), r"(9\d|100)% of the words of valid.txt"),
+        ("marks", lambda text: text.replace("\nw1 ", "\n\ufeffw1 "), r"U\+FEFF, .* is within"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in ("train.txt", "valid.txt", "test.txt"):
+            (folder / part).write_text(change((corpus_dir / part).read_text()))
+        status, out, _ = script("main", "--data", folder, *argv)
+        assert status == 0
+        odd = [row for row in out.splitlines() if re.search("already|nowhere|FEFF", row)]
+        assert len(odd) == (line is not None)
+        assert line is None or re.search(line, odd[0])
 
 
 def test_the_words_that_reach_a_probability_are_kept():
@@ -768,6 +907,9 @@ def test_output_that_nothing_takes(case, trained):
         os.close(read_end)
         result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
         os.close(write_end)
+        # The reader has what it wanted, as in `| head -1`.
+        assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+        return
     else:
         line = shlex.join(map(str, command))
         result = subprocess.run(f"{line} >&- 2>&-", shell=True, capture_output=True, text=True)

@@ -6,21 +6,27 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import references
 import torch
-from conftest import CORPORA, ORIGINAL_CELLS, ROOT, TINY
+from conftest import CORPORA, ORIGINAL_CELLS, ROOT, TINY, linux_only
+from test_readme import blocks
 
 import checkpoint
-import score
 import training
 from data import Dictionary
 from loss import TrainingLoss
+from model import RNNModel, make_network
 from scoring.page import _colour, full_bits, level_of
-from utils import batchify
+from scoring.scores import hidden_states, surprisals
+from scoring.spelling import Spelling
+from scoring.tokens import Reader
+from utils import ToolkitError, batchify
 
 
 def tokens_of(text):
@@ -210,24 +216,280 @@ def test_words_outside_the_vocabulary(script, trained, with_unk):
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["a", "b", "<eos>", "<unk>", "_", "<", ">"], True),
-        (["104", "101", "<eos>", "32"], True),
-        (["104", "256", "<eos>"], False),
-        (["a", "the", "<eos>"], False),
-        (["a", "12", "<eos>"], False),
-    ],
-)
-def test_character_vocabularies(words, expected):
-    dictionary = Dictionary.from_words(words)
-    assert score.is_character_level(dictionary) is expected
-    tokens, _ = score.tokenize(f"{words[0]} {words[1]}\n", dictionary)
-    if expected:
-        assert [t.chars for t in tokens] == [1, 1, 1]
+# What each kind of vocabulary shows, a line of its tokens, and that line's text.
+VOCABULARIES = {
+    "words": ("the cat , a sat on mats w1 w2", "the cat , a sat", "the cat , a sat"),
+    "characters": ("a b _ < > \u0915\u093f", "a b < \u0915\u093f _", "01234"),
+    "pieces @@": ("ca@@ ts the s", "the ca@@ ts the", "the cats the"),
+    "pieces ##": ("ca ##ts the ##s", "the ca ##ts ##s the", "the catss the"),
+    "pieces \u2581": ("\u2581ca ts \u2581the", "\u2581the \u2581ca ts", "the cats"),
+    "": ("a b c SPACE", "a b SPACE", None),
+    " numbers": ("104 101 32", "104 32", None),
+    "given joined": ("a b c SPACE", "a b SPACE", "abSPACE"),
+    "given bytes": ("104 101 32", "104 32", "h "),
+    "given words": ("104 101 32", "104 32", "104 32"),
+    "given pieces": ("a@@ b the cat w1 w2", "the a@@ b the", "the ab the"),
+}
+
+
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_characters_of_every_kind_of_tokens(case):
+    words, line, text = VOCABULARIES[case]
+    dictionary = Dictionary.from_words([*words.split(), "<eos>", "<unk>"])
+    kind = case.removeprefix("given ")
+    spelling = Spelling.of(dictionary, kind if case.startswith("given") else None)
+    assert spelling.kind == kind.split(" ")[0]
+    assert ("code points" in spelling.note) == (kind == "characters")
+    ((*tokens, end),) = Reader(dictionary, spelling).blocks([line], 1)
+    if text is None:
+        assert [token.chars for token in (*tokens, end)] == [None] * (len(tokens) + 1)
+        assert "--tokens-are words" in spelling.note
     else:
-        assert [t.chars for t in tokens] == [len(words[0]), len(words[1]) + 1, 1]
+        assert sum(token.chars for token in tokens) == len(text)
+        assert end.chars == 1
+        assert spelling.unit == ("byte" if kind == "bytes" else "char")
+
+
+def test_a_corpus_half_of_single_characters_is_unclear():
+    words = ["a", "b", "the", "cat", "<eos>"]
+    for counts, kind in (([1, 1, 5, 5, 99], "words"), ([5, 5, 4, 4, 99], "")):
+        assert Spelling.of(Dictionary.from_words(words, counts)).kind == kind
+    with pytest.raises(ToolkitError, match="no word of the vocabulary has a marker"):
+        Spelling.of(Dictionary.from_words(words), "pieces")
+
+
+def renamed(path, target, names, **more):
+    """A copy of a model file whose first words have other names."""
+    loaded = checkpoint.load(path)
+    words = [word for word in loaded.vocabulary["words"] if word != "<eos>"]
+    other = dict(zip(words, names, strict=False))
+    loaded.vocabulary["words"] = [other.get(w, w) for w in loaded.vocabulary["words"]]
+    loaded.vocabulary.update(more)
+    checkpoint.save(target, loaded)
+    return target
+
+
+def test_bits_by_characters_of_the_original_text(script, trained, tmp_path):
+    letters = [chr(code) for code in range(33, 93)]
+    path = renamed(trained["LSTM"], tmp_path / "m.pt", letters)
+    text = ["--text", "a b c\nd".upper()]
+    total = scored(script, path, *text)[-1]
+    in_bits = -total["logprob"] / math.log(2)
+    assert (total["chars"], total["tokens_are"]) == (6, "characters")
+    assert total["bits_per_char"] == pytest.approx(in_bits / 6)
+    asked = scored(script, path, *text, "--chars", 8, "--words", 2)[-1]
+    assert asked["bits_per_char"] == pytest.approx(in_bits / 8)
+    assert asked["ppl_per_word"] == pytest.approx(math.exp(-total["logprob"] / 2))
+    assert total["logprob"] == asked["logprob"]
+
+    path = renamed(trained["LSTM"], tmp_path / "m.pt", map(str, range(60)), tokens_are="bytes")
+    total = scored(script, path, "--text", "7 8\n9")[-1]
+    assert (total["bytes"], total["tokens_are"]) == (5, "bytes")
+    assert total["bits_per_byte"] == pytest.approx(-total["logprob"] / math.log(2) / 5)
+    argv = ["--checkpoint", path, "--text", "7 8\n9", "--no-cuda"]
+    assert "| bits/byte " in script("score", *argv)[1]
+    out = script("score", *argv, "--tokens-are", "words")[1]
+    assert "| tokens are: words, as --tokens-are says" in out
+    assert "| bits/char " in out
+
+
+def test_perplexities_by_other_conventions(script, with_unk):
+    *tokens, total = scored(script, with_unk, "--text", "w1 zebra w3\n<unk>\nw4", "--tokens")
+    known = [t["logprob"] for t in tokens if t["word"] not in ("zebra", "<unk>")]
+    words = [t["logprob"] for t in tokens if t["word"] != "<eos>"]
+    for name, logprob, count in (
+        ("ppl_without_unk", sum(known), 6),
+        ("ppl_without_eos", sum(words), 5),
+        ("ppl1", sum(known), 3),
+    ):
+        assert total[name] == pytest.approx(math.exp(-logprob / count))
+        assert total[name.replace("ppl", "tokens", 1)] == count
+    out = script("score", "--checkpoint", with_unk, "--text", "w1 zebra w3\n<unk>\nw4")[1]
+    assert f"| without unknown words: ppl {total['ppl_without_unk']:.4f} over 6" in out
+
+
+def rows_of(table):
+    head, *rows = (line.split("\t") for line in table.splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def stock_lstm(path, ids):
+    """Outputs of every layer (n, size), and log p (n, ntoken), from PyTorch's own modules."""
+    loaded = checkpoint.load(path)
+    state = {name.replace(".module", "").replace("_raw", ""): t for name, t in loaded.model.items()}
+    x = torch.nn.functional.embedding(torch.tensor(ids), state["encoder.weight"])
+    layers = []
+    for k in range(loaded.config["nlayers"]):
+        own = {
+            name.removeprefix(f"rnns.{k}."): t for name, t in state.items() if f"rnns.{k}." in name
+        }
+        lstm = torch.nn.LSTM(x.size(1), own["weight_hh_l0"].size(1))
+        lstm.load_state_dict(own)
+        with torch.no_grad():
+            x, _ = lstm(x)
+        layers.append(x)
+    logits = torch.nn.functional.linear(x, state["decoder.weight"], state["decoder.bias"])
+    return layers, logits.double().log_softmax(1)
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_a_table_of_tokens_and_the_states(independent, script, with_unk, tmp_path):
+    text = "w1 zebra w3\n\nw4\nw1 zebra w3"
+    argv = ["--checkpoint", with_unk, "--no-cuda", "--text", text, "--entropy", "--bptt", 4]
+    argv += ["--states", tmp_path / "s.npz"] + ["--independent"] * independent
+    status, out, err = script("score", *argv, "--tsv", "-")
+    assert (status, err) == (0, "")
+    assert script("score", *argv, "--tsv", tmp_path / "t.tsv")[0] == 0
+    assert (tmp_path / "t.tsv").read_text() == out
+    rows = rows_of(out)
+    words = tokens_of(text)
+    assert [row["token"] for row in rows] == words
+    places = ["1 1", "1 2", "1 3", "1 4", "2 1", "3 1", "3 2", "4 1", "4 2", "4 3", "4 4"]
+    assert [f"{row['sentence_id']} {row['token_id']}" for row in rows] == places
+    assert [row["unknown"] for row in rows] == ["1" if w == "zebra" else "0" for w in words]
+    with np.load(tmp_path / "s.npz") as states:
+        assert states["words"].tolist() == words
+        assert states["sentence_id"].tolist() == [int(row["sentence_id"]) for row in rows]
+        layers = [states["layer_1"], states["layer_2"]]
+    at = 0
+    for part in text.split("\n") if independent else [text]:
+        ids = ids_of(with_unk, ["<eos>", *tokens_of(f"{part}\n".replace("zebra", "<unk>"))])
+        expected, logprob = stock_lstm(with_unk, ids)
+        for t, word in enumerate(ids[1:]):
+            row = rows[at + t]
+            p, in_bits = logprob[t].exp(), -logprob[t] / math.log(2)
+            assert float(row["surprisal"]) == pytest.approx(in_bits[word].item(), abs=1e-5)
+            assert float(row["entropy"]) == pytest.approx((p @ in_bits).item(), abs=1e-5)
+        for found, layer in zip(layers, expected, strict=True):
+            assert found[at : at + len(ids) - 1] == pytest.approx(layer[1:].numpy(), abs=1e-5)
+        at += len(ids) - 1
+    assert at == len(rows)
+    tokens = scored(script, with_unk, *argv[3:], "--tokens")[:-1]
+    for token, row in zip(tokens, rows, strict=True):
+        assert (str(token["line"]), str(token["number"])) == (row["sentence_id"], row["token_id"])
+        assert token["bits"] == pytest.approx(float(row["surprisal"]), abs=1e-6)
+        assert token["entropy"] == pytest.approx(float(row["entropy"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("cell", ORIGINAL_CELLS)
+def test_in_python(cell, script, trained):
+    network, dictionary = checkpoint.open_model(trained[cell])
+    assert not any(module.training for module in network.modules())
+    tokens = surprisals(network, dictionary, TEXT)
+    found = scored(script, trained[cell], "--text", TEXT, "--tokens")[:-1]
+    assert [token.word for token in tokens] == [o["word"] for o in found]
+    assert [token.bits for token in tokens] == [o["bits"] for o in found]
+    # The states after each token predict the next one.
+    states = hidden_states(network, dictionary, TEXT)
+    assert [len(layer) for layer in states] == [len(tokens)] * 2
+    decoder = network.model.decoder
+    logprob = network.criterion.logprob(decoder.weight, decoder.bias, states[-1][:-1])
+    nats = logprob.gather(1, torch.tensor([[token.id] for token in tokens[1:]])).squeeze(1)
+    assert nats.tolist() == pytest.approx([token.logprob for token in tokens[1:]], abs=1e-5)
+
+
+def test_the_page_in_python(script, trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    renamed(trained["LSTM"], "PTB.pt", "<unk> the company said it would sell".split())
+    page = {}
+    exec(blocks(ROOT / "docs" / "in-python.md")[0], page)
+    assert "company" in capfd.readouterr().out
+    found = scored(script, "PTB.pt", "--text", page["text"], "--tokens", "--states", "s.npz")
+    assert [token.bits for token in page["tokens"]] == [o["bits"] for o in found[:-1]]
+    assert [o["unknown"] for o in found[:-1]] == [False] * 6 + [True] * 2 + [False]
+    with np.load("s.npz") as states:
+        for number, layer in enumerate(page["layers"], start=1):
+            assert np.array_equal(states[f"layer_{number}"], layer.numpy())
+
+
+def test_what_is_not_scored_is_missing_in_a_table(script, trained):
+    argv = ["--checkpoint", trained["LSTM"], "--text", "w1 w3", "--as-corpus", "--tsv", "-"]
+    rows = rows_of(script("score", *argv, "--entropy")[1])
+    assert [row["surprisal"] == "NA" for row in rows] == [True, False, False]
+    assert [row["entropy"] == "NA" for row in rows] == [True, False, False]
+
+
+def test_n_best_lists(script, trained, corpus_dir):
+    lines = (corpus_dir / "valid.txt").read_text().splitlines()
+    lines = [f"utt-{n} {line}" for n, line in enumerate([*lines, "", *lines[::-1]])]
+    argv = ["--checkpoint", trained["LSTM"], "--no-cuda", "--independent", "--lines", "--ids"]
+    status, out, err = script("score", *argv, "--tsv", "-", "--text", "\n".join(lines))
+    assert (status, err) == (0, "")
+    rows = rows_of(out)
+    scores = {}
+    for row, line in zip(rows, lines, strict=True):
+        name, *words = line.split()
+        assert (row["sentence_id"], int(row["tokens"])) == (name, len(words) + 1)
+        assert scores.setdefault(tuple(words), row["logprob"]) == row["logprob"]
+        ids = ids_of(trained["LSTM"], ["<eos>", *words, "<eos>"])
+        expected = sum(naive_logprobs(trained["LSTM"], ids))
+        assert float(row["logprob"]) == pytest.approx(expected, abs=1e-4)
+        assert float(row["ppl"]) == pytest.approx(math.exp(-expected / (len(words) + 1)), rel=1e-5)
+    assert f"line {lines[3].split()[0]}" in script("score", *argv, "--text", "\n".join(lines))[1]
+    objects = scored(script, trained["LSTM"], *argv[3:], "--text", "a w1\nb w1")
+    assert [o["line"] for o in objects[:-1]] == ["a", "b"]
+
+
+def test_lines_of_equal_length_are_computed_together(script, trained, monkeypatch):
+    calls = []
+    forward = RNNModel.forward
+    monkeypatch.setattr(
+        RNNModel, "forward", lambda self, *a, **k: calls.append(len(a[0])) or forward(self, *a, **k)
+    )
+    text = "\n".join(f"w{n % 60} w{n % 59} w{n % 58}" for n in range(2000))
+    scored(script, trained["LSTM"], "--text", text, "--independent")
+    # A step of --bptt 1000 tokens is 250 lines of four.
+    assert calls == [4] * 8
+
+
+@linux_only
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    config = {"rnn_type": "LSTM", "ntoken": 6000, "ninp": 8, "nhid": 8, "nlayers": 1}
+    config.update(splits=[], tie_weights=True)
+    words = [*map(str, range(1000, 6999)), "<eos>"]
+    model, criterion = make_network(**config)
+    loaded = checkpoint.Checkpoint(
+        config=config,
+        model=checkpoint.snapshot(model),
+        criterion=checkpoint.snapshot(criterion),
+        vocabulary={"words": words, "counts": [1] * 6000},
+        args={},
+        stage="",
+        epoch=0,
+        valid_loss=math.inf,
+    )
+    checkpoint.save(tmp_path / "m.pt", loaded)
+    peaks = []
+    for lines in (50, 5000):
+        text = tmp_path / "t.txt"
+        text.write_text("".join(" ".join(words[n : n + 19]) + "\n" for n in range(lines)))
+        # A process of its own: the maximum is over all children.
+        code = (
+            "import resource, subprocess, sys\n"
+            "assert subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode == 0\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        command = [sys.executable, ROOT / "score.py", "--checkpoint", tmp_path / "m.pt", text]
+        runner = [sys.executable, "-c", code, *command, "--bptt", "100", "--no-cuda"]
+        peaks.append(int(subprocess.check_output(runner)))
+    assert peaks[1] < 1.25 * peaks[0]
+
+
+@linux_only
+@pytest.mark.parametrize("source", ["<(cat t.txt)", "/dev/stdin < t.txt", "fifo"])
+def test_text_from_a_pipe(source, script, trained, tmp_path):
+    (tmp_path / "t.txt").write_text("w1 w3\nw9\n")
+    os.mkfifo(tmp_path / "fifo")
+    command = f"{sys.executable} {ROOT}/score.py --checkpoint {trained['LSTM']} --json {source}"
+    if source == "fifo":
+        # Opening the pipe waits for the writer.
+        command = f"(cat t.txt > fifo) & exec 5< fifo; {command}"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.stderr == ""
+    total = scored(script, trained["LSTM"], "--text", "w1 w3\nw9\n")[-1]
+    assert json.loads(result.stdout.splitlines()[-1]) == total
 
 
 def test_text_from_everywhere(script, trained, tmp_path, monkeypatch):
@@ -259,7 +521,7 @@ def test_report_for_people(script, trained):
     argv = ["--checkpoint", trained["LSTM"], "--text", "\nw4", "--as-corpus", "--lines"]
     status, out, _ = script("score", *argv)
     assert status == 0
-    assert re.search(r"line 1 \| 0 tokens \| .* ppl +- ", out)
+    assert re.search(r"line 1 \| +0 tokens \| .* ppl +- ", out)
     first = scored(script, trained["LSTM"], *argv[2:])[0]
     assert (first["tokens"], first["ppl"], first["bits_per_char"]) == (0, None, None)
 
@@ -345,6 +607,18 @@ BAD_INPUT = {
     "no cache": (["t.txt", "--theta", "1"], 2, "--theta is for the cache"),
     "no cache, from start": (["t.txt", "--cache-from-start"], 2, "--cache-from-start is for the"),
     "no model": (["t.txt", "--checkpoint", "none.pt"], 1, r"no model file none\.pt"),
+    "model as text": (["m.pt"], 1, r"m\.pt is no text but .* --checkpoint"),
+    "model and text": (["m.pt", "t.txt"], 2, "the model with --checkpoint"),
+    "table and JSON": (["t.txt", "--tsv", "-", "--json"], 2, "--tsv - is the whole output"),
+    "entropy of a cache": (
+        ["t.txt", "--tsv", "-", "--cache", "--entropy"],
+        2,
+        "without the cache:",
+    ),
+    "entropy of no tokens": (["t.txt", "--entropy"], 2, "add --tsv"),
+    "no ids": (["--text", "a w1\n\nb w3", "--ids"], 1, "line 2 of the text is empty"),
+    "no marker": (["t.txt", "--tokens-are", "pieces"], 1, "has a marker of pieces"),
+    "no folder for --tsv": (["t.txt", "--tsv", "none/x.tsv"], 1, "cannot write none/x.tsv"),
     "not a model": (["t.txt", "--checkpoint", "t.txt"], 1, r"t\.txt is no model file"),
     "no folder for --html": (["t.txt", "--html", "none/x.html"], 1, "cannot write none/x.html"),
     "a folder for --html": (["t.txt", "--html", "."], 1, r"cannot write \."),
@@ -358,6 +632,7 @@ def test_bad_input(case, script, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "t.txt").write_text("w1 w3\n")
+    shutil.copy(trained["LSTM"], tmp_path / "m.pt")
     (tmp_path / "latin.txt").write_bytes(b"w1\ncaf\xe9\n")
     argv, expected, message = BAD_INPUT[case]
     if "--checkpoint" not in argv:

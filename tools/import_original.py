@@ -1,17 +1,17 @@
-"""Make a model.pt from a model that was trained with the original toolkit.
+"""Make a model.pt from a model that was trained with the original toolkit, or word_language_model.
 
-The original pickles whole objects, which only its own code can read. Export plain tensors with it
-from the file it saved (docs/model-file.md, "Weights trained with the original"), then:
+Both pickle whole objects. Export plain tensors from the file (docs/coming-from.md), then:
 
     python tools/import_original.py exported.pt --data data/penn --save model.pt
 
 The architecture follows from the tensors' names and shapes. The vocabulary is that of the corpus,
-in order of first appearance, as in the original.
+in order of first appearance, as in both, or that of --vocab.
 """
 
 import math
 import re
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint
+from checkpoint.model_file import in_short
 from cli import flags
 from cli.parser import Parser
-from data import Corpus
+from data import Corpus, Dictionary
 from model import make_network
 from run import program
 from splitcross import default_splits
@@ -38,6 +39,7 @@ def build_parser() -> Parser:
     parser = Parser("", __doc__)
     parser.flag("", "exported", help="file of tensors exported from the original")
     flags.add_data(parser, "data/penn/")
+    parser.flag("", "--vocab", metavar="FILE", help="the words by id, one a line, without --data")
     flags.add_save(parser, "model file to write")
     return parser
 
@@ -45,32 +47,40 @@ def build_parser() -> Parser:
 def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The state dicts of model and criterion in an exported file, as float32; no code in it runs.
 
-    Raises ToolkitError if the file holds anything but named tensors.
+    Raises ToolkitError if the file is damaged or holds anything but named tensors.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            # torch ignores the checksums.
+            if archive.testzip():
+                raise zipfile.BadZipFile("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        both = isinstance(content, dict) and set(content) == {"model", "criterion"}
+        states = [content["model"], content["criterion"]] if both else [content, {}]
+        model, criterion = ({k: v.float().contiguous() for k, v in s.items()} for s in states)
     except Exception as error:
         # torch.load raises many kinds of error; each means that there are no plain tensors.
         raise ToolkitError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}): export the state "
-            "dict as docs/model-file.md says"
+            f"{path} cannot be read as named tensors ({type(error).__name__}): export the state "
+            "dict as docs/coming-from.md says"
         ) from error
-    if isinstance(content, dict) and set(content) == {"model", "criterion"}:
-        states = [content["model"], content["criterion"]]
-    else:
-        states = [content, {}]
-    for state in states:
-        if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point()
-            for name, value in state.items()
-        ):
-            raise ToolkitError(
-                f"{path} holds something other than named weights: export the state dict as "
-                "docs/model-file.md says"
-            )
-    model, criterion = ({k: v.float().contiguous() for k, v in s.items()} for s in states)
+    # word_language_model has all layers in one module.
+    model = {re.sub(r"^rnn\.(\w+)_l(\d+)$", r"rnns.\2.\1_l0", k): t for k, t in model.items()}
     # Some versions of the original also store a weight's dropped copy: only the raw one counts.
     return {name: t for name, t in model.items() if f"{name}_raw" not in model}, criterion
+
+
+def read_vocabulary(path: str) -> Dictionary:
+    """The vocabulary of --vocab; raises ToolkitError."""
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToolkitError(
+            f"cannot read {path} ({in_short(error)}): --vocab is a file of words, in UTF-8"
+        ) from error
+    if len(set(words)) < len(words):
+        raise ToolkitError(f"{path} has a word twice: --vocab has each word once, by its id")
+    return Dictionary.from_words(words)
 
 
 def architecture(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -99,14 +109,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     state, criterion_state = read(args.exported)
     checkpoint.check_writable(args.save)
-    corpus = Corpus(args.data)
-    words = len(corpus.dictionary)
+    dictionary = read_vocabulary(args.vocab) if args.vocab else Corpus(args.data).dictionary
+    words = len(dictionary)
     try:
         config = architecture(state)
         if config["ntoken"] != words:
             raise ToolkitError(
-                f"{args.exported} has {config['ntoken']} words and the corpus {args.data} {words}: "
-                "bring the corpus it was trained on"
+                f"{args.exported} has {config['ntoken']} words, {args.vocab or args.data} {words}: "
+                "bring the corpus it was trained on, or its words with --vocab"
             )
         # The default dropouts of main.py; finetune.py can be given others.
         wdrop = 0.5 if any(name.endswith("_raw") for name in state) else 0.0
@@ -117,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.load_state(criterion, criterion_state)
     except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ToolkitError(
-            f"the weights in {args.exported} do not fit a model of the original "
-            f"({type(error).__name__}: {' '.join(str(error).split())}): export it again"
+            f"the weights in {args.exported} do not fit a model of the original or of "
+            f"word_language_model ({in_short(error)}): export it again"
         ) from error
     if not criterion_state and default_splits(words):
         print("Without the criterion's state the softmax is not split", file=sys.stderr)
@@ -128,12 +138,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             config=config,
             model=checkpoint.snapshot(model),
             criterion=checkpoint.snapshot(criterion),
-            vocabulary=checkpoint.vocabulary_of(corpus.dictionary),
+            vocabulary=checkpoint.vocabulary_of(dictionary),
             args={},
             stage="import_original.py",
             epoch=0,
             valid_loss=math.inf,
         ),
+        keep=True,
     )
     # Reading the written file also checks it.
     checkpoint.rebuild(checkpoint.load(args.save), torch.device("cpu"))
