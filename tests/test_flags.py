@@ -220,7 +220,7 @@ BAD_FLAGS = {
         --model LSTMM; --dropout 2; --optimizer adam; --save-every -3; --resume; --preset ptbc
     """,
     "generate": """
-        --temperature 0; --words 0; --top-k 0; --top-p 0; --top-p 1.5; --samples 0; --next 3
+        --temperature -1; --words 0; --top-k 0; --top-p 0; --top-p 1.5; --samples 0; --next 3
     """,
     "dynamiceval": """
         --lr -1; --lamb x; --epsilon -1; --bptt 0; --batch_size 0; --sgd --oldhyper; --preset ptbc
