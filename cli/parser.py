@@ -196,12 +196,13 @@ class Parser(argparse.ArgumentParser):
         Raises ToolkitError if a flag that was given cannot take effect.
         """
         chosen = {**given.preset, **given.line}
-        counted = given.line.keys() | given.preset.keys() - _PRESET_DEFAULTS
+        kept = given.line.keys() | given.preset.keys() - _PRESET_DEFAULTS
+        counted = [name for name in self.flags if name in kept]
         values = {name: flag.default for name, flag in self.flags.items()} | chosen
         recorded = {}
         if file is not None:
             self._check_given({name: chosen[name] for name in counted}, file)
-            recorded = self._recorded(counted, values, file)
+            recorded = self._recorded(kept, values, file)
         values |= recorded
         for name, flag in self.flags.items():
             if flag.derive and name not in counted and name not in recorded:
@@ -259,8 +260,8 @@ class Parser(argparse.ArgumentParser):
             if name not in given and recorded.get(name) is not None
         }
         if file.use == "finetune":
-            if file.args.get("optimizer") == "adam":
-                taken.pop("lr", None)  # a rate of Adam's is not one of SGD's
+            if file.args.get("optimizer", "sgd") != "sgd":
+                taken.pop("lr", None)  # another optimiser's rate is not one of SGD's
             print(f"From {file.path}: {self.spelled(taken)}")
         split = file.args.get("split")
         if "split" in self.flags and split and "split" not in given:

@@ -13,7 +13,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest
 import torch
-import torch._dynamo  # which each process of the rehearsal would import, for torch.utils.checkpoint
 from conftest import TINY
 from test_training_step import Tape, make, test_replayed_steps_are_the_eager_ones, train
 

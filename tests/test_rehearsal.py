@@ -18,6 +18,7 @@ import main
 import model
 import nt_asgd
 from checkpoint import resume
+from cli import flags
 from dynamic_evaluation import DynamicEvaluation
 from loss import TrainingLoss
 from run.rehearsal import CHECKS, Failed, Rehearsal, differing
@@ -142,21 +143,21 @@ def test_a_frozen_part_keeps_its_mode(woken, rehearsal, monkeypatch):
         assert rehearsal.training() == "every weight changes"
         return
     monkeypatch.setattr(TrainingLoss, "train", nn.Module.train)
-    with pytest.raises(Failed, match=r"no longer in evaluation mode: part, part\.0"):
+    with pytest.raises(Failed, match=r"not in evaluation mode: part, part\.0"):
         rehearsal.training()
 
 
 def test_a_criterion_is_evaluated_in_evaluation_mode(rehearsal, monkeypatch):
     noisy(SplitCrossEntropyLoss, monkeypatch)
     rehearsal.training()
-    assert "twice" in rehearsal.model_file()
+    assert "from it" in rehearsal.model_file()
 
 
 def test_a_criterion_that_stays_in_training_mode_is_found(rehearsal, monkeypatch):
     noisy(SplitCrossEntropyLoss, monkeypatch)
     rehearsal.training()
     monkeypatch.setattr(TrainingLoss, "eval", lambda self: self.model.eval() and self)
-    with pytest.raises(Failed, match="not in evaluation mode: the network, criterion"):
+    with pytest.raises(Failed, match="not in evaluation mode: the network"):
         rehearsal.model_file()
 
 
@@ -175,6 +176,85 @@ def test_an_argument_that_the_file_lacks_is_found(rehearsal, monkeypatch):
     rehearsal.training()
     with pytest.raises(Failed, match=r"the validation loss from it is .*, the recorded one"):
         rehearsal.model_file()
+
+
+def without_its_state(self, x, state, once=model.LSTM.forward):
+    return once(self, x, state)[0], state
+
+
+def with_the_future(self, x, state, once=model.LSTM.forward):
+    output, state = once(self, x, state)
+    return output + output.mean(dim=0), state
+
+
+def with_the_other_columns(self, x, state, once=model.LSTM.forward):
+    output, state = once(self, x, state)
+    return output - output.mean(dim=1, keepdim=True), state
+
+
+@pytest.mark.parametrize(
+    ("forward", "what"),
+    [
+        (without_its_state, "the chunks: the state"),
+        (with_the_future, "the chunks: the state"),
+        (with_the_other_columns, "the other columns"),
+    ],
+)
+def test_outputs_that_depend_on_the_chunks_or_the_columns_are_found(
+    forward, what, rehearsal, monkeypatch
+):
+    monkeypatch.setattr(model.LSTM, "forward", forward)
+    rehearsal.training()
+    with pytest.raises(Failed, match=f"outputs depend on {what}"):
+        rehearsal.model_file()
+
+
+@pytest.mark.parametrize(
+    ("method", "shift", "fault"),
+    [
+        ("logprob", 0.5, "logprob do not add up to 1, by 6"),
+        ("target_logprob", 0.25, "target_logprob is not its logprob, by"),
+    ],
+)
+def test_a_criterion_that_contradicts_itself_is_found(method, shift, fault, rehearsal, monkeypatch):
+    once = getattr(SplitCrossEntropyLoss, method)
+    monkeypatch.setattr(
+        SplitCrossEntropyLoss, method, lambda self, *args: once(self, *args) + shift
+    )
+    rehearsal.training()
+    with pytest.raises(Failed, match=fault):
+        rehearsal.model_file()
+
+
+def test_weights_outside_of_the_network_are_found(rehearsal, monkeypatch):
+    hidden = [head()]
+    extended(
+        monkeypatch, nn.Module, lambda network, loss: loss + hidden[0](torch.ones(3)).square().sum()
+    )
+    with pytest.raises(Failed, match=r"no part of the network: a tensor of the size \("):
+        rehearsal.training()
+
+
+@pytest.mark.parametrize("script", ["main.py", "finetune.py"])
+def test_a_flag_that_does_nothing_is_found(script, rehearsal, monkeypatch):
+    once = flags.add_regularisers
+
+    def add_regularisers(parser):
+        once(parser)
+        parser.flag("regularisation", "--gamma", type=float, default=0.0, help="a weight")
+
+    if script == "finetune.py":
+        rehearsal.training()
+    monkeypatch.setattr(flags, "add_regularisers", add_regularisers)
+    rehearsal.training_flags["gamma"] = "--gamma"
+    with pytest.raises(Failed, match="does not use --gamma"):
+        rehearsal.training() if script == "main.py" else rehearsal.finetuning()
+
+
+def test_a_frozen_part_that_was_never_put_in_evaluation_mode_is_found(rehearsal, monkeypatch):
+    extended(monkeypatch, lambda: teacher().train())
+    with pytest.raises(Failed, match=r"frozen, but not in evaluation mode: part, part\.0"):
+        rehearsal.training()
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -216,13 +296,13 @@ def test_dynamic_evaluation_is_in_evaluation_mode(mode, rehearsal, monkeypatch):
         step.network.train(isinstance(step.optimizer, DynamicEvaluation))
 
     monkeypatch.setattr(TrainingStep, "begin", begin_in_training_mode)
-    with pytest.raises(Failed, match=r"at rate 0 dynamiceval\.py gives the perplexities"):
+    with pytest.raises(Failed, match=r"at rate 0 dynamiceval\.py gives the perplexity"):
         rehearsal.later_stages()
 
 
 def test_a_flag_that_finetuning_lacks_is_named(rehearsal):
     rehearsal.training()
-    rehearsal.parser.flag("training", "--clip-embedding", type=float, default=0.0, help="a norm")
+    rehearsal.training_flags["clip_embedding"] = "--clip-embedding"
     with pytest.raises(Failed, match="it has no --clip-embedding: add it there"):
         rehearsal.finetuning()
 
