@@ -2,11 +2,6 @@
 
 With --search the cache's window, theta and lambda are first tuned on valid.txt, and test.txt is
 scored with the best.
-
-Examples:
-
-    python pointer.py --data data/penn --save PTB.pt --search
-    python pointer.py --data data/penn --save PTB.pt --by-word 20 --plot words.png
 """
 
 import run.interpreter  # noqa: F401
@@ -32,7 +27,7 @@ from run.progress import Bar
 from scoring import plotting, search, words
 from scoring.search import Setting
 from scoring.stream import Piece, joined, pieces, with_cache
-from utils import batchify, check_length, perplexity
+from utils import batchify, check_length, perplexity, predicted
 
 DRAWN_WORDS = 20
 
@@ -97,12 +92,6 @@ def evaluate(
                 loss = total.item() / rows
                 bar.update(len(piece.words), loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
     return total.item() / rows
-
-
-def predicted(source: Tensor, bptt: int, max_batches: int | None) -> int:
-    """The number of predicted tokens of `source` (rows, 1)."""
-    most = source.size(0) - 1
-    return most if max_batches is None else min(most, max_batches * bptt)
 
 
 def run_once(network: TrainingLoss, source: Tensor, bptt: int, max_batches: int | None) -> Piece:

@@ -8,11 +8,6 @@ the first word of the text is scored too.
 Bits per character are the total bits divided by the characters of the scored text: those of each
 word as written, one for each space between words, one for each end of a line. If every word of the
 vocabulary is one character, or one byte written as a number, each token counts as one character.
-
-Examples:
-
-    python score.py --checkpoint PTB.pt --text "the company said" --tokens
-    python score.py --checkpoint PTB.pt --html surprisal.html data/penn/test.txt
 """
 
 import run.interpreter  # noqa: F401
@@ -50,7 +45,7 @@ CACHE_FLAGS = ("window", "theta", "lambdasm", "cache_from_start")
 
 def build_parser() -> Parser:
     """The command line of score.py."""
-    parser = Parser("", __doc__)
+    parser = Parser("score", __doc__)
     parser.flag(
         "text", "file", nargs="?", metavar="FILE", help="text to score, UTF-8; - is standard input"
     )
