@@ -145,8 +145,7 @@ def run(
     cached = isinstance(network, ScoredLoss)
     cache = ContinuousCache(args.window, args.theta, args.cache_from_start) if cached else None
     last, total = len(source) - 1, 0.0
-    tokens = predicted(source, args.bptt, args.max_batches) * source.size(1)
-    with Bar(tokens, what) as bar:
+    with Bar(predicted(source, args.bptt, args.max_batches) * source.size(1), what) as bar:
         while step.row < last and step.batches != args.max_batches:
             rows = min(args.bptt, last - step.row)
             # A shorter last segment gets the rate of a full one.
@@ -187,6 +186,7 @@ def statistics(
         with replacing(path) as file:
             held = {"rms": [part.cpu() for part in rms], "segments": segments}
             torch.save({"key": digest.hexdigest(), **held}, file)
+        print(f"Wrote {path}")
     except OSError as error:
         print(f"Cannot write {path} ({error.strerror}): the next run repeats this collection")
     return rms, segments

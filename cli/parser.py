@@ -285,10 +285,7 @@ class Parser(argparse.ArgumentParser):
         return vars(super().parse_args([self._expanded(word) for word in words]))
 
     def _expanded(self, word: str) -> str:
-        """A word of the command line with the flag's own spelling, if it is a flag.
-
-        The spellings with - and with _ are the same, and so are --save and --checkpoint.
-        """
+        """A word of the command line; a flag, with - or _ within it, gets its own spelling."""
         flag, equals, value = word.partition("=")
         known = self._option_string_actions
         if not flag.startswith("--") or flag == "--" or flag in known:

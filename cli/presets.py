@@ -81,7 +81,6 @@ SMALL = {
 # The help of each script ends with its own.
 EXAMPLES = """
 main.py --preset small --data data/sample --save SMALL.pt
-main.py --preset ptb-lstm
 main.py --resume PTB.pt
 finetune.py --data data/penn --save PTB.pt --keep
 pointer.py --data data/penn --save PTB.pt --search
