@@ -3,10 +3,6 @@
 Each segment is scored before the model learns from it. The weights are reset to the model file's
 before each text, and the file is never changed. Statistics of the gradients over train.txt are
 collected once and kept beside the model, as SAVE.rms.
-
-Examples:
-
-    python dynamiceval.py --data data/penn --save PTB.pt --gridfast
 """
 
 import run.interpreter
@@ -39,7 +35,7 @@ from run.network import network_of
 from run.progress import Bar
 from scoring.stream import Piece, with_cache
 from training import TrainingStep
-from utils import ToolkitError, batchify, check_length, perplexity
+from utils import ToolkitError, batchify, check_length, perplexity, predicted
 
 # The published grid, which --grid tries, multiplied by --bptt / 5.
 RATES = (3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4)
@@ -149,7 +145,7 @@ def run(
     cached = isinstance(network, ScoredLoss)
     cache = ContinuousCache(args.window, args.theta, args.cache_from_start) if cached else None
     last, total = len(source) - 1, 0.0
-    with Bar(last * source.size(1), what) as bar:
+    with Bar(predicted(source, args.bptt, args.max_batches) * source.size(1), what) as bar:
         while step.row < last and step.batches != args.max_batches:
             rows = min(args.bptt, last - step.row)
             # A shorter last segment gets the rate of a full one.
@@ -190,6 +186,7 @@ def statistics(
         with replacing(path) as file:
             held = {"rms": [part.cpu() for part in rms], "segments": segments}
             torch.save({"key": digest.hexdigest(), **held}, file)
+        print(f"Wrote {path}")
     except OSError as error:
         print(f"Cannot write {path} ({error.strerror}): the next run repeats this collection")
     return rms, segments

@@ -1,9 +1,4 @@
-"""Finetune a trained model: averaged SGD from the first step, until it no longer improves.
-
-Examples:
-
-    python finetune.py --data data/penn --save PTB.pt --keep
-"""
+"""Finetune a trained model: averaged SGD from the first step, until it no longer improves."""
 
 import run.interpreter  # noqa: F401
 

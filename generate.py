@@ -1,9 +1,4 @@
-"""Sample text from a trained model, word by word.
-
-Examples:
-
-    python generate.py --checkpoint PTB.pt --outf - --words 100 --prompt "the company"
-"""
+"""Sample text from a trained model, word by word."""
 
 import run.interpreter  # noqa: F401
 

@@ -1,11 +1,4 @@
-"""Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set.
-
-Examples:
-
-    python main.py --preset small --data data/sample --save SMALL.pt
-    python main.py --preset ptb-lstm
-    python main.py --resume PTB.pt
-"""
+"""Train a language model on a corpus with NT-ASGD or Adam, and score it on the test set."""
 
 import run.interpreter  # noqa: F401
 

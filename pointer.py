@@ -2,11 +2,6 @@
 
 With --search the cache's window, theta and lambda are first tuned on valid.txt, and test.txt is
 scored with the best.
-
-Examples:
-
-    python pointer.py --data data/penn --save PTB.pt --search
-    python pointer.py --data data/penn --save PTB.pt --by-word 20 --plot words.png
 """
 
 import run.interpreter  # noqa: F401
@@ -32,7 +27,7 @@ from run.progress import Bar
 from scoring import plotting, search, words
 from scoring.search import Setting
 from scoring.stream import Piece, joined, pieces, with_cache
-from utils import batchify, check_length, perplexity
+from utils import batchify, check_length, perplexity, predicted
 
 DRAWN_WORDS = 20
 
@@ -85,24 +80,27 @@ def evaluate(
 
     `source` is (rows, 1): the cache follows one stream. Where the cache is in use, a word has the
     probability `lambdasm * p_cache + (1 - lambdasm) * p_vocabulary`. If `what`, a name for the
-    source, is given, a terminal shows a progress bar.
+    source, is given, a terminal shows a progress bar, and the loss of the network alone is printed.
     """
-    total = torch.zeros((), dtype=torch.float64, device=source.device)
+    total = torch.zeros(2, dtype=torch.float64, device=source.device)  # with and without cache
     rows = 0
     with Bar(predicted(source, bptt, max_batches), what, wanted=bool(what)) as bar:
         for piece in pieces(network, source, bptt, max_batches):
-            total -= with_cache(piece, cache, lambdasm)[0].double().sum()
+            both = torch.stack([with_cache(piece, cache, lambdasm)[0], piece.logprob])
+            total -= both.double().sum(dim=1)
             rows += len(piece.words)
             if bar.shown:
-                loss = total.item() / rows
+                loss = total[0].item() / rows
                 bar.update(len(piece.words), loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
-    return total.item() / rows
+    loss, alone = (total / rows).tolist()
+    if what:
+        print_alone(what, alone)
+    return loss
 
 
-def predicted(source: Tensor, bptt: int, max_batches: int | None) -> int:
-    """The number of predicted tokens of `source` (rows, 1)."""
-    most = source.size(0) - 1
-    return most if max_batches is None else min(most, max_batches * bptt)
+def print_alone(what: str, loss: float) -> None:
+    """Print the loss of the network without the cache."""
+    print(f"| {what} without the cache | loss {loss:5.2f} | ppl {perplexity(loss):8.2f}")
 
 
 def run_once(network: TrainingLoss, source: Tensor, bptt: int, max_batches: int | None) -> Piece:
@@ -128,6 +126,7 @@ def study(
         with Bar(2 * len(stored.words), "search") as bar:
             table, setting = search.search(stored, given, from_start, bar.update)
         print_search(table, setting, given, len(stored.words))
+    print_alone("valid.txt", -stored.logprob.double().mean().item())
     logprob = search.logprobs_at(stored, setting, from_start)
     if args.by_word or args.plot:
         changes = words.changes(logprob - stored.logprob, stored.words, names)
@@ -169,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
     if args.plot:
         plotting.check(args.plot, "--plot")
+    cache_flags = ("window", "theta", "lambdasm", "cache_from_start")
+    print("Cache:", parser.spelled({name: getattr(args, name) for name in cache_flags}))
     corpus = read_corpus(args, loaded.dictionary)
     network = network_of(loaded, args)
     parts = (corpus.valid, corpus.test)
@@ -178,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting = Setting(args.window, args.theta, args.lambdasm, math.nan)
 
     def score(source: Tensor, what: str) -> float:
+        if not args.cache_from_start and len(source) - 1 <= setting.window:
+            print(f"| {what} is no longer than --window: the cache is used with a smaller one only")
         cache = ContinuousCache(setting.window, setting.theta, args.cache_from_start)
         chunks = {"bptt": args.bptt, "max_batches": args.max_batches, "what": what}
         return evaluate(network, source, cache, lambdasm=setting.lambdasm, **chunks)

@@ -7,11 +7,6 @@ the first word of the text is scored too. The report is written while the text i
 
 Bits per character are the total bits divided by the characters of the scored text, which depend on
 what the tokens are: see --tokens-are.
-
-Examples:
-
-    python score.py --checkpoint PTB.pt --text "the company said" --tokens
-    python score.py --checkpoint PTB.pt --html surprisal.html data/penn/test.txt
 """
 
 import run.interpreter  # noqa: F401
@@ -52,7 +47,7 @@ BLOCK_TOKENS = 10_000
 
 def build_parser() -> Parser:
     """The command line of score.py."""
-    parser = Parser("", __doc__)
+    parser = Parser("score", __doc__)
     add = parser.group("text")
     add("file", nargs="*", default=[], metavar="FILE", help="text to score; - is standard input")
     add("--text", metavar="WORDS", help="text to score, instead of a FILE")

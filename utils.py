@@ -98,6 +98,12 @@ def seed_everything(seed: int) -> np.random.RandomState:
     return np.random.RandomState(seed)
 
 
+def predicted(source: Tensor, bptt: int, max_batches: int | None) -> int:
+    """The rows of `source` that are predicted, at most those of `max_batches` chunks of `bptt`."""
+    most = source.size(0) - 1
+    return most if max_batches is None else min(most, max_batches * bptt)
+
+
 def perplexity(loss: float) -> float:
     """`exp(loss)` for a loss in nats a token; infinite on overflow."""
     try:

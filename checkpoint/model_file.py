@@ -35,10 +35,6 @@ from utils import ToolkitError
 
 FORMAT = "awd-lstm-lm"
 VERSION = 1
-_IMPORT = (
-    "tools/import_original.py imports weights of the original or a plain state dict "
-    "(docs/model-file.md)"
-)
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -179,10 +175,13 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     except Exception as error:
         # torch.load raises many kinds of error; each means a foreign or damaged file.
         raise CheckpointError(
-            f"{path} is no model file of this toolkit, or is damaged: {_IMPORT}"
+            f"{path} is no model file of this toolkit, or is damaged: tools/import_original.py "
+            "imports the original's"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no model file of this toolkit: {_IMPORT}")
+        raise CheckpointError(
+            f"{path} is no model file of this toolkit: tools/import_original.py imports weights"
+        )
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has format version {content.get('version')} but this toolkit reads {VERSION}: "

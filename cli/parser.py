@@ -102,14 +102,17 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """The parser of the script `stage`; a stage without published commands has no --preset.
 
-    A last paragraph "Examples:" of the description stands at the end of the help.
     `given` reads a command line, and `settle` makes the final flags of it and of a model file;
     `parse_args` does both, without a file.
     """
 
     def __init__(self, stage: str, description: str | None) -> None:
-        text, examples, commands = (description or "").partition("Examples:")
-        super().__init__(description=text, epilog=examples + commands, formatter_class=_Help)
+        own = [f"  python {line}" for line in presets.EXAMPLES if line.startswith(f"{stage}.py ")]
+        super().__init__(
+            description=description,
+            epilog="\n".join(["examples:", *own]) if own else None,
+            formatter_class=_Help,
+        )
         # Python 3.14 colours the help with control characters by default.
         self.color = False
         self.classic = CLASSIC.get(stage, [])
@@ -283,10 +286,7 @@ class Parser(argparse.ArgumentParser):
         return vars(super().parse_args([self._expanded(word) for word in words]))
 
     def _expanded(self, word: str) -> str:
-        """A word of the command line with the flag's own spelling, if it is a flag.
-
-        The spellings with - and with _ are the same, and so are --save and --checkpoint.
-        """
+        """A word of the command line; a flag, with - or _ within it, gets its own spelling."""
         flag, equals, value = word.partition("=")
         known = self._option_string_actions
         if not flag.startswith("--") or flag == "--" or flag in known:

@@ -78,6 +78,19 @@ SMALL = {
     "pointer": "--window 500 --theta 0.5 --lambdasm 0.1",
 }
 
+# The help of each script ends with its own.
+EXAMPLES = """
+main.py --preset small --data data/sample --save SMALL.pt
+main.py --resume PTB.pt
+finetune.py --data data/penn --save PTB.pt --keep
+pointer.py --data data/penn --save PTB.pt --search
+dynamiceval.py --data data/penn --save PTB.pt --gridfast
+generate.py --checkpoint PTB.pt --outf - --words 100 --prompt "the company"
+score.py --checkpoint PTB.pt --text "the company said" --tokens
+score.py --checkpoint PTB.pt --html surprisal.html data/penn/test.txt
+plot.py main.log finetune.log --out curves.png
+""".strip().splitlines()
+
 
 def of_stage(stage: str) -> dict[str, str]:
     """The flags of a script's presets by name; empty if there are none."""

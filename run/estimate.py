@@ -2,8 +2,6 @@
 
 # The first batches allocate memory and, on a GPU, record the steps: the next ones are timed.
 WARM_UP, TIMED = 3, 20
-# A forward pass without a backward pass takes about a third of a training step.
-_EVALUATION = 1 / 3
 
 
 def times(seconds: float, *, train: int, valid: int, done: int, epochs: int) -> tuple[float, float]:
@@ -11,17 +9,17 @@ def times(seconds: float, *, train: int, valid: int, done: int, epochs: int) -> 
 
     An epoch trains on `train` tokens, `done` of them already, and evaluates `valid` tokens.
     """
-    epoch = seconds * (train + valid * _EVALUATION)
+    # A forward pass alone takes about a third of a training step.
+    epoch = seconds * (train + valid / 3)
     return epoch, epoch * epochs - seconds * done
 
 
 def in_words(seconds: float) -> str:
-    """A duration with two digits, such as "45 s", "14 min", "3.2 hours" or "5 days"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    hours = seconds / 3600
-    if hours < 36:
-        return f"{hours:.0f} hours" if hours >= 10 else f"{hours:.1f} hours"
-    return f"{hours / 24:.0f} days"
+    """A duration in one unit, such as "45 s", "14 min", "3.2 hours" or "5.0 days"."""
+    unit, size = "s", 1
+    for longer, its_size in (("min", 60), ("hours", 3600), ("days", 86400)):
+        if seconds >= 1.5 * its_size:
+            unit, size = longer, its_size
+    return (
+        f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+    )

@@ -42,6 +42,7 @@ from utils import (
     check_state,
     map_state,
     perplexity,
+    predicted,
     seed_everything,
 )
 
@@ -282,21 +283,17 @@ class Session:
                 "the text does not go on as it did where the run stopped: resume it with the flags "
                 "that it had"
             )
-        # The epoch's time counts its part before the run was stopped.
-        self._began = time.time() - (position or {}).get("seconds", 0.0)
-        self.epoch = epoch
+        self.epoch, self._began = epoch, time.time()
         self._reported = time.perf_counter(), step.batches, step.row
         self._taken = None if self._taken is None else 0
-        tokens = self._rows(step.source) * step.source.size(1)
         what = f"epoch {epoch} of {args.epochs}"
         if math.isfinite(self.best_loss):
             what += f", best {perplexity(self.best_loss):.1f}"
-        self._bar = Bar(tokens, what, wanted=self.ranks.first)
+        self._bar = Bar(self._tokens(step.source), what, wanted=self.ranks.first)
 
-    def _rows(self, source: Tensor) -> int:
-        """The rows of `source` that an epoch or an evaluation reads, with --max-batches fewer."""
-        most, limit = len(source) - 1, self.args.max_batches
-        return most if limit is None else min(most, limit * self.args.bptt)
+    def _tokens(self, source: Tensor) -> int:
+        """The tokens of `source` that an epoch or an evaluation predicts."""
+        return predicted(source, self.args.bptt, self.args.max_batches) * source.size(1)
 
     def after_batch(self) -> None:
         """Report, obey a signal, and save, where each is due."""
@@ -323,8 +320,8 @@ class Session:
         columns = step.source.size(1)
         epoch, left = times(
             (time.perf_counter() - start) / (row - first_row) / columns,
-            train=self._rows(step.source) * columns,
-            valid=self._rows(self.valid_data) * self.valid_data.size(1),
+            train=self._tokens(step.source),
+            valid=self._tokens(self.valid_data),
             done=row * columns,
             epochs=self.args.epochs - self.epoch + 1,
         )
@@ -392,8 +389,7 @@ class Session:
     def evaluate(self, what: str, network: TrainingLoss) -> float:
         """The loss of `network` on valid.txt or test.txt, in nats a token."""
         source = self.valid_data if what == "valid.txt" else self.test_data
-        tokens = self._rows(source) * source.size(1)
-        with Bar(tokens, what, wanted=self.ranks.first) as bar:
+        with Bar(self._tokens(source), what, wanted=self.ranks.first) as bar:
 
             def after_chunk(tokens: int) -> None:
                 bar.update(tokens)
@@ -525,7 +521,6 @@ class Session:
             "row": step.row,
             "batches": step.batches,
             "since": step.since,
-            "seconds": time.time() - self._began,
             "total": total,
             "interval": interval,
             **map_state(lambda *columns: torch.cat(columns, dim=1), *parts),

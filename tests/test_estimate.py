@@ -12,7 +12,7 @@ from run import estimate, metrics, session
     ("seconds", "words"),
     [
         (0.4, "0.4 s"), (45.4, "45 s"), (840, "14 min"), (5399, "90 min"), (5400, "1.5 hours"),
-        (36000, "10 hours"), (432000, "5 days"),
+        (36000, "10 hours"), (432000, "5.0 days"), (5e7, "579 days"),
     ],
 )  # fmt: skip
 def test_durations_in_words(seconds, words):

@@ -102,7 +102,7 @@ def test_a_mistyped_flag_is_answered_with_the_nearest(script_name, flag, meant, 
 def test_the_help_fits_eighty_columns_and_its_examples_are_right(script_name, script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = script(script_name, "--help")
-    text, _, examples = out.partition("\nExamples:\n\n")
+    text, _, examples = out.partition("\nexamples:\n")
     assert [line for line in text.splitlines() if len(line) > 80] == []
     for line in examples.splitlines():
         program, name, *argv = shlex.split(line)

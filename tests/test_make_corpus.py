@@ -50,11 +50,12 @@ def test_words_and_punctuation_are_apart(line, tokens):
 
 
 def test_the_last_lines_become_valid_and_test(script, text, tmp_path):
-    argv = ["--split", "0.1", "0.2", "--lower"]
+    text.write_text("\n \n".join(f"Line {n} ends." for n in range(40)))
+    argv = ["--lower"]
     parts, printed = folder_of(script, text, tmp_path / "new" / "a", *argv)
-    assert parts["train.txt"].decode() == "".join(f"line {n} ends .\n" for n in range(14))
-    assert parts["valid.txt"] == b"line 14 ends .\nline 15 ends .\n"
-    assert len(parts["test.txt"].decode().splitlines()) == 4
+    assert parts["train.txt"].decode() == "".join(f"line {n} ends .\n" for n in range(36))
+    assert parts["valid.txt"] == b"line 36 ends .\nline 37 ends .\n"
+    assert parts["test.txt"] == b"line 38 ends .\nline 39 ends .\n"
     # Few words: main.py must leave some out to know an <unk>.
     assert "--min-count 2 --save" in printed
     assert "--tokens-are words" in printed
@@ -101,7 +102,7 @@ def test_pieces_put_together_are_the_text(script, text, tmp_path):
         (["book.txt", "--out", "."], ". exists already"),
         (["none.txt", "--out", "new"], "cannot use none.txt (No such file"),
         (["bad.txt", "--out", "new"], "line 2 of bad.txt is not UTF-8"),
-        (["short.txt", "--out", "new"], "the 2 lines that are not empty make 2, 0 and 0 lines"),
+        (["short.txt", "--out", "new"], "the text needs three lines"),
         (["book.txt", "--out", "book.txt/new"], "cannot use book.txt (File exists)"),
         (["book.txt", "--out", "new", "--as", "pieces"], "needs the package sentencepiece"),
     ],

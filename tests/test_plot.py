@@ -40,7 +40,7 @@ def run_dir(tmp_path, monkeypatch):
 def test_both_kinds_of_input_give_one_curve(run_dir, tmp_path):
     (tmp_path / "x.log").write_text(log_of(LOSSES))
     for run in (tmp_path / "x.log", run_dir, run_dir / "metrics.jsonl"):
-        curve = plot.read_run(str(run), None)
+        curve = plot.read_run(str(run))
         assert curve.name == ("x" if run.suffix == ".log" else "a$b_run")
         assert list(curve.ppl) == [1, 2, 3, 4]
         assert list(curve.ppl.values()) == pytest.approx([math.exp(x) for x in LOSSES], abs=0.006)
@@ -56,6 +56,34 @@ def test_a_resumed_log_and_numbers_that_are_not_finite():
     assert curve.ppl[3] == curve.ppl[4] == math.inf
     assert curve.switch == 3
     assert not plot.from_log("| end of epoch 1 | time: 1.2.3s | valid loss x", "x").ppl
+
+
+def test_finetuning_continues_the_curve_in_one_log_or_two(tmp_path, script, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    training, finetuning = log_of([4.0, 3.9], 1), log_of([3.7, 3.6, 3.8], None)
+    finetuning = "| start of finetuning | valid loss  3.90\n" + finetuning
+    (tmp_path / "both.log").write_text(training + finetuning)
+    (tmp_path / "main.log").write_text(training)
+    (tmp_path / "tuned.log").write_text(finetuning)
+    for stage, losses, flags in (
+        ("main", [4.0, 3.9], {}), ("finetune", [3.7], {}), ("finetune", [3.6, 3.8], {"resume": "m"})
+    ):  # fmt: skip
+        command = [f"{stage}.py"]
+        with metrics.MetricsWriter(
+            tmp_path / "logs", command=command, flags={"resume": "", **flags}, device="cpu"
+        ) as writer:
+            for epoch, loss in enumerate(losses, start=2 if flags else 1):
+                writer.write("epoch", step=epoch, epoch=epoch, time=36.0, valid_loss=loss)
+    for runs in (["both.log"], ["main.log", "tuned.log"], ["logs"]):
+        status, out, err = script("plot", *runs)
+        assert (status, err) == (0, "")
+        assert ": 5 epochs, 3.0 minutes | best valid ppl 36.60 after epoch 4" in out
+    status, out, _ = script("plot", *["main.log", "tuned.log"] * 2, "--names", "a", "b")
+    assert re.findall(r"\| (.*): 5 epochs", out) == ["a", "b"]
+    _, out, _ = script("plot", "tuned.log", "main.log")
+    assert re.findall(r"\| (.*): (.) epochs", out) == [("tuned", "3"), ("main", "2")]
 
 
 def test_pictures(run_dir, tmp_path, script):

@@ -1,5 +1,8 @@
 """continuous_cache.py and pointer.py compared with per-token evaluation over the vocabulary."""
 
+import math
+import re
+
 import pytest
 import references
 import torch
@@ -76,3 +79,26 @@ def test_large_scores_do_not_overflow():
     cache = ContinuousCache(5, 100.0, from_start=True)
     probs, in_use = cache.target_prob(torch.full((20, 4), 30.0), torch.zeros(20, dtype=torch.int64))
     torch.testing.assert_close(probs[in_use], torch.ones(19))
+
+
+def test_the_settings_the_loss_without_the_cache_and_a_cache_that_is_never_used(
+    script, trained, corpus_dir
+):
+    argv = ["--data", corpus_dir, "--save", trained["LSTM"], "--no-cuda"]
+    for window, used in ((20, True), (3785, False)):
+        _, out, _ = script("pointer", *argv, "--window", window, "--lambdasm", 0.1)
+        assert f"Cache: --lambdasm 0.1 --theta 0.6625523432485668 --window {window}\n" in out
+        alone = re.findall(r"without the cache \| loss +\S+ \| ppl +(\S+)", out)
+        mixed = re.findall(r"\| (?:val|test) ppl +(\S+)", out)
+        assert len(alone) == len(mixed) == 2
+        assert (alone != mixed) == used
+        assert out.count("is no longer than --window") == 2 * (not used)
+    scored = script(
+        "score",
+        corpus_dir / "test.txt",
+        "--checkpoint",
+        trained["LSTM"],
+        "--as-corpus",
+        "--no-cuda",
+    )[1]
+    assert f" {math.log2(float(alone[1])):.2f}" in scored  # bits a token

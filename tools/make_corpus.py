@@ -6,11 +6,8 @@ words       words, numbers and punctuation marks, each on its own
 characters  single characters, with _ for the space
 pieces      parts of words, from SentencePiece, whose model is kept as OUT/pieces.model
 
-The last lines become valid.txt and test.txt. The same texts and flags give the same bytes.
-
-Examples:
-
-    python tools/make_corpus.py book.txt --out data/book --lower
+The last tenth of the lines becomes valid.txt and test.txt. The same texts and flags give the same
+bytes.
 """
 
 import argparse
@@ -57,15 +54,6 @@ def build_parser() -> Parser:
         type=types.vocabulary_size,
         default=8000,
         help="number of pieces; for words, the limit in the main.py command that is printed",
-    )
-    parser.flag(
-        "",
-        "--split",
-        type=types.fraction,
-        nargs=2,
-        default=[0.05, 0.05],
-        metavar=("VALID", "TEST"),
-        help="fractions of the lines for valid.txt and test.txt",
     )
     return parser
 
@@ -128,26 +116,17 @@ def pieces(lines: Iterator[str], size: int, folder: Path) -> Callable[[str], lis
     return lambda line: processor.encode(line, out_type=str)
 
 
-def parts_of(lines: int, split: Sequence[float]) -> list[int]:
-    """The numbers of lines of train, valid and test; raises ToolkitError if one has none."""
-    valid, test = (round(fraction * lines) for fraction in split)
-    counts = [lines - valid - test, valid, test]
-    if min(counts) < 1:
-        raise ToolkitError(
-            f"the {lines} lines that are not empty make {counts[0]}, {valid} and {test} lines of "
-            "train, valid and test, and each needs one: bring a text of more lines, or other "
-            "fractions with --split"
-        )
-    return counts
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the folder; raises ToolkitError for problems the user can fix."""
     args = build_parser().parse_args(argv)
     out = Path(args.out)
     if os.path.lexists(out):
         raise ToolkitError(f"{out} exists already: name a new folder with --out")
-    counts = parts_of(sum(1 for _ in lines_of(args.texts, args.lower)), args.split)
+    lines = sum(1 for _ in lines_of(args.texts, args.lower))
+    if lines < 3:
+        raise ToolkitError("the text needs three lines, for train, valid and test: split it up")
+    held_out = max(1, lines // 20)
+    counts = [lines - 2 * held_out, held_out, held_out]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         made = Path(folder) / out.name
