@@ -23,7 +23,6 @@ from cli.types import non_negative, positive_int
 from continuous_cache import ContinuousCache
 from data import Corpus
 from dynamic_evaluation import DynamicEvaluation, GradientStatistics
-from files.writing import replacing
 from loss import TrainingLoss
 from model import Hidden
 from run import program
@@ -166,37 +165,41 @@ def statistics(
     they are collected and written to it. Raises ToolkitError if train.txt is too short.
     """
     path = f"{args.save}.rms"
-    digest = hashlib.blake2b(resume.fingerprint(corpus).encode(), digest_size=16)
+    digest = hashlib.blake2b(resume.fingerprint(corpus, "train").encode(), digest_size=16)
     for tensor in (*loaded.model.values(), *loaded.criterion.values()):
         digest.update(tensor.numpy().tobytes())
     digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
     params = [p for p in network.parameters() if p.requires_grad]
     optimizer = GradientStatistics(params)
-    kept = read_statistics(path, digest.hexdigest())
-    if kept and [part.shape for part in kept[0]] == [p.shape for p in params]:
-        return [part.to(p.device) for part, p in zip(kept[0], params, strict=True)], kept[1]
+    kept = read_statistics(path, digest.hexdigest(), params)
+    if kept is not None:
+        return kept
     source = corpus.columns("train", args.batch_size).to(params[0].device)
     cure = "lower --batch_size or bring a longer text"
     check_length(source, "train.txt", cure, args.batch_size)
     _, segments = run(network, optimizer, source, args, "gradients over train.txt")
     rms = optimizer.rms(segments)
+    held = {"rms": [part.cpu() for part in rms], "segments": segments}
     try:
-        with replacing(path) as file:
-            held = {"rms": [part.cpu() for part in rms], "segments": segments}
-            torch.save({"key": digest.hexdigest(), **held}, file)
-    except OSError as error:
-        print(f"Cannot write {path} ({error.strerror}): the next run repeats this collection")
+        checkpoint.write(path, {"key": digest.hexdigest(), **held}, own=True)
+    except checkpoint.CheckpointError as error:
+        print(f"The next run collects the statistics again: {error}")
     return rms, segments
 
 
-def read_statistics(path: str, key: str) -> tuple[list[Tensor], int] | None:
+def read_statistics(
+    path: str, key: str, params: Sequence[Tensor]
+) -> tuple[list[Tensor], int] | None:
     """The root mean squares and the number of segments in an intact file with this key, or None."""
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        good = held["key"] == key and all(part.isfinite().all() for part in held["rms"])
-        return (held["rms"], held["segments"]) if good else None
+        held = checkpoint.read(path)
+        rms = [part.to(p, copy=True) for part, p in zip(held["rms"], params, strict=True)]
+        same = all(part.shape == p.shape for part, p in zip(rms, params, strict=True))
+        good = same and held["key"] == key and held["segments"] > 0
+        finite = all(part.isfinite().all() for part in rms)
+        return (rms, int(held["segments"])) if good and finite else None
     except Exception:
-        # torch.load raises many kinds of error; after any, the statistics are collected again.
+        # torch raises many kinds of error; after any, the statistics are collected again.
         return None
 
 

@@ -12,7 +12,7 @@ from cli import flags
 from cli.parser import Parser, Recorded
 from cli.types import positive, positive_int, share_of_one
 from data import EOS, UNK, Dictionary
-from files.writing import unwritable, writing
+from files.writing import check_writable, writing
 from loss import TrainingLoss
 from model import Hidden
 from run import program
@@ -169,9 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = given.get("checkpoint", parser.flags["checkpoint"].default)
     loaded = checkpoint.load(path)
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
-    problem = None if args.outf == "-" or args.next else unwritable(args.outf)
-    if problem:
-        raise ToolkitError(f"cannot write {args.outf} ({problem}): pass another --outf")
+    if args.outf != "-" and not args.next:
+        check_writable(args.outf, "--outf", path)
     dictionary = loaded.dictionary
     if args.prompt.split():
         known = torch.tensor(prompt_ids(args.prompt.split(), dictionary))

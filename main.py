@@ -15,7 +15,7 @@ from model import make_network
 from nt_asgd import NTASGD
 from run import program
 from run.corpus import read_corpus
-from run.session import Session, open_session, resumed_file
+from run.session import Session, open_session, resumed_file, sole_run
 from splitcross import default_splits
 from training import train_epoch
 from utils import ToolkitError
@@ -61,11 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     given = parser.given(argv)
-    source, recorded = starting_file(given)
-    args = parser.settle(given, recorded)
-    with open_session("main.py", args) as session:
-        begin(args, session, source)
-        train(args, session)
+    with sole_run(parser, given) as ranks:
+        source, recorded = starting_file(given)
+        args = parser.settle(given, recorded)
+        with open_session("main.py", args, ranks) as session:
+            begin(args, session, source)
+            train(args, session)
 
 
 def starting_file(given: Given) -> tuple[Checkpoint | None, Recorded | None]:

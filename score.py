@@ -27,7 +27,7 @@ from cli.parser import Parser
 from continuous_cache import ContinuousCache
 from data import EOS, UNK
 from files.reading import opened
-from files.writing import unwritable, writing
+from files.writing import check_writable, writing
 from loss import TrainingLoss
 from run import program
 from run.corpus import check_known
@@ -285,9 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if idle:
         parser.error(f"--{idle[0].replace('_', '-')} is for the cache: add --cache")
     loaded = checkpoint.load(args.checkpoint)
-    problem = unwritable(args.html) if args.html else None
-    if problem:
-        raise ToolkitError(f"cannot write {args.html} ({problem}): pass another --html")
+    if args.html:
+        check_writable(args.html, "--html", args.checkpoint, args.file or "-")
     dictionary = loaded.dictionary
     tokens, ids = tokenize(read_text(args.file, args.text), dictionary)
     check_known(sum(token.unknown for token in tokens) / len(tokens), "the text")

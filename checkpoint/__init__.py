@@ -4,11 +4,11 @@ from checkpoint.model_file import (
     Checkpoint,
     CheckpointError,
     check_content,
-    check_writable,
-    copy,
     in_memory,
     load,
+    read,
     save,
+    write,
 )
 from checkpoint.network import (
     check_readable,

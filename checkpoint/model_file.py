@@ -16,20 +16,19 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
 import dataclasses
 import io
 import os
-import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from data import Dictionary
 from files.reading import opened
-from files.writing import replacing, unwritable
+from files.writing import previous, replacing, unwritable
 from utils import ToolkitError
 
 FORMAT = "awd-lstm-lm"
@@ -83,18 +82,27 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # Writing
 
 
-def save(path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = False) -> None:
-    """Write a model file; once it is complete, it replaces the old one in one step.
+def save(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = False, own: bool = False
+) -> None:
+    """Write a model file, as `files.writing.replacing` does.
 
-    With `keep`, the old file is kept with the suffix .previous. Raises CheckpointError, with the
-    old file unchanged, if the file cannot be written, or could not be read again.
+    Raises CheckpointError, with the old file unchanged, if the file cannot be written, or could not
+    be read again.
     """
     # Not dataclasses.asdict(): it would copy every tensor.
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     check_content(fields)
+    write(path, {"format": FORMAT, "version": VERSION, **fields}, keep, own)
+
+
+def write(
+    path: str | os.PathLike[str], content: Any, keep: bool = False, own: bool = False
+) -> None:
+    """Write a file that `read` reads, as `save` does."""
     try:
-        with replacing(path, keep) as file:
-            torch.save({"format": FORMAT, "version": VERSION, **fields}, file)
+        with replacing(path, keep, own) as file:
+            torch.save(content, file)
     # torch's zip writer raises RuntimeError on a full disk.
     except (OSError, RuntimeError) as error:
         raise _cannot_write(path, error) from error
@@ -123,28 +131,12 @@ def check_content(value: Any, place: str = "") -> None:
             ) from error
 
 
-def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Copy a model file; raises CheckpointError, with `target` unchanged, if that fails."""
-    try:
-        with open(source, "rb") as old, replacing(target) as new:
-            shutil.copyfileobj(old, new)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError if `save` could not write `path`; an existing file is not changed."""
-    problem = unwritable(path)
-    if problem:
-        raise CheckpointError(f"cannot write {path} ({problem}): pass another --save")
-
-
 def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     cause: BaseException | None = error
     # torch's writer fails again as it closes, which hides the system's error.
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    reason = getattr(cause, "strerror", None) or in_short(error)
+    reason = unwritable(path) or getattr(cause, "strerror", None) or in_short(error)
     return CheckpointError(
         f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space or "
         "pass another --save"
@@ -161,12 +153,13 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     another format or version.
     """
     if not Path(path).is_file():
+        kept = f", but {previous(path)} is there" if previous(path).is_file() else ""
         raise CheckpointError(
-            f"there is no model file {path}: train one with main.py, or name one with --save "
+            f"there is no model file {path}{kept}: train one with main.py, or name one with --save "
             "(generate.py: --checkpoint)"
         )
     try:
-        content = _content(path)
+        content = read(path)
     except PermissionError as error:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror}): change its permissions, or name another file"
@@ -188,8 +181,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(**{name: content[name] for name in fields})
 
 
-def _content(path: str | os.PathLike[str]) -> Any:
-    """A file's content as torch reads it, its tensors mapped, not copied; raises torch's errors."""
+def read(path: str | os.PathLike[str]) -> Any:
+    """A file's content as torch reads it, its tensors mapped, not copied.
+
+    No code in the file is run. Raises any error for a file that is damaged, or that holds more than
+    its size.
+    """
     with opened(path) as file:
         try:
             content = _checked_content(file, path)
@@ -200,17 +197,31 @@ def _content(path: str | os.PathLike[str]) -> Any:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return content
     # A running main.py has replaced the file, which torch opens by its path: read the new one.
-    return _content(path)
+    return read(path)
 
 
-def _checked_content(file: BinaryIO, path: str | os.PathLike[str]) -> Any:
+def _checked_content(file: IO[bytes], path: str | os.PathLike[str]) -> Any:
     with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        records = archive.infolist()
+        # A small file may claim gigabytes: by compressed records, or by records that overlap.
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise zipfile.BadZipFile("a record is compressed")
+        if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
+            raise zipfile.BadZipFile("the records are larger than the file")
         # torch ignores the checksums.
         if archive.testzip():
             raise zipfile.BadZipFile("a checksum is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Or by lists within lists, each of them there many times.
+    parts, count = [content], 0
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict | list | tuple):
+            count += len(part)
+            if count > os.fstat(file.fileno()).st_size:
+                raise ValueError("a part is there too many times")
+            parts.extend(part.values() if isinstance(part, dict) else part)
+    return content
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -15,9 +15,10 @@ from conftest import ORIGINAL_CELLS, flat, put
 import checkpoint
 from checkpoint import Checkpoint, CheckpointError, model_file
 from data import Dictionary
-from files.writing import previous, replacing
+from files.writing import check_writable, previous, replacing
 from model import RNNModel, make_network
 from splitcross import SplitCrossEntropyLoss
+from utils import ToolkitError
 
 CPU = torch.device("cpu")
 
@@ -260,12 +261,12 @@ def test_the_error_gives_the_reason_of_the_system():
 
 
 def test_a_place_beside_which_nothing_can_be_written(tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="its name is too long"):
-        checkpoint.check_writable(tmp_path / ("x" * 250))
+    with pytest.raises(ToolkitError, match="its name is too long"):
+        check_writable(tmp_path / ("x" * 250), "--save")
     (tmp_path / "m.pt").touch()
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(CheckpointError, match="its folder cannot be written"):
-        checkpoint.check_writable(tmp_path / "m.pt")
+    with pytest.raises(ToolkitError, match="its folder cannot be written"):
+        check_writable(tmp_path / "m.pt", "--save")
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -318,20 +319,20 @@ def test_save_follows_a_link(tmp_path):
 
 def test_check_writable(tmp_path, monkeypatch):
     path = tmp_path / "m.pt"
-    checkpoint.check_writable(path)
+    check_writable(path, "--save")
     assert os.listdir(tmp_path) == []
     path.write_bytes(b"old")
-    checkpoint.check_writable(path)
+    check_writable(path, "--save")
     assert path.read_bytes() == b"old"
-    with pytest.raises(CheckpointError, match="folder"):
-        checkpoint.check_writable(tmp_path)
-    with pytest.raises(CheckpointError, match="no folder"):
-        checkpoint.check_writable(tmp_path / "none" / "m.pt")
+    with pytest.raises(ToolkitError, match="folder"):
+        check_writable(tmp_path, "--save")
+    with pytest.raises(ToolkitError, match="no folder"):
+        check_writable(tmp_path / "none" / "m.pt", "--save")
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(CheckpointError, match="write-protected"):
-        checkpoint.check_writable(path)
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        checkpoint.check_writable(tmp_path / "other.pt")
+    with pytest.raises(ToolkitError, match="write-protected"):
+        check_writable(path, "--save")
+    with pytest.raises(ToolkitError, match="cannot be written"):
+        check_writable(tmp_path / "other.pt", "--save")
 
 
 def mutated(content, rng):

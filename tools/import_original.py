@@ -25,6 +25,7 @@ import checkpoint
 from cli import flags
 from cli.parser import Parser
 from data import Corpus
+from files.writing import check_writable, previous, sole_writer
 from model import make_network
 from run import program
 from splitcross import default_splits
@@ -48,9 +49,9 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     Raises ToolkitError if the file holds anything but named tensors.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = checkpoint.read(path)
     except Exception as error:
-        # torch.load raises many kinds of error; each means that there are no plain tensors.
+        # torch raises many kinds of error; each means that there are no plain tensors.
         raise ToolkitError(
             f"{path} cannot be read as plain tensors ({type(error).__name__}): export the state "
             "dict as docs/model-file.md says"
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Import; raises ToolkitError for problems the user can fix."""
     args = build_parser().parse_args(argv)
     state, criterion_state = read(args.exported)
-    checkpoint.check_writable(args.save)
+    check_writable(args.save, "--save")
     corpus = Corpus(args.data)
     words = len(corpus.dictionary)
     try:
@@ -122,21 +123,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from error
     if not criterion_state and default_splits(words):
         print("Without the criterion's state the softmax is not split", file=sys.stderr)
-    checkpoint.save(
-        args.save,
-        checkpoint.Checkpoint(
-            config=config,
-            model=checkpoint.snapshot(model),
-            criterion=checkpoint.snapshot(criterion),
-            vocabulary=checkpoint.vocabulary_of(corpus.dictionary),
-            args={},
-            stage="import_original.py",
-            epoch=0,
-            valid_loss=math.inf,
-        ),
+    made = checkpoint.Checkpoint(
+        config=config,
+        model=checkpoint.snapshot(model),
+        criterion=checkpoint.snapshot(criterion),
+        vocabulary=checkpoint.vocabulary_of(corpus.dictionary),
+        args={},
+        stage="import_original.py",
+        epoch=0,
+        valid_loss=math.inf,
     )
-    # Reading the written file also checks it.
-    checkpoint.rebuild(checkpoint.load(args.save), torch.device("cpu"))
+    # Before anything is replaced: the weights may not be finite.
+    checkpoint.rebuild(made, torch.device("cpu"))
+    with sole_writer(args.save):
+        if Path(args.save).is_file():
+            print(f"Keeping the old model file {args.save} as {previous(args.save)}")
+        checkpoint.save(args.save, made, keep=True)
     print(
         f"{args.save}: {config['rnn_type']}, {config['nlayers']} layers, emsize {config['ninp']}, "
         f"nhid {config['nhid']}, {words} words, {'tied' if config['tie_weights'] else 'not tied'}"
