@@ -182,7 +182,7 @@ def statistics(
     held = {"rms": [part.cpu() for part in rms], "segments": segments}
     try:
         checkpoint.write(path, {"key": digest.hexdigest(), **held}, own=True)
-    except checkpoint.CheckpointError as error:
+    except ToolkitError as error:
         print(f"The next run collects the statistics again: {error}")
     return rms, segments
 

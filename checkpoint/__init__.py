@@ -5,6 +5,7 @@ from checkpoint.model_file import (
     CheckpointError,
     check_content,
     in_memory,
+    in_short,
     load,
     read,
     save,

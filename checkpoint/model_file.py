@@ -21,14 +21,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data import Dictionary
 from files.reading import opened
-from files.writing import previous, replacing, unwritable
+from files.writing import previous, writing
 from utils import ToolkitError
 
 FORMAT = "awd-lstm-lm"
@@ -87,8 +87,8 @@ def save(
 ) -> None:
     """Write a model file, as `files.writing.replacing` does.
 
-    Raises CheckpointError, with the old file unchanged, if the file cannot be written, or could not
-    be read again.
+    Raises CheckpointError if the file could not be read again, and ToolkitError, with the old file
+    unchanged, if it cannot be written.
     """
     # Not dataclasses.asdict(): it would copy every tensor.
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
@@ -100,12 +100,8 @@ def write(
     path: str | os.PathLike[str], content: Any, keep: bool = False, own: bool = False
 ) -> None:
     """Write a file that `read` reads, as `save` does."""
-    try:
-        with replacing(path, keep, own) as file:
-            torch.save(content, file)
-    # torch's zip writer raises RuntimeError on a full disk.
-    except (OSError, RuntimeError) as error:
-        raise _cannot_write(path, error) from error
+    with writing(path, "--save", keep, own) as file:
+        torch.save(content, file)
 
 
 def check_content(value: Any, place: str = "") -> None:
@@ -131,18 +127,6 @@ def check_content(value: Any, place: str = "") -> None:
             ) from error
 
 
-def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
-    cause: BaseException | None = error
-    # torch's writer fails again as it closes, which hides the system's error.
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    reason = unwritable(path) or getattr(cause, "strerror", None) or in_short(error)
-    return CheckpointError(
-        f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space or "
-        "pass another --save"
-    )
-
-
 # Reading
 
 
@@ -150,7 +134,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a model file; its weights are checked by `rebuild`, its training state by `--resume`.
 
     No code in the file is run. Raises CheckpointError if the file is missing or damaged, or has
-    another format or version.
+    another format or version, and OSError if it cannot be read.
     """
     if not Path(path).is_file():
         kept = f", but {previous(path)} is there" if previous(path).is_file() else ""
@@ -160,11 +144,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         )
     try:
         content = read(path)
-    except PermissionError as error:
-        raise CheckpointError(
-            f"cannot read {path} ({error.strerror}): change its permissions, or name another file"
-        ) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise  # it cannot be opened
         # torch.load raises many kinds of error; each means a foreign or damaged file.
         raise CheckpointError(
             f"{path} is no model file of this toolkit, or is damaged: train it again with main.py"
@@ -187,50 +169,39 @@ def read(path: str | os.PathLike[str]) -> Any:
     No code in the file is run. Raises any error for a file that is damaged, or that holds more than
     its size.
     """
-    with opened(path) as file:
-        try:
-            content = _checked_content(file, path)
-        except Exception:
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                raise
-        else:
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return content
-    # A running main.py has replaced the file, which torch opens by its path: read the new one.
-    return read(path)
-
-
-def _checked_content(file: IO[bytes], path: str | os.PathLike[str]) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
+    with opened(path) as file, zipfile.ZipFile(file) as archive:
+        size, records = os.fstat(file.fileno()).st_size, archive.infolist()
         # A small file may claim gigabytes: by compressed records, or by records that overlap.
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise zipfile.BadZipFile("a record is compressed")
-        if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
+        if sum(record.file_size for record in records) > size:
             raise zipfile.BadZipFile("the records are larger than the file")
         # torch ignores the checksums.
         if archive.testzip():
             raise zipfile.BadZipFile("a checksum is wrong")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Not the path, at which a running main.py may have put a new file.
+        same = f"/dev/fd/{file.fileno()}"
+        content = torch.load(same, map_location="cpu", weights_only=True, mmap=True)
     # Or by lists within lists, each of them there many times.
-    parts, count = [content], 0
+    for count, _ in enumerate(parts_of(content)):
+        if count > size:
+            raise ValueError("a part is there too many times")
+    return content
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """The value and everything within its dictionaries, lists and tuples, in no certain order."""
+    parts = [value]
     while parts:
         part = parts.pop()
+        yield part
         if isinstance(part, dict | list | tuple):
-            count += len(part)
-            if count > os.fstat(file.fileno()).st_size:
-                raise ValueError("a part is there too many times")
             parts.extend(part.values() if isinstance(part, dict) else part)
-    return content
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """Every tensor within dictionaries, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(part)
+    return (part for part in parts_of(value) if isinstance(part, Tensor))
 
 
 def in_short(error: Exception) -> str:

@@ -83,14 +83,22 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str], flag: str) -> Iterator[IO[bytes]]:
+def writing(
+    path: str | os.PathLike[str], flag: str, keep: bool = False, own: bool = False
+) -> Iterator[IO[bytes]]:
     """As `replacing`, for a path that the user gives with `flag`; raises ToolkitError."""
     try:
-        with replacing(path) as file:
+        with replacing(path, keep, own) as file:
             yield file
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        # torch's zip writer raises RuntimeError, and again as it closes: that hides the OSError.
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = unwritable(path) or getattr(cause, "strerror", None) or str(error).split("\n")[0]
         raise ToolkitError(
-            f"cannot write {path} ({os.strerror(error.errno)}): pass another {flag}"
+            f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space "
+            f"or pass another {flag}"
         ) from error
 
 

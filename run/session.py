@@ -445,7 +445,7 @@ class Session:
         if self.ranks.first:
             try:
                 checkpoint.save(path, self.snapshot(self.epoch, loss))
-            except CheckpointError as error:
+            except ToolkitError as error:
                 print(f"Going on without a copy: {error}")
 
     def _training_state(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from conftest import ORIGINAL_CELLS, flat, put
 import checkpoint
 from checkpoint import Checkpoint, CheckpointError, model_file
 from data import Dictionary
-from files.writing import check_writable, previous, replacing
+from files.writing import check_writable, previous, replacing, writing
 from model import RNNModel, make_network
 from splitcross import SplitCrossEntropyLoss
 from utils import ToolkitError
@@ -82,31 +82,24 @@ def test_rebuilding_draws_nothing(rnn_type, tie):
             assert torch.equal(tensor, state[name]), name
 
 
-@pytest.mark.parametrize("larger", [True, False])
-def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, larger):
-    # torch opens the path twice, and a run that saves often may replace the file in between.
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    # torch opens the file twice, and a run that saves often may replace it in between.
     path, newer = tmp_path / "model.pt", tmp_path / "newer.pt"
     old = make("LSTM")
-    new = make("GRU" if larger else "QRNN")
-    new.epoch = 4
-    new.args = {"note": "x" * 100_000 if larger else "x"}
     checkpoint.save(path, old)
-    checkpoint.save(newer, new)
+    checkpoint.save(newer, make("QRNN"))
     from_file = torch.UntypedStorage.from_file
-    replaced = []
 
     def opened_again(*args, **options):
-        if not replaced:
+        if newer.exists():
             os.replace(newer, path)
-            replaced.append(path)
         return from_file(*args, **options)
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", opened_again)
     loaded = checkpoint.load(path)
-    assert replaced
-    assert loaded.epoch == 4
-    assert loaded.args == new.args
-    for name, tensor in new.model.items():
+    assert not newer.exists()
+    assert loaded.config == old.config
+    for name, tensor in old.model.items():
         assert torch.equal(loaded.model[name], tensor), name
 
 
@@ -234,7 +227,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
     (tmp_path / "m.pt").touch()
     monkeypatch.setattr(model_file, "opened", refused)
-    with pytest.raises(CheckpointError, match=r"cannot read .*m\.pt \(Permission denied\): ch"):
+    with pytest.raises(PermissionError):
         checkpoint.load(tmp_path / "m.pt")
 
 
@@ -249,15 +242,17 @@ def test_a_model_stays_when_its_file_is_written_over(tmp_path):
     assert weights[0].data_ptr() == weights[1].data_ptr()
 
 
-def test_the_error_gives_the_reason_of_the_system():
+def hidden_by_another(error):
     try:
-        try:
-            raise OSError(28, "No space left on device")
-        except OSError:
-            raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904
-    except RuntimeError as error:
-        sentence = str(checkpoint.model_file._cannot_write("m.pt", error))
-    assert sentence.startswith("cannot write m.pt (No space left on device): ")
+        raise error
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904
+
+
+def test_the_error_gives_the_reason_of_the_system(tmp_path):
+    message = r"cannot write .*m.pt \(No space left on device\): "
+    with pytest.raises(ToolkitError, match=message), writing(tmp_path / "m.pt", "--save"):
+        hidden_by_another(OSError(28, "No space left on device"))
 
 
 def test_a_place_beside_which_nothing_can_be_written(tmp_path, monkeypatch):
@@ -286,7 +281,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) + 1000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="the old file, if any, is unchanged"):
+        with pytest.raises(ToolkitError, match="the old file, if any, is unchanged"):
             checkpoint.save(path, bigger)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -303,7 +298,7 @@ def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(CheckpointError, match="Permission denied"):
+    with pytest.raises(ToolkitError, match="Permission denied"):
         checkpoint.save(path, make())
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["m.pt"]

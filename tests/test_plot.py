@@ -75,8 +75,8 @@ def test_pictures(run_dir, tmp_path, script):
 
 
 BAD_INPUT = {
-    "no file": (["none.log"], 1, r"cannot read none\.log"),
-    "no metrics": (["."], 1, r"cannot read metrics\.jsonl"),
+    "no file": (["none.log"], 1, r"cannot use none\.log"),
+    "no metrics": (["."], 1, r"cannot use metrics\.jsonl"),
     "no epochs": (["empty.log"], 1, r"empty\.log has no line of a finished epoch"),
     "other JSON": (["bad.jsonl"], 1, r"line 1 of bad\.jsonl lacks the numbers"),
     "no JSON": (["text.jsonl"], 1, r"line 1 of text\.jsonl is not a JSON object"),

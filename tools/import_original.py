@@ -46,30 +46,16 @@ def build_parser() -> Parser:
 def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The state dicts of model and criterion in an exported file, as float32; no code in it runs.
 
-    Raises ToolkitError if the file holds anything but named tensors.
+    Raises any error if the file holds anything but named tensors.
     """
-    try:
-        content = checkpoint.read(path)
-    except Exception as error:
-        # torch raises many kinds of error; each means that there are no plain tensors.
-        raise ToolkitError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}): export the state "
-            "dict as docs/model-file.md says"
-        ) from error
-    if isinstance(content, dict) and set(content) == {"model", "criterion"}:
-        states = [content["model"], content["criterion"]]
-    else:
-        states = [content, {}]
-    for state in states:
-        if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point()
-            for name, value in state.items()
-        ):
-            raise ToolkitError(
-                f"{path} holds something other than named weights: export the state dict as "
-                "docs/model-file.md says"
-            )
-    model, criterion = ({k: v.float().contiguous() for k, v in s.items()} for s in states)
+    content = checkpoint.read(path)
+    both = (
+        content if set(content) == {"model", "criterion"} else {"model": content, "criterion": {}}
+    )
+    model, criterion = (
+        {name: t.float().contiguous() for name, t in both[part].items()}
+        for part in ("model", "criterion")
+    )
     # Some versions of the original also store a weight's dropped copy: only the raw one counts.
     return {name: t for name, t in model.items() if f"{name}_raw" not in model}, criterion
 
@@ -98,11 +84,11 @@ def architecture(state: dict[str, Tensor]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Import; raises ToolkitError for problems the user can fix."""
     args = build_parser().parse_args(argv)
-    state, criterion_state = read(args.exported)
     check_writable(args.save, "--save")
     corpus = Corpus(args.data)
     words = len(corpus.dictionary)
     try:
+        state, criterion_state = read(args.exported)
         config = architecture(state)
         if config["ntoken"] != words:
             raise ToolkitError(
@@ -116,10 +102,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, criterion = make_network(**config)
         checkpoint.load_state(model, state)
         checkpoint.load_state(criterion, criterion_state)
-    except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except ToolkitError:
+        raise
+    except Exception as error:
+        # torch raises many kinds of error for what is no file of tensors.
         raise ToolkitError(
-            f"the weights in {args.exported} do not fit a model of the original "
-            f"({type(error).__name__}: {' '.join(str(error).split())}): export it again"
+            f"{args.exported} does not hold the weights of a model of the original "
+            f"({checkpoint.in_short(error)}): export the state dict as docs/model-file.md says"
         ) from error
     if not criterion_state and default_splits(words):
         print("Without the criterion's state the softmax is not split", file=sys.stderr)
