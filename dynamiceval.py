@@ -215,7 +215,7 @@ def tune(
         group.update(lr=setting.lr, lamb=setting.lamb)
         optimizer.restore()
         loss, _ = run(network, optimizer, source, args, "valid.txt")
-        tried.append(setting._replace(loss=loss))
+        tried.append(setting._replace(loss=math.inf if math.isnan(loss) else loss))
         print(f"| lr {setting.lr:.3g} | lamb {setting.lamb:.3g} | val ppl {perplexity(loss):8.2f}")
     best = min(tried, key=lambda setting: setting.loss)
     print(f"| best: --lr {best.lr:.4g} --lamb {best.lamb:.4g}")

@@ -160,6 +160,7 @@ def as_text(ids: Sequence[int], words: Sequence[str]) -> str:
     return "".join(" ".join(words[i] for i in line) + "\n" for line in lines)
 
 
+@program.out_of_memory("--samples")
 def main(argv: Sequence[str] | None = None) -> None:
     """Write sampled words; raises ToolkitError for problems the user can fix."""
     parser = build_parser()

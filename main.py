@@ -49,6 +49,7 @@ def build_parser() -> Parser:
         "files",
         "--init",
         belongs="call",
+        either="start",
         default="",
         metavar="FILE",
         help="model file to start a new run from: its weights, architecture and vocabulary",
@@ -72,10 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def starting_file(given: Given) -> tuple[Checkpoint | None, Recorded | None]:
     """The model file of --resume or --init, if there is one, and what it says about flags."""
     init, path = given.get("init"), given.get("resume")
-    if init and path:
-        raise ToolkitError(
-            "--init starts a new run and --resume continues an old one: give one of the two"
-        )
     for flag in ("vocab_size", "min_count"):
         if given.get(flag) and (init or path):
             raise ToolkitError(

@@ -272,6 +272,7 @@ def _numbers(summary: Summary, width: int) -> str:
     )
 
 
+@program.out_of_memory("--bptt")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a text; raises ToolkitError for problems the user can fix."""
     parser = build_parser()

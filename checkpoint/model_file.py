@@ -159,8 +159,11 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             "use the version of the toolkit that wrote the file"
         )
     # Files of earlier commits have no `loss`.
-    fields = Checkpoint.__dataclass_fields__.keys() & content.keys()
-    return Checkpoint(**{name: content[name] for name in fields})
+    fields = {name: content.get(name, {}) for name in Checkpoint.__dataclass_fields__}
+    plain = {"stage": str, "epoch": int, "valid_loss": float, "training": dict | None}
+    if not all(isinstance(part, plain.get(name, dict)) for name, part in fields.items()):
+        raise CheckpointError(f"{path} lacks a part of a model file: train it again with main.py")
+    return Checkpoint(**fields)
 
 
 def read(path: str | os.PathLike[str]) -> Any:

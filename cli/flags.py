@@ -304,6 +304,7 @@ def add_safety(parser: Parser) -> None:
     add(
         "--resume",
         belongs="call",
+        either="start",
         default="",
         metavar="FILE",
         help="model file of an earlier run to continue; omitted flags come from it",
@@ -327,7 +328,7 @@ def add_logdir(parser: Parser) -> None:
     parser.flag(
         "running",
         "--logdir",
-        belongs="run",
+        belongs="call",
         default="",
         metavar="DIR",
         help="also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",

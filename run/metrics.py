@@ -164,7 +164,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             # The run was killed or is still writing; the next run begins with its command.
             if len(lines) > 1 and (number == len(lines) or lines[number].startswith('{"command"')):
                 continue

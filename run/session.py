@@ -57,11 +57,11 @@ def resumed_file(path: str, stage: str) -> tuple[Checkpoint, Recorded]:
     """
     source = checkpoint.load(path)
     resume.check(source, path, stage)
-    state = source.training
-    fixed = {}
-    if state["position"] is not None:
-        fixed["batch_size"] = f"it is in the middle of epoch {state['epoch'] + 1}"
-    return source, Recorded(path, "resume", source.config, state["args"], fixed)
+    state, fixed = source.training, {}
+    with resume.restoring(path):
+        if state["position"] is not None:
+            fixed["batch_size"] = f"it is in the middle of epoch {state['epoch'] + 1}"
+        return source, Recorded(path, "resume", source.config, state["args"], fixed)
 
 
 @contextlib.contextmanager
@@ -224,6 +224,8 @@ class Session:
             now = resume.parameter_names(self.network, self.step.params)
             resume.load_optimizer(self.optimizer, state, names=now, settings=self._settings)
             self.rng.set_state(state["rng"])
+            if not any(state["rng"][1][1:]):
+                raise ValueError("its generator has no bits")  # drawing from it would not end
             resume.load_parts(self.stateful, state["stateful"])
             # With another number of processes no saved states fit: the ranks keep fresh seeds.
             if len(state["random_states"]) == self.ranks.world:
@@ -250,15 +252,8 @@ class Session:
         Raises CheckpointError if the run's state could not be saved and read again.
         """
         # What cannot be saved is refused before the first batch, not at the first save.
-        checkpoint.check_content(
-            {
-                "config": self.config,
-                "args": self.flags,
-                "optimizer": self.optimizer.state_dict(),
-                "hidden": self.step.hidden,
-                "stateful": self._states(),
-            }
-        )
+        state = {"config": self.config, "hidden": self.step.hidden, **self._training_state()}
+        checkpoint.check_content(state)
         if self.args.resume and self.finished >= last and not self._continues_its_file:
             self.save()
         yield from range(self.finished + 1, last + 1)
@@ -480,12 +475,8 @@ class Session:
             "done": self.done,
             "rng": resume.rng_state(self.rng),
             "random_states": self.ranks.gathered(resume.random_states()),
-            "stateful": self._states(),
+            "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
         }
-
-    def _states(self) -> dict[str, Any]:
-        """The states of the further objects to save."""
-        return {name: part.state_dict() for name, part in self.stateful.items()}
 
     def _all_position(self) -> dict[str, Any]:
         """The position in the epoch with all ranks' columns."""

@@ -63,7 +63,7 @@ def is_character_level(dictionary: Dictionary) -> bool:
     """Whether each word is a character, or a byte as a decimal number; <...> are ignored."""
     words = [word for word in dictionary.idx2word if not re.fullmatch("<.*>", word)]
     single = all(len(word) == 1 for word in words)
-    return single or all(word.isascii() and word.isdigit() and int(word) < 256 for word in words)
+    return single or all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in words)
 
 
 def tokenize(text: str, dictionary: Dictionary) -> tuple[list[Token], Tensor]:

@@ -457,7 +457,7 @@ def test_generate(script, trained, tmp_path):
     greedy = script("generate", *prompted, "--seed", 3)[1]
     assert script("generate", *prompted, "--seed", 4)[1] == greedy
     assert script("generate", *prompted[:-2], "--temperature", 0.001)[1] == greedy
-    assert script("generate", *prompted[:-2], "--temperature", 1e-300)[1] == greedy
+    assert script("generate", *prompted[:-2], "--temperature", 1e-30)[1] == greedy
     hot = script("generate", *argv, "--temperature", 50, "--words", 300)[1]
     assert len(set(hot.split())) > 50
 
@@ -964,7 +964,7 @@ def test_init_starts_a_new_run_from_a_model(script, corpus_dir, trained, tmp_pat
     assert begun.config["wdrop"] == 0.2
     assert [int(e[0]) for e in EPOCH.findall(out)] == [1]
     status, _, err = script("main", *flags, "--init", trained["QRNN"], "--resume", path)
-    assert (status, len(err.splitlines())) == (1, 1)
+    assert (status, len(err.splitlines())) == (2, 1)
     status, _, err = script("main", *flags, "--init", trained["QRNN"], "--model", "GRU")
     assert status == 1
     assert "--model GRU contradicts" in err
