@@ -1,8 +1,10 @@
 """Shared by several test files: a tiny corpus, and scripts run as a user would run them."""
 
+import contextlib
 import importlib
 import os
 import random
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -62,6 +64,19 @@ def assert_same(first, second, but=()):
         other = second[name]
         same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
         assert same, name
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Files cannot grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def test_a_split_softmax_comes_with_its_criterion(importer, corpus_dir, tmp_path
     assert torch.equal(raw, both["model"]["rnns.0.module.weight_hh_l0_raw"])
 
 
-@pytest.mark.parametrize("case", ["missing", "pickle", "names", "words", "nan", "list"])
+@pytest.mark.parametrize("case", ["missing", "pickle", "names", "words", "nan", "list", "flipped"])
 def test_what_is_refused(case, importer, corpus_dir, tmp_path):
     path = tmp_path / "exported"
     model = export(path, corpus_dir)
@@ -102,6 +102,10 @@ def test_what_is_refused(case, importer, corpus_dir, tmp_path):
     elif case == "nan":
         state["decoder.bias"] = torch.full_like(state["decoder.bias"], torch.nan)
         torch.save(state, path)
+    elif case == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     else:
         torch.save([1, 2], path)
     status, _, err = importer(path, "--data", corpus_dir, "--save", tmp_path / "m.pt")

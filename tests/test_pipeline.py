@@ -1,11 +1,9 @@
 """The four scripts on one model file: the stages, resuming, interruption, bad input."""
 
-import contextlib
 import json
 import math
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -14,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ORIGINAL_CELLS, ROOT, TINY, assert_same, linux_only
+from conftest import ORIGINAL_CELLS, ROOT, TINY, assert_same, full_disk, linux_only
 
 import checkpoint
 import nt_asgd
@@ -714,19 +712,6 @@ def test_out_of_memory_names_the_flag(error, script, corpus_dir, trained, tmp_pa
     status, _, err = script("pointer", "--data", corpus_dir, "--save", trained["LSTM"])
     assert status == 1
     assert "lower --bptt" in err
-
-
-@contextlib.contextmanager
-def full_disk(size):
-    """Files cannot grow beyond `size` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("case", ["main", "when", "finetune", "keep", "generate"])
