@@ -70,20 +70,10 @@ def rebuild(
     return tuple(module.to(device) for module in modules)
 
 
-def check_readable(config: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:
-    """Raise CheckpointError if `rebuild` could not make this network again."""
-    network = Checkpoint(
-        config=dict(config),
-        model=snapshot(model),
-        criterion=snapshot(criterion),
-        vocabulary={},
-        args={},
-        stage="",
-        epoch=0,
-        valid_loss=0.0,
-    )
+def check_readable(written: Checkpoint) -> None:
+    """Raise CheckpointError if `rebuild` could not make the network of a snapshot again."""
     try:
-        rebuild(network, torch.device("cpu"))
+        rebuild(written, torch.device("cpu"))
     except CheckpointError as error:
         raise CheckpointError(
             f"a model file of this network could not be read ({error}): make the network in "

@@ -165,11 +165,11 @@ class Session:
         network could not be read, if its state cannot be carried, if a text is too short, or if the
         ranks have different texts.
         """
-        checkpoint.check_readable(config, network.model, network.criterion)
         args, ranks = self.args, self.ranks
         self.config, self.network, self.optimizer = dict(config), network, optimizer
         self.flags, self._settings = dict(vars(args)), resume.settings_of(optimizer)
         self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
+        checkpoint.check_readable(self.snapshot(0, math.inf))
         self.fingerprint = resume.fingerprint(corpus, *SPLITS)
         if len(set(ranks.gathered(self.fingerprint))) > 1:
             raise ToolkitError(

@@ -310,6 +310,11 @@ CRAFTED = {
         "main --epochs 3 --resume",
         "no bits",
     ),
+    "a flag": (
+        put("training", "args", "when", to=["--help"]),
+        "main --resume",
+        r"records \['--help'\] for --when \(.*\): give that flag",
+    ),
     "no dictionary": (put("training", to=[1]), "main --resume", "lacks a part"),
     "no position": (lambda c: c["training"].pop("position"), "main --resume", "cannot be resumed"),
 }
