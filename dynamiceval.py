@@ -179,9 +179,9 @@ def statistics(
     check_length(source, "train.txt", cure, args.batch_size)
     _, segments = run(network, optimizer, source, args, "gradients over train.txt")
     rms = optimizer.rms(segments)
-    held = {"rms": [part.cpu() for part in rms], "segments": segments}
+    held = {"key": digest.hexdigest(), "rms": [part.cpu() for part in rms], "segments": segments}
     try:
-        checkpoint.write(path, {"key": digest.hexdigest(), **held}, own=True)
+        checkpoint.write(path, held, own=True)
     except ToolkitError as error:
         print(f"The next run collects the statistics again: {error}")
     return rms, segments
@@ -194,10 +194,10 @@ def read_statistics(
     try:
         held = checkpoint.read(path)
         rms = [part.to(p, copy=True) for part, p in zip(held["rms"], params, strict=True)]
-        same = all(part.shape == p.shape for part, p in zip(rms, params, strict=True))
-        good = same and held["key"] == key and held["segments"] > 0
-        finite = all(part.isfinite().all() for part in rms)
-        return (rms, int(held["segments"])) if good and finite else None
+        fit = [part.shape == p.shape for part, p in zip(rms, params, strict=True)]
+        fit += [part.isfinite().all() for part in rms]
+        good = all(fit) and held["key"] == key and held["segments"] > 0
+        return (rms, int(held["segments"])) if good else None
     except Exception:
         # torch raises many kinds of error; after any, the statistics are collected again.
         return None
@@ -234,6 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
     corpus = read_corpus(args, loaded.dictionary)
     network = network_of(loaded, args)
+    parts = (corpus.valid, corpus.test)
+    valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)
+    check_length(valid_data, "valid.txt", "bring a longer text")
+    check_length(test_data, "test.txt", "bring a longer text")
     rms, segments = (None, 1) if args.sgd else statistics(network, args, loaded, corpus)
     if args.cache:
         network = ScoredLoss(network.model, network.criterion)
@@ -242,10 +246,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.oldhyper:
         lr, lamb, epsilon = lr / segments**0.5, lamb / len(params), epsilon / segments**0.5
     optimizer = DynamicEvaluation(params, rms, lr, lamb, epsilon)
-    parts = (corpus.valid, corpus.test)
-    valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)
-    check_length(valid_data, "valid.txt", "bring a longer text")
-    check_length(test_data, "test.txt", "bring a longer text")
     if args.grid or args.gridfast:
         some = valid_data[:FAST_TOKENS] if args.gridfast else valid_data
         best = tune(network, optimizer, some, args)

@@ -169,8 +169,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 def read(path: str | os.PathLike[str]) -> Any:
     """A file's content as torch reads it, its tensors mapped, not copied.
 
-    No code in the file is run. Raises any error for a file that is damaged, or that holds more than
-    its size.
+    No code in it is run. Raises any error for a damaged file, or one that holds more than its size.
     """
     with opened(path) as file, zipfile.ZipFile(file) as archive:
         size, records = os.fstat(file.fileno()).st_size, archive.infolist()

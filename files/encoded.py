@@ -214,17 +214,20 @@ def _cache_places(folder: Path, key: str) -> list[Path]:
 def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
     """Read the encoded corpus from a cache that fits, else encode it and write a cache."""
     key = _hash_files(folder)
-    for path in _cache_places(folder, key):
-        encoded = _read_cache(path, key)
-        if encoded is not None:
+    places = _cache_places(folder, key)
+    for path in places:
+        if (encoded := _read_cache(path, key)) is not None:
             return encoded
     encoded = _encode(folder, tick)
-    # A file that has changed meanwhile is not cached.
-    for path in _cache_places(folder, key) if _hash_files(folder) == key else ():
-        # No run needs a cache: where none can be written, the encoded corpus stays in memory.
-        with suppress(OSError):
+    # Files that have changed meanwhile are not cached.
+    for path in places if _hash_files(folder) == key else ():
+        try:
             _write_cache(path, key, encoded)
             return _read_cache(path, key) or encoded
+        except BlockingIOError:
+            break  # another run is writing it
+        except OSError:
+            continue  # no run needs a cache: the encoded corpus stays in memory
     return encoded
 
 

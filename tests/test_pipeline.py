@@ -712,6 +712,10 @@ def test_out_of_memory_names_the_flag(error, script, corpus_dir, trained, tmp_pa
     status, _, err = script("pointer", "--data", corpus_dir, "--save", trained["LSTM"])
     assert status == 1
     assert "lower --bptt" in err
+    for name, argv, flag in (("score", ["--text", "w1"], "--bptt"), ("generate", [], "--samples")):
+        monkeypatch.setattr(f"{name}.network_of", fail)
+        status, _, err = script(name, "--checkpoint", trained["LSTM"], *argv)
+        assert (status, f"lower {flag}" in err) == (1, True)
 
 
 @pytest.mark.parametrize("case", ["main", "when", "finetune", "keep", "generate"])
