@@ -81,8 +81,9 @@ class Corpus:
     last lines become test, the lines before those valid. `tick` gets the number of bytes of each
     read.
 
-    Raises CorpusError if a file is missing, empty, unreadable or not UTF-8, if the corpus has words
-    that a `dictionary` without `<unk>` lacks, and if `split` leaves a part without lines.
+    Raises CorpusError if a file is missing, empty or not UTF-8, if the corpus has words that a
+    `dictionary` without `<unk>` lacks, and if `split` leaves a part without lines; and OSError if a
+    file cannot be read.
     """
 
     def __init__(

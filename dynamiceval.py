@@ -25,7 +25,6 @@ from cli.types import non_negative, positive_int
 from continuous_cache import ContinuousCache
 from data import Corpus
 from dynamic_evaluation import DynamicEvaluation, GradientStatistics
-from files.writing import replacing
 from loss import TrainingLoss
 from model import Hidden
 from run import program
@@ -168,38 +167,42 @@ def statistics(
     they are collected and written to it. Raises ToolkitError if train.txt is too short.
     """
     path = f"{args.save}.rms"
-    digest = hashlib.blake2b(resume.fingerprint(corpus).encode(), digest_size=16)
+    digest = hashlib.blake2b(resume.fingerprint(corpus, "train").encode(), digest_size=16)
     for tensor in (*loaded.model.values(), *loaded.criterion.values()):
         digest.update(tensor.numpy().tobytes())
     digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
     params = [p for p in network.parameters() if p.requires_grad]
     optimizer = GradientStatistics(params)
-    kept = read_statistics(path, digest.hexdigest())
-    if kept and [part.shape for part in kept[0]] == [p.shape for p in params]:
-        return [part.to(p.device) for part, p in zip(kept[0], params, strict=True)], kept[1]
+    kept = read_statistics(path, digest.hexdigest(), params)
+    if kept is not None:
+        return kept
     source = corpus.columns("train", args.batch_size).to(params[0].device)
     cure = "lower --batch_size or bring a longer text"
     check_length(source, "train.txt", cure, args.batch_size)
     _, segments = run(network, optimizer, source, args, "gradients")
     rms = optimizer.rms(segments)
+    held = {"key": digest.hexdigest(), "rms": [part.cpu() for part in rms], "segments": segments}
     try:
-        with replacing(path) as file:
-            held = {"rms": [part.cpu() for part in rms], "segments": segments}
-            torch.save({"key": digest.hexdigest(), **held}, file)
+        checkpoint.write(path, held, own=True)
         print(f"Wrote {path}")
-    except OSError as error:
-        print(f"Cannot write {path} ({error.strerror}): the next run repeats this collection")
+    except ToolkitError as error:
+        print(f"The next run collects the statistics again: {error}")
     return rms, segments
 
 
-def read_statistics(path: str, key: str) -> tuple[list[Tensor], int] | None:
+def read_statistics(
+    path: str, key: str, params: Sequence[Tensor]
+) -> tuple[list[Tensor], int] | None:
     """The root mean squares and the number of segments in an intact file with this key, or None."""
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        good = held["key"] == key and all(part.isfinite().all() for part in held["rms"])
-        return (held["rms"], held["segments"]) if good else None
+        held = checkpoint.read(path)
+        rms = [part.to(p, copy=True) for part, p in zip(held["rms"], params, strict=True)]
+        fit = [part.shape == p.shape for part, p in zip(rms, params, strict=True)]
+        fit += [part.isfinite().all() for part in rms]
+        good = all(fit) and held["key"] == key and held["segments"] > 0
+        return (rms, int(held["segments"])) if good else None
     except Exception:
-        # torch.load raises many kinds of error; after any, the statistics are collected again.
+        # torch raises many kinds of error; after any, the statistics are collected again.
         return None
 
 
@@ -215,7 +218,7 @@ def tune(
         group.update(lr=setting.lr, lamb=setting.lamb)
         optimizer.restore()
         loss, _ = run(network, optimizer, source, args, "valid.txt")
-        tried.append(setting._replace(loss=loss))
+        tried.append(setting._replace(loss=math.inf if math.isnan(loss) else loss))
         print(f"| lr {setting.lr:.3g} | lamb {setting.lamb:.3g} | val ppl {perplexity(loss):8.2f}")
     best = min(tried, key=lambda setting: setting.loss)
     print(f"| best: --lr {best.lr:.4g} --lamb {best.lamb:.4g}")
@@ -234,6 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
     corpus = read_corpus(args, loaded.dictionary)
     network = network_of(loaded, args)
+    parts = (corpus.valid, corpus.test)
+    valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)
+    check_length(valid_data, "valid.txt", "bring a longer text")
+    check_length(test_data, "test.txt", "bring a longer text")
     rms, segments = (None, 1) if args.sgd else statistics(network, args, loaded, corpus)
     if args.cache:
         network = ScoredLoss(network.model, network.criterion)
@@ -242,10 +249,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.oldhyper:
         lr, lamb, epsilon = lr / segments**0.5, lamb / len(params), epsilon / segments**0.5
     optimizer = DynamicEvaluation(params, rms, lr, lamb, epsilon)
-    parts = (corpus.valid, corpus.test)
-    valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)
-    check_length(valid_data, "valid.txt", "bring a longer text")
-    check_length(test_data, "test.txt", "bring a longer text")
     if args.grid or args.gridfast:
         some = valid_data[:FAST_TOKENS] if args.gridfast else valid_data
         best = tune(network, optimizer, some, args)

@@ -15,7 +15,7 @@ from loss import TrainingLoss
 from nt_asgd import NTASGD
 from run import program
 from run.corpus import read_corpus
-from run.session import Session, open_session, resumed_file
+from run.session import Session, open_session, resumed_file, sole_run
 from training import train_epoch
 from utils import ToolkitError
 
@@ -48,26 +48,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Finetune; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     given = parser.given(argv)
-    if given.get("resume"):
-        source, recorded = resumed_file(given.get("resume"), "finetune.py")
-    else:
-        path = given.get("save", parser.flags["save"].default)
-        source = checkpoint.load(path)
-        recorded = Recorded(path, "finetune", source.config, source.args)
-    args = parser.settle(given, recorded)
-    kept = Path(f"{args.save}.before-finetune")
-    if args.keep and args.resume and not kept.exists():
-        raise ToolkitError(
-            f"--keep comes too late: finetuning has already replaced the model in {args.resume}: "
-            "leave the flag out"
-        )
-    with open_session("finetune.py", args) as session:
-        begin(args, session, source)
-        # The copy from before an earlier finetuning stays: it holds main.py's training state.
-        begun = (source.training or {}).get("stage") == "finetune.py"
-        if args.keep and session.ranks.first and not (begun and kept.exists()):
-            checkpoint.copy(args.save, kept)
-        finetune(args, session)
+    with sole_run(parser, given) as ranks:
+        if given.get("resume"):
+            source, recorded = resumed_file(given.get("resume"), "finetune.py")
+        else:
+            path = given.get("save", parser.flags["save"].default)
+            source = checkpoint.load(path)
+            recorded = Recorded(path, "finetune", source.config, source.args)
+        args = parser.settle(given, recorded)
+        kept = Path(f"{args.save}.before-finetune")
+        if args.keep and args.resume and not kept.exists():
+            raise ToolkitError(
+                "--keep comes too late: finetuning has already replaced the model in "
+                f"{args.resume}: leave the flag out"
+            )
+        with open_session("finetune.py", args, ranks) as session:
+            begin(args, session, source)
+            # The copy from before an earlier finetuning stays: it holds main.py's training state.
+            begun = (source.training or {}).get("stage") == "finetune.py"
+            if args.keep and ranks.first and not (begun and kept.exists()):
+                checkpoint.save(kept, source, own=True)
+            finetune(args, session)
 
 
 def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> None:

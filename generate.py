@@ -16,7 +16,7 @@ from cli import flags
 from cli.parser import Given, Parser, Recorded
 from cli.types import non_negative, positive_int, share_of_one
 from data import EOS, Dictionary
-from files.writing import unwritable, writing
+from files.writing import check_writable, writing
 from loss import TrainingLoss
 from model import Hidden
 from run import program
@@ -198,6 +198,7 @@ def converse(network: TrainingLoss, dictionary: Dictionary, args: Any) -> None:
             sys.stderr.write(f"{error}\n")
 
 
+@program.out_of_memory("--samples")
 def main(argv: Sequence[str] | None = None) -> None:
     """Write sampled words; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
@@ -206,9 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = given.get("checkpoint", parser.flags["checkpoint"].default)
     loaded = checkpoint.load(path)
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
-    problem = None if args.outf == "-" or args.next or args.interactive else unwritable(args.outf)
-    if problem:
-        raise ToolkitError(f"cannot write {args.outf} ({problem}): pass another --outf")
+    if not (args.outf == "-" or args.next or args.interactive):
+        check_writable(args.outf, "--outf", path)
     dictionary = loaded.dictionary
     if args.no_unk and dictionary.unk not in dictionary.word2idx:
         raise ToolkitError(

@@ -19,7 +19,7 @@ from nt_asgd import NTASGD
 from run import program
 from run.corpus import read_corpus
 from run.rehearsal import rehearse
-from run.session import Session, open_session, resumed_file
+from run.session import Session, open_session, resumed_file, sole_run
 from splitcross import default_splits
 from training import train_epoch
 from utils import ToolkitError
@@ -54,6 +54,7 @@ def build_parser() -> Parser:
         "files",
         "--init",
         belongs="call",
+        either="start",
         default="",
         metavar="FILE",
         help="model file to start a new run from: its weights, architecture and vocabulary",
@@ -78,20 +79,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ToolkitError("--rehearse checks a new run: leave --resume out")
         rehearse(parser, sys.argv[1:] if argv is None else argv)
         return
-    source, recorded = starting_file(given)
-    args = parser.settle(given, recorded)
-    with open_session("main.py", args) as session:
-        begin(args, session, source)
-        train(args, session)
+    with sole_run(parser, given) as ranks:
+        source, recorded = starting_file(given)
+        args = parser.settle(given, recorded)
+        with open_session("main.py", args, ranks) as session:
+            begin(args, session, source)
+            train(args, session)
 
 
 def starting_file(given: Given) -> tuple[Checkpoint | None, Recorded | None]:
     """The model file of --resume or --init, if there is one, and what it says about flags."""
     init, path = given.get("init"), given.get("resume")
-    if init and path:
-        raise ToolkitError(
-            "--init starts a new run and --resume continues an old one: give one of the two"
-        )
     for flag in ("vocab_size", "min_count", "unk"):
         if given.get(flag) and (init or path):
             raise ToolkitError(

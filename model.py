@@ -115,7 +115,7 @@ def _option(text: str) -> tuple[str, Any]:
         raise ValueError(f"an option of a cell is written NAME=VALUE, not {text!r}")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return name, value
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cli.parser import Parser
 from cli.types import positive
+from files.reading import opened
 from run import metrics, program
 from scoring import plotting
 from utils import ToolkitError, perplexity
@@ -128,19 +129,15 @@ def from_metrics(path: Path, name: str) -> Curve:
 
 
 def read_run(run: str) -> Curve:
-    """The curve of a RUN; raises ToolkitError if it cannot be read or has no finished epoch."""
+    """The curve of a RUN; raises ToolkitError if it has no finished epoch, and OSError."""
     path = Path(run)
     if path.is_dir():
         path = path / metrics.NAME
     if path.suffix == ".jsonl":
         curve = from_metrics(path, path.parent.name or run)
     else:
-        try:
-            curve = from_log(path.read_text(encoding="utf-8", errors="replace"), path.stem)
-        except OSError as error:
-            raise ToolkitError(
-                f"cannot read {run} ({error.strerror}): name a log file or a run's --logdir"
-            ) from error
+        with opened(path, "r", encoding="utf-8", errors="replace") as file:
+            curve = from_log(file.read(), path.stem)
     if not curve.ppl:
         raise ToolkitError(
             f"{run} has no line of a finished epoch: name the log of main.py or finetune.py, or a "

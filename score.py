@@ -27,7 +27,7 @@ from cli.types import positive_int
 from continuous_cache import ContinuousCache
 from data import EOS
 from files.reading import opened
-from files.writing import unwritable, writing
+from files.writing import check_writable, writing
 from loss import TrainingLoss
 from run import program
 from run.corpus import check_known
@@ -155,6 +155,7 @@ def states(
     }
 
 
+@program.out_of_memory("--bptt")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a text; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
@@ -165,9 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = checkpoint.load(args.checkpoint)
     for flag in ("html", "tsv", "states"):
         path = getattr(args, flag)
-        problem = unwritable(path) if path and path != "-" else None
-        if problem:
-            raise ToolkitError(f"cannot write {path} ({problem}): pass another --{flag}")
+        if path and path != "-":
+            check_writable(path, f"--{flag}", args.checkpoint, file or "-")
     dictionary = loaded.dictionary
     spelling = Spelling.of(dictionary, args.tokens_are)
     reader = Reader(dictionary, spelling, args.ids)

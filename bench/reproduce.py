@@ -184,7 +184,7 @@ def stage_flags(work: Work, row: str, name: str, data: Path, extra: list[str]) -
         return ["--resume", str(model), *where, *cut_short(extra)]
     if name == "finetune":
         # finetune.py gets a copy, so that main.py's result stays.
-        checkpoint.copy(work.folder / "main.pt", model)
+        checkpoint.save(model, checkpoint.load(work.folder / "main.pt"))
     return [*published, *extra, *where]
 
 

@@ -4,11 +4,12 @@ from checkpoint.model_file import (
     Checkpoint,
     CheckpointError,
     check_content,
-    check_writable,
-    copy,
     in_memory,
+    in_short,
     load,
+    read,
     save,
+    write,
 )
 from checkpoint.network import (
     check_readable,

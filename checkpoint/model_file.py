@@ -17,20 +17,19 @@ A file is one dictionary of tensors and plain values; it loads with `torch.load(
 import dataclasses
 import io
 import os
-import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data import Dictionary
 from files.reading import opened
-from files.writing import replacing, unwritable
+from files.writing import previous, writing
 from utils import ToolkitError
 
 FORMAT = "awd-lstm-lm"
@@ -84,21 +83,26 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # Writing
 
 
-def save(path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = False) -> None:
-    """Write a model file; once it is complete, it replaces the old one in one step.
+def save(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, keep: bool = False, own: bool = False
+) -> None:
+    """Write a model file, as `files.writing.replacing` does.
 
-    With `keep`, the old file is kept with the suffix .previous. Raises CheckpointError, with the
-    old file unchanged, if the file cannot be written, or could not be read again.
+    Raises CheckpointError if the file could not be read again, and ToolkitError, with the old file
+    unchanged, if it cannot be written.
     """
     # Not dataclasses.asdict(): it would copy every tensor.
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     check_content(fields)
-    try:
-        with replacing(path, keep) as file:
-            torch.save({"format": FORMAT, "version": VERSION, **fields}, file)
-    # torch's zip writer raises RuntimeError on a full disk.
-    except (OSError, RuntimeError) as error:
-        raise _cannot_write(path, error) from error
+    write(path, {"format": FORMAT, "version": VERSION, **fields}, keep, own)
+
+
+def write(
+    path: str | os.PathLike[str], content: Any, keep: bool = False, own: bool = False
+) -> None:
+    """Write a file that `read` reads, as `save` does."""
+    with writing(path, "--save", keep, own) as file:
+        torch.save(content, file)
 
 
 def check_content(value: Any, place: str = "") -> None:
@@ -124,34 +128,6 @@ def check_content(value: Any, place: str = "") -> None:
             ) from error
 
 
-def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Copy a model file; raises CheckpointError, with `target` unchanged, if that fails."""
-    try:
-        with open(source, "rb") as old, replacing(target) as new:
-            shutil.copyfileobj(old, new)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError if `save` could not write `path`; an existing file is not changed."""
-    problem = unwritable(path)
-    if problem:
-        raise CheckpointError(f"cannot write {path} ({problem}): pass another --save")
-
-
-def _cannot_write(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
-    cause: BaseException | None = error
-    # torch's writer fails again as it closes, which hides the system's error.
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    reason = getattr(cause, "strerror", None) or in_short(error)
-    return CheckpointError(
-        f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space or "
-        "pass another --save"
-    )
-
-
 # Reading
 
 
@@ -159,20 +135,19 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a model file; its weights are checked by `rebuild`, its training state by `--resume`.
 
     No code in the file is run. Raises CheckpointError if the file is missing or damaged, or has
-    another format or version.
+    another format or version, and OSError if it cannot be read.
     """
     if not Path(path).is_file():
+        kept = f", but {previous(path)} is there" if previous(path).is_file() else ""
         raise CheckpointError(
-            f"there is no model file {path}: train one with main.py, or name one with --save "
+            f"there is no model file {path}{kept}: train one with main.py, or name one with --save "
             "(generate.py: --checkpoint)"
         )
     try:
-        content = _content(path)
-    except PermissionError as error:
-        raise CheckpointError(
-            f"cannot read {path} ({error.strerror}): change its permissions, or name another file"
-        ) from error
+        content = read(path)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise  # it cannot be opened
         # torch.load raises many kinds of error; each means a foreign or damaged file.
         raise CheckpointError(
             f"{path} is no model file of this toolkit, or is damaged: tools/import_original.py "
@@ -188,42 +163,51 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             "use the version of the toolkit that wrote the file"
         )
     # Files of earlier commits have no `loss`.
-    fields = Checkpoint.__dataclass_fields__.keys() & content.keys()
-    return Checkpoint(**{name: content[name] for name in fields})
+    fields = {name: content.get(name, {}) for name in Checkpoint.__dataclass_fields__}
+    plain = {"stage": str, "epoch": int, "valid_loss": float, "training": dict | None}
+    if not all(isinstance(part, plain.get(name, dict)) for name, part in fields.items()):
+        raise CheckpointError(f"{path} lacks a part of a model file: train it again with main.py")
+    return Checkpoint(**fields)
 
 
-def _content(path: str | os.PathLike[str]) -> Any:
-    """A file's content as torch reads it, its tensors mapped, not copied; raises torch's errors."""
-    with opened(path) as file:
-        try:
-            content = _checked_content(file, path)
-        except Exception:
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                raise
-        else:
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return content
-    # A running main.py has replaced the file, which torch opens by its path: read the new one.
-    return _content(path)
+def read(path: str | os.PathLike[str]) -> Any:
+    """A file's content as torch reads it, its tensors mapped, not copied.
 
-
-def _checked_content(file: BinaryIO, path: str | os.PathLike[str]) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+    No code in it is run. Raises any error for a damaged file, or one that holds more than its size.
+    """
+    with opened(path) as file, zipfile.ZipFile(file) as archive:
+        size, records = os.fstat(file.fileno()).st_size, archive.infolist()
+        # A small file may claim gigabytes: by compressed records, or by records that overlap.
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise zipfile.BadZipFile("a record is compressed")
+        if sum(record.file_size for record in records) > size:
+            raise zipfile.BadZipFile("the records are larger than the file")
         # torch ignores the checksums.
         if archive.testzip():
             raise zipfile.BadZipFile("a checksum is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Not the path, at which a running main.py may have put a new file.
+        same = f"/dev/fd/{file.fileno()}"
+        content = torch.load(same, map_location="cpu", weights_only=True, mmap=True)
+    # Or by lists within lists, each of them there many times.
+    for count, _ in enumerate(parts_of(content)):
+        if count > size:
+            raise ValueError("a part is there too many times")
+    return content
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """The value and everything within its dictionaries, lists and tuples, in no certain order."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        yield part
+        if isinstance(part, dict | list | tuple):
+            parts.extend(part.values() if isinstance(part, dict) else part)
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """Every tensor within dictionaries, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(part)
+    return (part for part in parts_of(value) if isinstance(part, Tensor))
 
 
 def in_short(error: Exception) -> str:

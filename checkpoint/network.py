@@ -57,12 +57,13 @@ def rebuild(
     """
     states = (checkpoint.model, checkpoint.criterion)
     try:
-        with _Undrawn():
+        with _Undrawn(2**20 + 2 * sum(part.numel() for state in states for part in state.values())):
             modules = make_network(**{**checkpoint.config, **dropouts})
         for module, state in zip(modules, states, strict=True):
             load_state(module, state)
-            if not all(p.isfinite().all() for p in module.parameters()):
-                raise ValueError("not all weights are finite")
+            # With larger ones, the outputs of a layer may not be finite.
+            if not all((p.abs() < 1e15).all() for p in module.parameters()):
+                raise ValueError("not all weights are finite, and below 1e15")
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -86,20 +87,10 @@ def open_model(
     return network, loaded.dictionary
 
 
-def check_readable(config: Mapping[str, Any], model: nn.Module, criterion: nn.Module) -> None:
-    """Raise CheckpointError if `rebuild` could not make this network again."""
-    network = Checkpoint(
-        config=dict(config),
-        model=snapshot(model),
-        criterion=snapshot(criterion),
-        vocabulary={},
-        args={},
-        stage="",
-        epoch=0,
-        valid_loss=0.0,
-    )
+def check_readable(written: Checkpoint) -> None:
+    """Raise CheckpointError if `rebuild` could not make the network of a snapshot again."""
     try:
-        rebuild(network, torch.device("cpu"))
+        rebuild(written, torch.device("cpu"))
     except CheckpointError as error:
         raise CheckpointError(
             f"a model file of this network could not be read ({error}): make the network in "
@@ -126,7 +117,14 @@ def _uncompiled(name: str) -> str:
 
 
 class _Undrawn(TorchFunctionMode):
-    """A context in which weights start at 0: drawing takes most of a large model's set-up."""
+    """A context in which weights start at 0: drawing takes most of a large model's set-up.
+
+    Raises ValueError as soon as there are more than `room` numbers in all weights.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -135,4 +133,9 @@ class _Undrawn(TorchFunctionMode):
         # Tensor's methods and the functions of torch.nn.init.
         if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
             return (args[0] if args else kwargs["tensor"]).data.zero_()
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.empty:
+            self._room -= result.numel()
+            if self._room < 0:
+                raise ValueError("the configuration is one of a larger network")
+        return result

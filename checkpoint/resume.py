@@ -32,17 +32,12 @@ from data import Corpus
 
 def check(loaded: Checkpoint, path: str, stage: str) -> None:
     """Raise CheckpointError unless the file `path` has a training state of the script `stage`."""
-    training = loaded.training or {}
-    found = training.get("stage")
-    if found is None:
-        raise CheckpointError(
-            f"{path} holds no training state of {stage} (it was written by {loaded.stage}): resume "
-            f"from the file that {stage} wrote"
-        )
+    found = (loaded.training or {}).get("stage")
     if found != stage:
+        other = f"one of {found}" if found else "none at all"
         raise CheckpointError(
-            f"{path} holds no training state of {stage} but one of {found}: resume it with that "
-            "script"
+            f"{path} holds no training state of {stage} but {other}: resume a file that "
+            f"{stage} wrote"
         )
 
 
@@ -60,11 +55,13 @@ def restoring(path: str) -> Iterator[None]:
         ) from error
 
 
-def fingerprint(corpus: Corpus) -> str:
-    """A digest of the ids of train.txt, as hex digits, to recognise the text of a run."""
+def fingerprint(corpus: Corpus, *parts: str) -> str:
+    """A digest of the ids of the `parts`, such as "train", as hex digits, to recognise a text."""
     digest, size = hashlib.blake2b(digest_size=16), 2**24
-    for first in range(0, len(corpus), size):
-        digest.update(corpus.part("train", first, first + size).numpy())
+    for part in parts:
+        for first in range(0, len(corpus), size):
+            digest.update(corpus.part(part, first, first + size).numpy())
+        digest.update(part.encode())
     return digest.hexdigest()
 
 

@@ -324,6 +324,7 @@ def add_safety(parser: Parser) -> None:
     add(
         "--resume",
         belongs="call",
+        either="start",
         default="",
         metavar="FILE",
         help="model file of an earlier run to continue; omitted flags come from it",
@@ -347,7 +348,7 @@ def add_logdir(parser: Parser) -> None:
     parser.flag(
         "running",
         "--logdir",
-        belongs="run",
+        belongs="call",
         default="",
         metavar="DIR",
         help="also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",

@@ -57,6 +57,12 @@ class Flag:
             return [] if value == self.default else [self.name]
         return [self.name, *map(str, value if isinstance(value, list) else [value])]
 
+    def check(self, value: Any) -> None:
+        """Raise ValueError or ArgumentTypeError for a recorded value that no command line gives."""
+        for part in value if isinstance(value, list) else [value]:
+            if self.action.type is not None:
+                self.action.type(str(part))
+
     def configured(self, file: "Recorded") -> Any:
         """The value in a file's configuration; files from before the flag have its default."""
         return file.config.get(self.config, self.default)
@@ -262,6 +268,13 @@ class Parser(argparse.ArgumentParser):
             if flag.belongs in kinds and not flag.config and flag.either not in excluded
             if name not in given and recorded.get(name) is not None
         }
+        for name, value in taken.items():
+            try:
+                self.flags[name].check(value)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise ToolkitError(
+                    f"{file.path} records {value} for --{name} ({error}): give that flag"
+                ) from error
         if file.use == "finetune":
             if file.args.get("optimizer", "sgd") != "sgd":
                 taken.pop("lr", None)  # another optimiser's rate is not one of SGD's

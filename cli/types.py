@@ -74,6 +74,8 @@ def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], 
         value = kind(text)
     except ValueError:
         value = None
+    if kind is float and value and not 1e-37 < abs(value) < 1e37:
+        value, what = None, f"{what}, in the range of float32"
     if value is None or not fits(value):
         if kind is int and value is not None and value >= _TOO_LARGE:
             what += " and below 2**63"

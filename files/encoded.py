@@ -48,32 +48,27 @@ def read(
     """Encode the texts of a corpus folder; arguments and errors are those of `data.Corpus`."""
     _check_files(folder, split is not None)
     if split is not None:
-        return _split_lines(_encode(folder, tick=tick, names=SPLITS[:1]), split, folder)
-    return _encode_cached(folder, tick) if cache else _encode(folder, tick=tick)
+        return _split_lines(_encode(folder, tick, SPLITS[:1]), split, folder)
+    return _encode_cached(folder, tick) if cache else _encode(folder, tick)
 
 
 def _check_files(folder: Path, split: bool = False) -> None:
     """Raise CorpusError unless the folder has the three files, with `split` train.txt alone."""
-    try:
-        is_file, is_folder = folder.is_file(), folder.is_dir()
-        names = [f"{split}.txt" for split in SPLITS]
-        missing = [name for name in names if is_folder and not (folder / name).exists()]
-        given = [name for name in names if name not in missing]
-    except OSError as error:
-        raise _cannot_read(folder, error) from None
-    if is_file:
+    if folder.is_file():
         raise CorpusError(
             f"{folder} is a file: --data takes the folder that holds train.txt, valid.txt and "
             "test.txt"
         )
-    if not is_folder:
+    if not folder.is_dir():
         raise CorpusError(
             f"there is no corpus folder {folder}: fetch one with ./getdata.sh NAME, give another "
             "with --data, or try --data data/sample"
         )
+    names = [f"{split}.txt" for split in SPLITS]
+    missing = [name for name in names if not (folder / name).exists()]
     if split:
-        others = [name for name in given if name != "train.txt"]
-        if others and "train.txt" in given:
+        others = [name for name in names[1:] if name not in missing]
+        if others and "train.txt" not in missing:
             raise CorpusError(
                 f"{folder} has a {others[0]} already: leave --split out, or move it away"
             )
@@ -88,12 +83,6 @@ def _check_files(folder: Path, split: bool = False) -> None:
             f"the corpus folder {folder} has no {' and no '.join(missing)}: fetch the corpus with "
             "./getdata.sh NAME, or give another folder with --data"
         )
-
-
-def _cannot_read(path: Path, error: OSError) -> CorpusError:
-    return CorpusError(
-        f"cannot read {path} ({error.strerror or error}): check the file and its permissions"
-    )
 
 
 def _split_lines(encoded: Encoded, split: Sequence[float], folder: Path) -> Encoded:
@@ -115,19 +104,15 @@ def _split_lines(encoded: Encoded, split: Sequence[float], folder: Path) -> Enco
 # Reading and encoding
 
 
-def _text_blocks(
-    path: Path,
-    digest: hashlib.blake2b | None = None,
-    tick: Callable[[int], object] = lambda size: None,
-) -> Iterator[str]:
+def _text_blocks(path: Path, tick: Callable[[int], object]) -> Iterator[str]:
     r"""Yield the file's text in blocks that cut no word, with every line ended by one "\n".
 
-    `digest` gets the bytes read, `tick` their number. Raises CorpusError if the file cannot be read
-    or decoded.
+    `tick` gets the number of bytes of each read. Raises OSError, and CorpusError if the file cannot
+    be decoded.
     """
     line = 1
     encoding = "utf-8-sig"  # a byte order mark is dropped, at the file's start only
-    rest = b""
+    rest = bytearray()
     last_char = "\n"
     at_end = False
     try:
@@ -135,16 +120,14 @@ def _text_blocks(
             while not at_end:
                 chunk = file.read(BLOCK_BYTES)
                 tick(len(chunk))
-                if digest is not None:
-                    digest.update(chunk)
                 at_end = not chunk
-                block = rest + chunk
-                # A space or "\n" never stands within a word or a UTF-8 sequence and always ends a
-                # "\r\n", so a block may end there.
-                cut = len(block) if at_end else max(block.rfind(b"\n"), block.rfind(b" ")) + 1
-                block, rest = block[:cut], block[cut:]
-                if not block:
+                # A space, "\n" or "\t" never stands within a word or a UTF-8 sequence and always
+                # ends a "\r\n", so a block may end there.
+                cut = max(map(chunk.rfind, (b" ", b"\n", b"\t"))) + 1
+                rest += chunk[:cut] or chunk
+                if not cut and not (at_end and rest):
                     continue
+                block, rest = rest, bytearray(chunk[cut:])
                 text = block.decode(encoding)
                 encoding = "utf-8"
                 text = _universal_newlines(text)
@@ -157,8 +140,6 @@ def _text_blocks(
         raise CorpusError(
             f"line {line} of {path} is not UTF-8: convert the file to UTF-8 (iconv does it)"
         ) from None
-    except OSError as error:
-        raise _cannot_read(path, error) from None
     if last_char != "\n":
         yield "\n"
 
@@ -169,20 +150,15 @@ def _universal_newlines(text: str) -> str:
     return text
 
 
-def _encode(
-    folder: Path,
-    digests: list[hashlib.blake2b] | None = None,
-    tick: Callable[[int], object] = lambda size: None,
-    names: Sequence[str] = SPLITS,
-) -> Encoded:
-    """Encode the files of `names`; `digests`, one for each file, get the encoded bytes."""
+def _encode(folder: Path, tick: Callable[[int], object], names: Sequence[str] = SPLITS) -> Encoded:
+    """Encode the files of `names`."""
     # The first look-up of a word gives it the counter's next number, all in C.
     word2idx: defaultdict[str, int] = defaultdict(count().__next__)
     splits = []
-    for number, split in enumerate(names):
+    for split in names:
         path = folder / f"{split}.txt"
         pieces = []
-        for text in _text_blocks(path, digests[number] if digests else None, tick):
+        for text in _text_blocks(path, tick):
             words = text.replace("\n", f" {EOS} ").split()
             pieces.append(np.fromiter(map(word2idx.__getitem__, words), np.int32, len(words)))
         if not any(map(len, pieces)):
@@ -209,28 +185,19 @@ def _count(splits: list[np.ndarray], vocabulary: int) -> np.ndarray:
 
 
 def _hash_files(folder: Path) -> str:
-    digests = [_new_digest() for _ in SPLITS]
-    for split, digest in zip(SPLITS, digests, strict=True):
-        path = folder / f"{split}.txt"
-        try:
-            with opened(path) as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        except OSError as error:
-            raise _cannot_read(path, error) from None
-    return _cache_key(digests)
-
-
-def _new_digest() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=32)
-
-
-def _cache_key(digests: list[hashlib.blake2b]) -> str:
     """Return a digest of the three files' contents and the cache's format, as hex digits."""
-    key = _new_digest()
-    for part in (CACHE_FORMAT, *(digest.digest() for digest in digests)):
-        key.update(part)
+    key = _new_digest(CACHE_FORMAT)
+    for split in SPLITS:
+        digest = _new_digest()
+        with opened(folder / f"{split}.txt") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        key.update(digest.digest())
     return key.hexdigest()
+
+
+def _new_digest(content: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(content, digest_size=32)
 
 
 def _cache_places(folder: Path, key: str) -> list[Path]:
@@ -247,19 +214,20 @@ def _cache_places(folder: Path, key: str) -> list[Path]:
 def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
     """Read the encoded corpus from a cache that fits, else encode it and write a cache."""
     key = _hash_files(folder)
-    for path in _cache_places(folder, key):
-        encoded = _read_cache(path, key)
-        if encoded is not None:
+    places = _cache_places(folder, key)
+    for path in places:
+        if (encoded := _read_cache(path, key)) is not None:
             return encoded
-    # Hashed again while encoding, because a file may change between the two readings.
-    digests = [_new_digest() for _ in SPLITS]
-    encoded = _encode(folder, digests, tick)
-    key = _cache_key(digests)
-    for path in _cache_places(folder, key):
-        # No run needs a cache: where none can be written, the encoded corpus stays in memory.
-        with suppress(OSError):
+    encoded = _encode(folder, tick)
+    # Files that have changed meanwhile are not cached.
+    for path in places if _hash_files(folder) == key else ():
+        try:
             _write_cache(path, key, encoded)
             return _read_cache(path, key) or encoded
+        except BlockingIOError:
+            break  # another run is writing it
+        except OSError:
+            continue  # no run needs a cache: the encoded corpus stays in memory
     return encoded
 
 
@@ -298,7 +266,6 @@ def _write_cache(path: Path, key: str, encoded: Encoded) -> None:
 
 
 def _first_line(key: str, header: bytes, ids: np.ndarray) -> bytes:
-    checksum = _new_digest()
-    checksum.update(header)
+    checksum = _new_digest(header)
     checksum.update(ids.data)
     return f"{key} {checksum.hexdigest()}\n".encode()

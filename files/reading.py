@@ -3,16 +3,22 @@
 import errno
 import os
 import stat
-from typing import BinaryIO
+from typing import IO, Any
 
 
-def opened(path: str | os.PathLike[str], pipe: bool = False) -> BinaryIO:
-    """Open a plain file, or a `pipe`, for reading bytes.
+def opened(
+    path: str | os.PathLike[str], mode: str = "rb", pipe: bool = False, **options: Any
+) -> IO[Any]:
+    """Open a plain file, or a `pipe`, as `open` does, by default for reading bytes.
 
     A pipe without a writer is empty, so that no call waits for ever. Raises OSError, also for a
     device, and for a pipe where none is expected.
     """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+
+    def open_at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK, 0o666)
+
+    file = open(path, mode, opener=open_at_once, **options)  # noqa: SIM115
     if pipe and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
         os.set_blocking(file.fileno(), True)
     elif not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

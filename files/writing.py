@@ -77,19 +77,40 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink()
+            # A lock that was removed by hand may be another run's by now.
+            if _is_at(file, lock):
+                lock.unlink()
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str], flag: str) -> Iterator[IO[bytes]]:
+def writing(
+    path: str | os.PathLike[str], flag: str, keep: bool = False, own: bool = False
+) -> Iterator[IO[bytes]]:
     """As `replacing`, for a path that the user gives with `flag`; raises ToolkitError."""
     try:
-        with replacing(path) as file:
+        with replacing(path, keep, own) as file:
             yield file
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        # torch's zip writer raises RuntimeError, and again as it closes: that hides the OSError.
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = unwritable(path) or getattr(cause, "strerror", None) or str(error).split("\n")[0]
         raise ToolkitError(
-            f"cannot write {path} ({os.strerror(error.errno)}): pass another {flag}"
+            f"cannot write {path} ({reason}): the old file, if any, is unchanged; free disk space "
+            f"or pass another {flag}"
         ) from error
+
+
+def check_writable(path: str | os.PathLike[str], flag: str, *inputs: str) -> None:
+    """Raise ToolkitError if `writing(path, flag)` would fail, or replace one of the `inputs`.
+
+    An existing file is not changed.
+    """
+    overwritten = os.path.realpath(path) in map(os.path.realpath, inputs)
+    problem = "it is an input" if overwritten else unwritable(path)
+    if problem:
+        raise ToolkitError(f"cannot write {path} ({problem}): pass another {flag}")
 
 
 def unwritable(path: str | os.PathLike[str]) -> str | None:
@@ -113,28 +134,35 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _locked(path: Path) -> IO[bytes]:
-    """Open `path` for writing as the only process that does.
+    """Open `path`, a file of the toolkit's own, for writing as the only process that does.
 
-    Raises BlockingIOError if another process has it open so, and OSError.
+    A link there is replaced. Raises BlockingIOError if another process has it open so, and OSError.
     """
     while True:
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
         file = open(path, "wb", opener=_without_truncating)  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except FileNotFoundError:
-            pass  # the process that had it has just renamed or removed it
         except BlockingIOError:
             file.close()
             raise
         except OSError:
             return file  # a file system without locks
-        file.close()
+        if _is_at(file, path):
+            return file
+        file.close()  # the process that had it has just renamed or removed it
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _without_truncating(path: str, flags: int) -> int:
-    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+    return os.open(path, flags & ~os.O_TRUNC | os.O_NONBLOCK, 0o666)
 
 
 def _keep(target: Path) -> None:

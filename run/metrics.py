@@ -60,8 +60,8 @@ class MetricsWriter:
 
     `command` are the words of the command line, `flags` the values of all flags, `device` the
     device in words. If tensorboard or tensorboardX is installed, events are written too; else
-    `no_events` says so in a sentence. Without a `folder` nothing is written. Raises ToolkitError if
-    the folder cannot be written at the start; a later failure is printed once and ends the writing.
+    `no_events` says so in a sentence. Without a `folder` nothing is written. Raises OSError if the
+    folder cannot be written at the start; a later failure is printed once and ends the writing.
     """
 
     def __init__(
@@ -72,18 +72,12 @@ class MetricsWriter:
         if not folder:
             return
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # Bytes of a path that are not UTF-8 become escapes.
-            self._file = open(  # noqa: SIM115
-                self.folder / NAME, "a", encoding="utf-8", errors="backslashreplace", buffering=1
-            )
-            self._end_line()
-        except OSError as error:
-            raise ToolkitError(
-                f"cannot write {self.folder / NAME} ({os.strerror(error.errno)}): pass another "
-                "--logdir"
-            ) from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Bytes of a path that are not UTF-8 become escapes.
+        self._file = opened(
+            self.folder / NAME, "a", encoding="utf-8", errors="backslashreplace", buffering=1
+        )
+        self._end_line()
         self._events = _events(self.folder)
         if self._events is None:
             self.no_events = (
@@ -157,24 +151,20 @@ class MetricsWriter:
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl; the last line of a run is skipped if it was cut off.
 
-    Raises ToolkitError for a file that cannot be read or holds anything else.
+    Raises ToolkitError for a file that holds anything else, and OSError.
     """
     try:
         # Not splitlines(), which also splits at other characters that a word may hold.
         with opened(path) as file:
             text = file.read().decode()
         lines = text.removesuffix("\n").split("\n") if text else []
-    except OSError as error:
-        raise ToolkitError(
-            f"cannot read {path} ({error.strerror}): name a run's --logdir"
-        ) from error
     except UnicodeDecodeError:
         raise ToolkitError(f"{path} is not UTF-8: name a run's --logdir") from None
     objects = []
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             # The run was killed or is still writing; the next run begins with its command.
             if len(lines) > 1 and (number == len(lines) or lines[number].startswith('{"command"')):
                 continue

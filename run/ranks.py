@@ -92,12 +92,12 @@ class Ranks:
         """The first rank's choice, on every rank: clocks differ, but all must do the same."""
         return bool(self.largest(int(choice and self.first)))
 
-    def gathered(self, value: Any) -> list[Any] | None:
-        """Every rank's `value` in order on the first rank, None on the others."""
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's `value` in order."""
         if self.world == 1:
             return [value]
-        values = [None] * self.world if self.first else None
-        dist.gather_object(value, values)
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
         return values
 
     @contextlib.contextmanager

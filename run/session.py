@@ -22,9 +22,9 @@ import fast
 import training
 from checkpoint import Checkpoint, CheckpointError, resume
 from checkpoint.model_file import tensors_of
-from cli.parser import Recorded
-from data import Corpus
-from files.writing import previous, sole_writer
+from cli.parser import Given, Parser, Recorded
+from data import SPLITS, Corpus
+from files.writing import check_writable, previous, sole_writer
 from loss import TrainingLoss
 from nt_asgd import NonMonotonicTrigger
 from run import ranks
@@ -61,16 +61,31 @@ def resumed_file(path: str, stage: str) -> tuple[Checkpoint, Recorded]:
     """
     source = checkpoint.load(path)
     resume.check(source, path, stage)
-    state = source.training
-    fixed = {}
-    if state["position"] is not None:
-        fixed["batch_size"] = f"it is in the middle of epoch {state['epoch'] + 1}"
-    return source, Recorded(path, "resume", source.config, state["args"], fixed)
+    state, fixed = source.training, {}
+    with resume.restoring(path):
+        if state["position"] is not None:
+            fixed["batch_size"] = f"it is in the middle of epoch {state['epoch'] + 1}"
+        return source, Recorded(path, "resume", source.config, state["args"], fixed)
 
 
 @contextlib.contextmanager
-def open_session(stage: str, args: argparse.Namespace) -> Iterator[Session]:
-    """A session of the script `stage`, such as "main.py", with its processes, signals and metrics.
+def sole_run(parser: Parser, given: Given) -> Iterator[Ranks]:
+    """This run's processes, connected. Within the context no other run writes its --save.
+
+    So a model file that is read within the context is the newest. Raises ToolkitError if another
+    run writes the file, or if it cannot be written.
+    """
+    path = given.get("save", given.get("resume") or parser.flags["save"].default)
+    check_writable(path, "--save")
+    joined = ranks.join(select_device(given.get("cuda", parser.flags["cuda"].default)))
+    with joined.together(), sole_writer(path) if joined.first else contextlib.nullcontext():
+        joined.largest(0)  # the other ranks wait here for the first
+        yield joined
+
+
+@contextlib.contextmanager
+def open_session(stage: str, args: argparse.Namespace, joined: Ranks) -> Iterator[Session]:
+    """A session of the script `stage`, such as "main.py", with its signals and metrics.
 
     Raises ToolkitError for problems the user can fix.
     """
@@ -78,12 +93,11 @@ def open_session(stage: str, args: argparse.Namespace) -> Iterator[Session]:
         make_deterministic()
     device = select_device(args.cuda)
     set_precision(args.precision, device)
-    checkpoint.check_writable(args.save)
-    joined = ranks.join(device)
+    copies = [f"{args.save}.e{epoch}" for epoch in getattr(args, "when", []) if epoch > 0]
+    for path in (previous(args.save), *copies):
+        check_writable(path, "--save")
     ranks.check_columns(joined, args.batch_size)
     with (
-        joined.together(),
-        sole_writer(args.save) if joined.first else contextlib.nullcontext(),
         StopRequests(joined.largest) as stop,
         MetricsWriter(
             args.logdir if joined.first else "",
@@ -139,6 +153,8 @@ class Session:
         self._bar = Bar(None, "", wanted=False)
         # The batches of this epoch in this process; None once the estimate is printed.
         self._taken: int | None = 0
+        # The training text in the corpus's order, with every rank's columns, once it is reordered.
+        self._text: Tensor | None = None
 
     # The start
 
@@ -152,20 +168,24 @@ class Session:
         """Set up the network, the data in columns, and the training step.
 
         `config` are the arguments of `make_network`. Raises ToolkitError if a model file of the
-        network could not be read, if its state cannot be carried, or if a text is too short.
+        network could not be read, if its state cannot be carried, if a text is too short, or if the
+        ranks have different texts.
         """
-        checkpoint.check_readable(config, network.model, network.criterion)
         args, ranks = self.args, self.ranks
         self.config, self.network, self.optimizer = dict(config), network, optimizer
         self.flags, self._settings = dict(vars(args)), resume.settings_of(optimizer)
         self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
-        self.fingerprint = resume.fingerprint(corpus) if ranks.first else ""
+        checkpoint.check_readable(self.snapshot(0, math.inf))
+        self.fingerprint = resume.fingerprint(corpus, *SPLITS)
+        if len(set(ranks.gathered(self.fingerprint))) > 1:
+            raise ToolkitError(
+                f"the ranks have different texts in {args.data}: bring the same corpus to each"
+            )
         self.trigger = NonMonotonicTrigger(args.nonmono)
         self.clock = SaveClock(args.save_every)
-        self._corpus = corpus
-        text = self._in_columns("train", args.batch_size)
-        self.valid_data = self._in_columns("valid", EVAL_BATCH_SIZE)
-        self.test_data = self._in_columns("test", TEST_BATCH_SIZE)
+        text = self._in_columns(corpus, "train", args.batch_size)
+        self.valid_data = self._in_columns(corpus, "valid", EVAL_BATCH_SIZE)
+        self.test_data = self._in_columns(corpus, "test", TEST_BATCH_SIZE)
         self.step = training.TrainingStep(
             ranks.data_parallel(network, fraction=text.size(1) / args.batch_size),
             optimizer,
@@ -182,9 +202,9 @@ class Session:
         print("Args:", self.flags)
         print("Model total parameters:", sum(p.numel() for p in self.step.params))
 
-    def _in_columns(self, part: str, count: int) -> Tensor:
+    def _in_columns(self, corpus: Corpus, part: str, count: int) -> Tensor:
         """This rank's columns of train, valid or test, on the device."""
-        own = self._corpus.columns(part, count, *self.ranks.span(count))
+        own = corpus.columns(part, count, *self.ranks.span(count))
         cure = "lower --batch_size or bring a longer text"
         check_length(own, f"{part}.txt", cure if part == "train" else "bring a longer text", count)
         return own.to(self.device)
@@ -197,7 +217,7 @@ class Session:
         for a state that the network or the optimiser does not accept.
         """
         args, state = self.args, source.training
-        if self.ranks.decided(state["data"] != self.fingerprint):
+        if state["data"] != self.fingerprint:
             raise CheckpointError(
                 f"{args.resume} goes on with another text than that in {args.data}: bring back the "
                 "corpus it was trained on, or start a new run on this one with main.py --init, or "
@@ -210,6 +230,8 @@ class Session:
             now = resume.parameter_names(self.network, self.step.params)
             resume.load_optimizer(self.optimizer, state, names=now, settings=self._settings)
             self.rng.set_state(state["rng"])
+            if not any(state["rng"][1][1:]):
+                raise ValueError("its generator has no bits")  # drawing from it would not end
             resume.load_parts(self.stateful, state["stateful"])
             # With another number of processes no saved states fit: the ranks keep fresh seeds.
             if len(state["random_states"]) == self.ranks.world:
@@ -242,19 +264,11 @@ class Session:
         Raises CheckpointError if the run's state could not be saved and read again.
         """
         # What cannot be saved is refused before the first batch, not at the first save.
-        checkpoint.check_content(
-            {
-                "config": self.config,
-                "args": self.flags,
-                "optimizer": self.optimizer.state_dict(),
-                "hidden": self.step.hidden,
-                "stateful": self._states(),
-            }
-        )
+        state = {"config": self.config, "hidden": self.step.hidden, **self._training_state()}
+        checkpoint.check_content(state)
         if self.finished >= last and not self.done:
             print(f"All {last} epochs are done: a larger --epochs continues the run")
-        places = {os.path.realpath(path) for path in (self.args.resume, self.args.save)}
-        if self.args.resume and self.finished >= last and len(places) == 2:
+        if self.args.resume and self.finished >= last and not self._continues_its_file:
             self.save()
         yield from range(self.finished + 1, last + 1)
 
@@ -271,7 +285,10 @@ class Session:
         """
         step, args = self.step, self.args
         if reorder is not None:
-            text = self._corpus.columns("train", args.batch_size)
+            if self._text is None:
+                # Not from the corpus, whose cache may change while the run goes on.
+                self._text = torch.cat(self.ranks.gathered(step.source.cpu()), dim=1)
+            text = self._text.clone()
             reorder(text, np.random.RandomState([args.seed, epoch]))
             step.source.copy_(self.ranks.own(text))
         position, self._position = self._position, None
@@ -459,23 +476,31 @@ class Session:
             state = self._training_state()
             if self.ranks.first:
                 best = self.snapshot(0, math.inf) if self.best is None else self.best
-                path, keep = self.args.save, not self.last_good
+                path, keep = self.args.save, not self._continues_its_file
                 if keep and os.path.isfile(path):
                     print(f"Keeping the old model file {path} as {previous(path)}")
                 checkpoint.save(path, dataclasses.replace(best, training=state), keep)
             self.last_good = self.args.save
 
+    @property
+    def _continues_its_file(self) -> bool:
+        """Whether the run has written the file --save or started from it."""
+        return os.path.realpath(self.args.save) == os.path.realpath(self.last_good)
+
     def save_copy(self, path: str, loss: float) -> None:
-        """Write the current weights to a separate file."""
+        """Write the current weights to a separate file; the run goes on if that fails."""
         if self.ranks.first:
-            checkpoint.save(path, self.snapshot(self.epoch, loss))
+            try:
+                checkpoint.save(path, self.snapshot(self.epoch, loss))
+            except ToolkitError as error:
+                print(f"Going on without a copy: {error}")
 
     def _training_state(self) -> dict[str, Any]:
         """Everything that `resume` needs: plain values and tensors.
 
         The optimiser's tensors are not copied: write them before the next step. Every rank must
-        call this at once; only the first rank's result is complete. Raises ToolkitError if a weight
-        or the loss is not finite, so that such a state never replaces a good one.
+        call this at once. Raises ToolkitError if a weight or the loss is not finite, so that such a
+        state never replaces a good one.
         """
         position = self._position
         if position is None and self.epoch > self.finished:
@@ -502,21 +527,15 @@ class Session:
             "done": self.done,
             "rng": resume.rng_state(self.rng),
             "random_states": self.ranks.gathered(resume.random_states()),
-            "stateful": self._states(),
+            "stateful": {name: part.state_dict() for name, part in self.stateful.items()},
         }
 
-    def _states(self) -> dict[str, Any]:
-        """The states of the further objects to save."""
-        return {name: part.state_dict() for name, part in self.stateful.items()}
-
-    def _all_position(self) -> dict[str, Any] | None:
-        """The position in the epoch with all ranks' columns, on the first rank; else None."""
+    def _all_position(self) -> dict[str, Any]:
+        """The position in the epoch with all ranks' columns."""
         step = self.step
         mine = {"hidden": map_state(_on_cpu, step.hidden), "text": self._next_text()}
         parts = self.ranks.gathered(mine)
         total, interval = (self.ranks.total(float(t)) for t in (step.total, step.interval))
-        if parts is None:
-            return None
         return {
             "row": step.row,
             "batches": step.batches,

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from files.writing import unwritable, writing
+from files.writing import check_writable, writing
 from utils import ToolkitError
 
 # The formats that matplotlib writes without other packages.
@@ -19,9 +19,7 @@ def check(path: str | os.PathLike[str], flag: str) -> None:
         raise ToolkitError(
             f"cannot draw {path}: give {flag} a name that ends in .{', .'.join(FORMATS)}"
         )
-    problem = unwritable(path)
-    if problem:
-        raise ToolkitError(f"cannot write {path} ({problem}): pass another {flag}")
+    check_writable(path, flag)
     figure_class()
 
 

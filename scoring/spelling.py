@@ -88,7 +88,7 @@ def _has(marker: str, word: str) -> bool:
 
 def _shown(dictionary: Dictionary, words: list[str], marked: int) -> str:
     """The kind that a vocabulary shows, "" if none is clear."""
-    if all(word.isascii() and word.isdigit() and int(word) < 256 for word in words):
+    if all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in words):
         return ""
     if all(map(_is_character, words)):
         return "characters"

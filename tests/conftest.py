@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import random
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -48,6 +49,19 @@ def put(*places, to):
         content[last] = to(content[last]) if callable(to) else to
 
     return damage
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Files cannot grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture(scope="session")

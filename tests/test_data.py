@@ -130,6 +130,16 @@ def test_lines_and_words(tmp_path, text, tokens):
 # The vocabulary
 
 
+@pytest.mark.parametrize("space", ["\t", " ", "\n"])
+def test_a_text_is_read_in_small_blocks(tmp_path, monkeypatch, space):
+    # A block that grew with the text took quadratic time.
+    monkeypatch.setattr(encoded_files, "BLOCK_BYTES", 64)
+    (tmp_path / "text").write_text(f"ab{space}" * 1000)
+    blocks = list(encoded_files._text_blocks(tmp_path / "text", tick=lambda size: None))
+    assert "".join(blocks).split() == ["ab"] * 1000
+    assert max(map(len, blocks)) < 128
+
+
 def test_dictionary_from_words_counts_as_add_word_does():
     added = Dictionary()
     assert [added.add_word(word) for word in ["b", "a", "b"]] == [0, 1, 0]
@@ -210,7 +220,8 @@ def test_what_is_missing_or_of_another_kind(tmp_path):
     (folder / "test.txt").unlink()
     assert re.search(r"has no test\.txt.*getdata\.sh.*--data", message(folder))
     (folder / "test.txt").mkdir()
-    assert re.search(r"cannot read .*test\.txt \(Is a directory\)", message(folder))
+    with pytest.raises(IsADirectoryError):
+        Corpus(folder)
 
 
 @pytest.mark.parametrize("nothing", [b"", b"\xef\xbb\xbf"])

@@ -1,12 +1,14 @@
 """dynamiceval.py compared with a loop over parameters with plain autograd."""
 
+import contextlib
 import math
+import os
 import re
 import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, full_disk
 from references import pointer_losses
 from test_training_step import Recorder
 
@@ -159,6 +161,49 @@ def test_statistics_are_collected_once(models, script, corpus_dir, tmp_path, mon
     (tmp_path / "GRU.pt.rms").write_bytes(b"nothing")
     call(script, *flags)
     assert len(collected) == 4
+
+
+def test_a_flipped_bit_in_the_statistics_is_refused_or_changes_nothing(
+    models, script, corpus_dir, tmp_path
+):
+    path, rms = copy_of(models, "GRU", tmp_path), tmp_path / "GRU.pt.rms"
+    call(script, "--data", corpus_dir, "--save", path, "--batch_size", 9, "--max-batches", 3)
+    model, criterion = checkpoint.rebuild(checkpoint.load(path), CPU)
+    params = list(TrainingLoss(model, criterion).parameters())
+    content, key = rms.read_bytes(), torch.load(rms)["key"]
+    expected, refused = dynamiceval.read_statistics(rms, key, params), []
+    for place in range(0, len(content), 97):
+        flipped = content[place] ^ 1 << place % 8
+        rms.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
+        found = dynamiceval.read_statistics(rms, key, params)
+        refused.append(found is None)
+        assert found is None or found[1] == expected[1]
+        assert found is None or all(map(torch.equal, found[0], expected[0]))
+    assert 0.5 < sum(refused) / len(refused) < 1
+    held = checkpoint.read(rms)
+    wrong = [part.clone().fill_(math.nan) for part in held["rms"]]
+    for rest in ({"rms": wrong}, {"rms": held["rms"][:-1]}, {"segments": 0}, {"key": "other"}):
+        torch.save({**held, **rest}, tmp_path / "wrong")
+        assert dynamiceval.read_statistics(tmp_path / "wrong", key, params) is None
+
+
+@pytest.mark.parametrize("case", ["full disk", "pipe"])
+def test_statistics_that_cannot_be_kept(case, models, script, corpus_dir, tmp_path):
+    path, rms = copy_of(models, "GRU", tmp_path), tmp_path / "GRU.pt.rms"
+    if case == "pipe":
+        os.mkfifo(rms)
+    with full_disk(4000) if case == "full disk" else contextlib.nullcontext():
+        _, out = call(script, "--data", corpus_dir, "--save", path, "--max-batches", 3)
+    kept = "The next run collects the statistics again: cannot write" not in out
+    assert kept == (case == "pipe") == rms.is_file()
+
+
+def test_the_grid_takes_no_setting_that_is_not_finite(models, script, corpus_dir, tmp_path):
+    flags = ["--data", corpus_dir, "--save", copy_of(models, "GRU", tmp_path), "--sgd"]
+    _, out = call(script, *flags, "--max-batches", 9, "--gridfast", "--lr", 1e36)
+    tried = re.findall(r"\| lr (\S+) \| lamb \S+ \| val ppl +(\S+)", out)
+    assert tried[0] == ("1e+36", "inf")
+    assert "best: --lr 1e+36" not in out
 
 
 def test_the_grid_is_no_worse_than_the_setting_given(models, script, corpus_dir, tmp_path):

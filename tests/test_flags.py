@@ -210,7 +210,8 @@ BAD_FLAGS = {
         --wdrop 1.0; --lr 0; --lr inf; --clip -1; --alpha -1; --beta x; --wdecay -1e-6; --seed
         -1; --seed 99999999999999999999; --nonmono -1; --log-interval 0; --optimizer adagrad;
         --when soon; --max-batches 0; --max-seq-len 0; --save-every -1; --save-every soon;
-        --save-every nan; --resume; --nosuchflag 3; --drop 0.1; stray; --preset ptb
+        --save-every nan; --resume; --nosuchflag 3; --drop 0.1; stray; --preset ptb;
+        --init a --resume b; --lr 1e38
     """,
     "pointer": """
         --window 99999999999999999999; --theta 1e39; --window 0; --lambdasm 1; --theta -1;
@@ -220,7 +221,8 @@ BAD_FLAGS = {
         --model LSTMM; --dropout 2; --optimizer adam; --save-every -3; --resume; --preset ptbc
     """,
     "generate": """
-        --temperature -1; --words 0; --top-k 0; --top-p 0; --top-p 1.5; --samples 0; --next 3
+        --temperature -1; --temperature 1e39; --top-p 1e-46; --words 0; --top-k 0; --top-p 0;
+        --top-p 1.5; --samples 0; --next 3
     """,
     "dynamiceval": """
         --lr -1; --lamb x; --epsilon -1; --bptt 0; --batch_size 0; --sgd --oldhyper; --preset ptbc

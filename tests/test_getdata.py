@@ -134,13 +134,17 @@ def test_resumes_in_the_same_run_and_in_the_next(server, run, tmp_path, capsys):
         (ZIP[:200], False, [len(ZIP)]),
         (PAGE, True, [len(ZIP) - len(PAGE), len(ZIP)]),
         (ZIP + PAGE, True, [0, len(ZIP)]),
+        (None, True, [len(ZIP)]),
     ],
-    ids=["complete", "a server that ignores ranges", "wrong", "too long"],
+    ids=["complete", "a server that ignores ranges", "wrong", "too long", "a pipe"],
 )
 def test_what_an_earlier_run_left(server, run, tmp_path, left, ranges, served):
     server.ranges = ranges
     (tmp_path / ".toy.download").mkdir()
-    (tmp_path / ".toy.download" / "toy.zip").write_bytes(left)
+    if left is None:
+        os.mkfifo(tmp_path / ".toy.download" / "toy.zip")
+    else:
+        (tmp_path / ".toy.download" / "toy.zip").write_bytes(left)
     assert run(f"{server.url}/toy.zip") == 0
     assert_in_place(tmp_path)
     assert [length for _, length in server.log] == served

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def test_a_first_line_that_was_cut_off(tmp_path):
 
 @linux_only
 @pytest.mark.usefixtures("no_tensorboard")
-def test_a_disk_that_fills_up_is_reported_once_and_the_run_continues(tmp_path, capsys):
+def test_a_disk_that_fills_up_is_reported_once_and_the_run_continues(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "opened", open)  # which opens devices too
     (tmp_path / metrics.NAME).symlink_to("/dev/full")
     with metrics.MetricsWriter(tmp_path, command=["main.py"], flags={}, device="cpu") as log:
         for step in range(3):
@@ -112,8 +114,14 @@ def test_a_kind_of_ones_own_with_tensors(tmp_path):
 
 def test_refusals(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ToolkitError, match="pass another --logdir"):
+    with pytest.raises(FileExistsError):
         writer(tmp_path / "file")
+    # Without a reader, opening a pipe never returned.
+    os.mkfifo(tmp_path / metrics.NAME)
+    with pytest.raises(OSError, match=r"such device or address|no plain file"):
+        writer(tmp_path)
+    with pytest.raises(OSError, match="it is no plain file"):
+        metrics.read(tmp_path / metrics.NAME)
     path = tmp_path / "m.jsonl"
     for raw in (b"no json\n", b'{"kind": "epoch"}\nx\n{}\n', b"3\n", b"\xff\n"):
         path.write_bytes(raw)

@@ -1,6 +1,7 @@
 """plot.py: reading logs and metrics.jsonl, drawing, and bad input."""
 
 import math
+import os
 import re
 import sys
 
@@ -103,8 +104,12 @@ def test_pictures(run_dir, tmp_path, script):
 
 
 BAD_INPUT = {
-    "no file": (["none.log"], 1, r"cannot read none\.log"),
-    "no metrics": (["."], 1, r"cannot read metrics\.jsonl"),
+    "no file": (["none.log"], 1, r"cannot use none\.log"),
+    "no metrics": (["."], 1, r"cannot use metrics\.jsonl"),
+    "nested JSON": (["nested.jsonl"], 1, r"line 1 of nested\.jsonl is not a JSON object"),
+    "a large integer": (["large.jsonl"], 1, r"line 1 of large\.jsonl is not a JSON object"),
+    "a device": (["/dev/zero"], 1, r"cannot use /dev/zero \(it is no plain file\)"),
+    "a pipe": (["pipe.log"], 1, r"cannot use pipe\.log \(it is no plain file\)"),
     "no epochs": (["empty.log"], 1, r"empty\.log has no line of a finished epoch"),
     "other JSON": (["bad.jsonl"], 1, r"line 1 of bad\.jsonl lacks the numbers"),
     "no JSON": (["text.jsonl"], 1, r"line 1 of text\.jsonl is not a JSON object"),
@@ -123,6 +128,9 @@ def test_bad_input(case, script, tmp_path, monkeypatch):
     (tmp_path / "x.log").write_text(log_of(LOSSES))
     (tmp_path / "bad.jsonl").write_text('{"kind": "epoch"}\n')
     (tmp_path / "text.jsonl").write_text("text\n")
+    (tmp_path / "nested.jsonl").write_text("[" * 100_000 + "\n")
+    (tmp_path / "large.jsonl").write_text('{"epoch": ' + "9" * 5000 + "}\n")
+    os.mkfifo(tmp_path / "pipe.log")
     argv, expected, message = BAD_INPUT[case]
     status, out, err = script("plot", *argv)
     assert (status, out) == (expected, "")

@@ -177,6 +177,8 @@ def receive(url: str, path: Path) -> str | None:
 
 def download(url: str, path: Path, checksum: str) -> None:
     """Complete `path`, which may hold the start of `url` already, or raise FetchError."""
+    if not path.is_file():
+        path.unlink(missing_ok=True)  # what may be there, such as a pipe, would never end
     path.touch()
     if matches(path, checksum):
         return

@@ -11,7 +11,6 @@ in order of first appearance, as in both, or that of --vocab.
 import math
 import re
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from checkpoint.model_file import in_short
 from cli import flags
 from cli.parser import Parser
 from data import Corpus, Dictionary
+from files.writing import check_writable, previous, sole_writer
 from model import make_network
 from run import program
 from splitcross import default_splits
@@ -47,23 +47,12 @@ def build_parser() -> Parser:
 def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The state dicts of model and criterion in an exported file, as float32; no code in it runs.
 
-    Raises ToolkitError if the file is damaged or holds anything but named tensors.
+    Raises any error if the file holds anything but named tensors.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch ignores the checksums.
-            if archive.testzip():
-                raise zipfile.BadZipFile("a checksum is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        both = isinstance(content, dict) and set(content) == {"model", "criterion"}
-        states = [content["model"], content["criterion"]] if both else [content, {}]
-        model, criterion = ({k: v.float().contiguous() for k, v in s.items()} for s in states)
-    except Exception as error:
-        # torch.load raises many kinds of error; each means that there are no plain tensors.
-        raise ToolkitError(
-            f"{path} cannot be read as named tensors ({type(error).__name__}): export the state "
-            "dict as docs/coming-from.md says"
-        ) from error
+    content = checkpoint.read(path)
+    both = set(content) == {"model", "criterion"}
+    states = [content["model"], content["criterion"]] if both else [content, {}]
+    model, criterion = ({k: v.float().contiguous() for k, v in s.items()} for s in states)
     # word_language_model has all layers in one module.
     model = {re.sub(r"^rnn\.(\w+)_l(\d+)$", r"rnns.\2.\1_l0", k): t for k, t in model.items()}
     # Some versions of the original also store a weight's dropped copy: only the raw one counts.
@@ -107,11 +96,11 @@ def architecture(state: dict[str, Tensor]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Import; raises ToolkitError for problems the user can fix."""
     args = build_parser().parse_args(argv)
-    state, criterion_state = read(args.exported)
-    checkpoint.check_writable(args.save)
+    check_writable(args.save, "--save")
     dictionary = read_vocabulary(args.vocab) if args.vocab else Corpus(args.data).dictionary
     words = len(dictionary)
     try:
+        state, criterion_state = read(args.exported)
         config = architecture(state)
         if config["ntoken"] != words:
             raise ToolkitError(
@@ -125,29 +114,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, criterion = make_network(**config)
         checkpoint.load_state(model, state)
         checkpoint.load_state(criterion, criterion_state)
-    except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except ToolkitError:
+        raise
+    except Exception as error:
+        # torch raises many kinds of error for what is no file of tensors.
         raise ToolkitError(
-            f"the weights in {args.exported} do not fit a model of the original or of "
-            f"word_language_model ({in_short(error)}): export it again"
+            f"{args.exported} does not hold the weights of a model of the original or of "
+            f"word_language_model ({checkpoint.in_short(error)}): export the state dict as "
+            "docs/coming-from.md says"
         ) from error
     if not criterion_state and default_splits(words):
         print("Without the criterion's state the softmax is not split", file=sys.stderr)
-    checkpoint.save(
-        args.save,
-        checkpoint.Checkpoint(
-            config=config,
-            model=checkpoint.snapshot(model),
-            criterion=checkpoint.snapshot(criterion),
-            vocabulary=checkpoint.vocabulary_of(dictionary),
-            args={},
-            stage="import_original.py",
-            epoch=0,
-            valid_loss=math.inf,
-        ),
-        keep=True,
+    made = checkpoint.Checkpoint(
+        config=config,
+        model=checkpoint.snapshot(model),
+        criterion=checkpoint.snapshot(criterion),
+        vocabulary=checkpoint.vocabulary_of(dictionary),
+        args={},
+        stage="import_original.py",
+        epoch=0,
+        valid_loss=math.inf,
     )
-    # Reading the written file also checks it.
-    checkpoint.rebuild(checkpoint.load(args.save), torch.device("cpu"))
+    # Before anything is replaced: the weights may not be finite.
+    checkpoint.rebuild(made, torch.device("cpu"))
+    with sole_writer(args.save):
+        if Path(args.save).is_file():
+            print(f"Keeping the old model file {args.save} as {previous(args.save)}")
+        checkpoint.save(args.save, made, keep=True)
     print(
         f"{args.save}: {config['rnn_type']}, {config['nlayers']} layers, emsize {config['ninp']}, "
         f"nhid {config['nhid']}, {words} words, {'tied' if config['tie_weights'] else 'not tied'}"
