@@ -368,7 +368,7 @@ def test_a_changed_file_is_refused_or_holds_the_same(rnn_type, trained, tmp_path
     for number in range(400):
         whole = mutated(content, rng) if number % 2 else head + mutated(middle, rng) + tail
         refused += refused_or_the_same(path, whole, expected)
-    assert 300 < refused < 400
+    assert refused > 300
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
