@@ -210,7 +210,8 @@ def test_a_rank_without_others_says_what_it_waits_for(tmp_path, script, monkeypa
     assert len(err.splitlines()) == 1
 
 
-def test_two_runs_may_build_the_cache_at_once(corpus_dir, tmp_path):
+def test_two_runs_may_build_the_cache_at_once(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     folder = tmp_path / "corpus"
     folder.mkdir()
     for name in ("train", "valid", "test"):
@@ -228,3 +229,4 @@ def test_two_runs_may_build_the_cache_at_once(corpus_dir, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [
         ".corpus-cache", "test.txt", "train.txt", "valid.txt",
     ]  # fmt: skip
+    assert not (tmp_path / "user").exists()
