@@ -260,8 +260,9 @@ def test_a_resumed_run_with_nothing_to_do_writes_its_file(stage, script, corpus_
     train(script, corpus_dir, path, "--epochs", 1)
     if stage == "finetune":
         script("finetune", "--data", corpus_dir, "--save", path, "--epochs", 1, "--lr", 1)
-    status, _, err = script(stage, "--resume", path, "--save", other)
+    status, out, err = script(stage, "--resume", path, "--save", other)
     assert (status, err) == (0, "")
+    assert "Epoch 1 was the last: a larger --epochs continues the run" in out
     assert_same_weights(path, other)
     assert checkpoint.load(other).training["epoch"] == 1
 
@@ -339,7 +340,7 @@ def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_p
     with monkeypatch.context() as patch:
         send(patch, signal.SIGINT, 3)
         out = train(script, corpus_dir, path, "--epochs", 4)
-    assert "Exiting from training early" in out
+    assert f"Exiting from training early\n--resume {path} continues it\n" in out
     assert len(EPOCH.findall(out)) == 2
     assert len(END.findall(out)) == 1
     # The third epoch was trained but not evaluated; the resumed run evaluates it.
@@ -347,6 +348,9 @@ def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_p
     status, out, err = script("main", "--resume", path)
     assert (status, err) == (0, "")
     assert [int(e[0]) for e in EPOCH.findall(out)] == [3, 4]
+    assert re.search(
+        rf"Resuming {path}: epoch 3, batch \d+ of about \d+, best \S+ after epoch [12]", out
+    )
     assert_same_weights(whole, path)
 
     with monkeypatch.context() as patch:
@@ -626,6 +630,9 @@ def test_keep(script, corpus_dir, trained, tmp_path):
     assert script("finetune", "--resume", path, "--epochs", 3, "--keep")[0] == 0
     assert kept.read_bytes() == trained["LSTM"].read_bytes()
     assert script("finetune", *flags, "--epochs", 1)[0] == 0
+    status, _, err = script("main", "--resume", kept, "--epochs", 3)
+    assert (status, "name another file" in err) == (1, True)
+    assert script("main", "--resume", kept, "--save", tmp_path / "n.pt", "--epochs", 3)[0] == 0
     assert kept.read_bytes() == trained["LSTM"].read_bytes()
 
 
