@@ -267,7 +267,7 @@ class Session:
         state = {"config": self.config, "hidden": self.step.hidden, **self._training_state()}
         checkpoint.check_content(state)
         if self.finished >= last and not self.done:
-            print(f"All {last} epochs are done: a larger --epochs continues the run")
+            print(f"Epoch {last} was the last: a larger --epochs continues the run")
         if self.args.resume and self.finished >= last and not self._continues_its_file:
             self.save()
         yield from range(self.finished + 1, last + 1)
@@ -439,8 +439,8 @@ class Session:
         self._saving = last or self.ranks.decided(self.clock.due_at_epoch_end())
         if loss < self.best_loss:
             self.best, self.best_loss = self.snapshot(self.epoch, loss), loss
-            kept = "Saving" if self._saving else "Keeping in memory, until the next save, the"
-            print(f"{kept} {what} (new best validation)")
+            held = f"Holding {what} in memory until the next save"
+            print(f"{f'Saving {what}' if self._saving else held} (new best validation)")
 
     def end_epoch(self) -> None:
         """Count the epoch, and save if a save is due."""

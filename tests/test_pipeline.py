@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ORIGINAL_CELLS, ROOT, TINY, assert_same, full_disk, linux_only
+from conftest import ORIGINAL_CELLS, ROOT, TINY, full_disk, linux_only
 
 import checkpoint
 import nt_asgd
@@ -20,6 +20,7 @@ import training
 from checkpoint.network import plain_name
 from loss import TrainingLoss
 from run import metrics
+from run.rehearsal import differing_files
 from run.signals import Stopped
 from training import TrainingStep
 
@@ -258,8 +259,9 @@ def test_a_resumed_run_with_nothing_to_do_writes_its_file(stage, script, corpus_
     train(script, corpus_dir, path, "--epochs", 1)
     if stage == "finetune":
         script("finetune", "--data", corpus_dir, "--save", path, "--epochs", 1, "--lr", 1)
-    status, _, err = script(stage, "--resume", path, "--save", other)
+    status, out, err = script(stage, "--resume", path, "--save", other)
     assert (status, err) == (0, "")
+    assert "Epoch 1 was the last: a larger --epochs continues the run" in out
     assert_same_weights(path, other)
     assert checkpoint.load(other).training["epoch"] == 1
 
@@ -337,7 +339,7 @@ def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_p
     with monkeypatch.context() as patch:
         send(patch, signal.SIGINT, 3)
         out = train(script, corpus_dir, path, "--epochs", 4)
-    assert "Exiting from training early" in out
+    assert f"Exiting from training early\n--resume {path} continues it\n" in out
     assert len(EPOCH.findall(out)) == 2
     assert len(END.findall(out)) == 1
     # The third epoch was trained but not evaluated; the resumed run evaluates it.
@@ -345,6 +347,9 @@ def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_p
     status, out, err = script("main", "--resume", path)
     assert (status, err) == (0, "")
     assert [int(e[0]) for e in EPOCH.findall(out)] == [3, 4]
+    assert re.search(
+        rf"Resuming {path}: epoch 3, batch \d+ of about \d+, best \S+ after epoch [12]", out
+    )
     assert_same_weights(whole, path)
 
     with monkeypatch.context() as patch:
@@ -760,7 +765,11 @@ def test_keep(script, corpus_dir, trained, tmp_path):
     flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--epochs", 1, "--save", path, "--keep"]
     for argv in ([*flags, "--epochs", 2], ["--resume", path, "--epochs", 3, "--keep"], flags):
         assert script("finetune", *argv)[0] == 0
-        assert_same(*(vars(checkpoint.load(file)) for file in (kept, trained["LSTM"])))
+        assert differing_files(checkpoint.load(kept), checkpoint.load(trained["LSTM"])) == []
+    status, _, err = script("main", "--resume", kept, "--epochs", 3)
+    assert (status, "name another file" in err) == (1, True)
+    assert script("main", "--resume", kept, "--save", tmp_path / "n.pt", "--epochs", 3)[0] == 0
+    assert differing_files(checkpoint.load(kept), checkpoint.load(trained["LSTM"])) == []
 
 
 @pytest.mark.parametrize("stopped_in", [3, 60])
