@@ -350,7 +350,10 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def _watch_flags() -> Callable[[], set[str]]:
-    """Note which flags the script in this process reads; returns a function for the others."""
+    """Note which flags the script in this process reads; returns a function for the others.
+
+    Those with their default value do not count: they may have an effect only with another.
+    """
     names, read, settle = set(), set(), Parser.settle
 
     class Watched(argparse.Namespace):
@@ -360,7 +363,7 @@ def _watch_flags() -> Callable[[], set[str]]:
 
     def watched_settle(parser: Parser, *args: Any) -> argparse.Namespace:
         settled = vars(settle(parser, *args))
-        names.update(settled)
+        names.update(name for name in settled if settled[name] != parser.flags[name].default)
         return Watched(**settled)
 
     Parser.settle = watched_settle

@@ -291,7 +291,7 @@ class TestLaunch:
             raise CompileException("no kernel image for sm_120")
 
         own_cupy.RawModule = compiled
-        expected = r"forget_mult.cu needs .*'cupy-cuda1\dx\[ctk\]'.*\(no kernel image for sm_120\)"
+        expected = r"\(no kernel image for sm_120\).*'cupy-cuda1\dx\[ctk\]>=14'"
         with pytest.raises(RuntimeError, match=expected):
             cuda.kernel(kernels.SOURCE, "qrnn_forward", (), self.DEVICE)
 

@@ -20,6 +20,7 @@ import nt_asgd
 from checkpoint import resume
 from cli import flags
 from dynamic_evaluation import DynamicEvaluation
+from fast.nt_asgd import FastNTASGD
 from loss import TrainingLoss
 from run.rehearsal import CHECKS, Failed, Rehearsal, differing
 from run.session import Session
@@ -95,7 +96,8 @@ def test_a_rehearsal_passes_and_leaves_nothing(cell, argv, script, tmp_path, mon
 
 
 def test_a_rehearsal_that_fails_says_so_in_its_exit_status(argv, script, monkeypatch):
-    monkeypatch.setattr(nt_asgd.NTASGD, "step", lambda self: None)
+    for kind in (nt_asgd.NTASGD, FastNTASGD):
+        monkeypatch.setattr(kind, "step", lambda self, **options: None)
     status, out, err = script("main", *argv, "--rehearse")
     assert status == 1
     assert out.startswith(
@@ -241,7 +243,8 @@ def test_a_flag_that_does_nothing_is_found(script, rehearsal, monkeypatch):
 
     def add_regularisers(parser):
         once(parser)
-        parser.flag("regularisation", "--gamma", type=float, default=0.0, help="a weight")
+        options = {"default": 0.0, "derive": lambda values: 0.5}
+        parser.flag("regularisation", "--gamma", type=float, help="a weight", **options)
 
     if script == "finetune.py":
         rehearsal.training()

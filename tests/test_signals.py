@@ -8,7 +8,6 @@ import pytest
 
 from run.save_clock import SaveClock
 from run.signals import Output, Stopped, StopRequests
-from utils import ToolkitError
 
 
 class Time:
@@ -122,5 +121,5 @@ def test_a_lost_output_with_nothing_to_save(broken_pipe):
     output = Output(broken_pipe)
     with contextlib.redirect_stdout(output), StopRequests():
         pass
-    with pytest.raises(ToolkitError, match="standard output takes no more"):
+    with pytest.raises(BrokenPipeError):  # it ends the script silently
         output.write("one\n")

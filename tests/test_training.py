@@ -324,7 +324,8 @@ def session_of(step, ranks, position=None):
     """A session in the middle of an epoch, with no more than a position needs."""
     session = Session.__new__(Session)
     session.ranks, session.step, session.device = ranks, step, torch.device("cpu")
-    session.args, session._position = SimpleNamespace(), position
+    session.args, session._position = SimpleNamespace(max_batches=None, epochs=1, bptt=9), position
+    session._taken, session.best_loss = None, math.inf
     return session
 
 

@@ -71,7 +71,9 @@ def test_an_unk_in_the_text_is_the_unk(tmp_path):
 
 def test_nothing_changes_where_nothing_need_go(tmp_path):
     corpus = Corpus(folder_of(tmp_path / "c", TEXTS))
-    assert corpus.with_fewer_words(vocab_size=len(corpus.dictionary)) is corpus
+    same = corpus.with_fewer_words(vocab_size=len(corpus.dictionary) + 1)
+    assert same.dictionary.idx2word == [*corpus.dictionary.idx2word, "<unk>"]
+    assert torch.equal(same.train, corpus.train)
     # Words that are not in train.txt occur less than once there.
     fewer = corpus.with_fewer_words(min_count=1)
     assert "bird" not in fewer.dictionary.word2idx
