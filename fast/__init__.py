@@ -3,11 +3,16 @@
 A module of this package has one form: a subclass of the definition's class with the same
 constructor, state and calls, and `compare(like)`, which yields the results of the form and those of
 the definition on the device and in the dtype of `like`. No definition imports this package.
+
+A comparison of results sees only what a small example does. So REPLACED also has a digest of the
+source of each method that a form replaces: where such a method was edited, the definition runs.
 """
 
 import contextlib
 import functools
+import hashlib
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -34,6 +39,25 @@ GPU_FORMS = {
     "model.QRNN": "fast.qrnn.FastQRNN",
 }
 
+# By form: each method of the definition that it replaces, with a digest of that method's source.
+# tests/test_fast.py prints them anew after an edit of ours.
+REPLACED: dict[str, dict[str, str]] = {
+    "fast.weight_drop.FastWeightDrop": {"drop": "e71365ca"},
+    "fast.splitcross.FastSplitCrossEntropyLoss": {
+        "forward": "ed73e9e0",
+        "target_logprob": "b78f4407",
+    },
+    "fast.nt_asgd.FastNTASGD": {"step": "5ce778e6"},
+    "fast.dynamic_evaluation.FastDynamicEvaluation": {"step": "00d82d9e"},
+    "fast.step.FastStep": {"update": "f621b94f"},
+    "fast.qrnn.FastQRNN": {"project": "abe384c2"},
+    "fast.cuda_graphs.GraphedStep": {
+        "begin": "ec32de26",
+        "take": "abf6b66f",
+        "update": "f621b94f",
+    },
+}
+
 
 def choose(
     network: nn.Module,
@@ -58,7 +82,7 @@ def choose(
         if not form or form.split(".")[1] in leave_out:
             continue
         module, _, name = form.rpartition(".")
-        problem = _problem(module, like.device, like.dtype, bf16)
+        problem = _edited(form) or _problem(module, like.device, like.dtype, bf16)
         if problem:
             problems.append(problem)
         else:
@@ -93,11 +117,34 @@ def record_steps(step: Any, say: Callable[[str], None] = print) -> str:
             "CUDA graphs are off: the split softmax works on as many rows as a batch has rare words"
         )
     like = step.params[0].detach()
-    problem = _problem("fast.cuda_graphs", like.device, like.dtype, False)
+    problem = _edited("fast.cuda_graphs.GraphedStep")
+    problem = problem or _problem("fast.cuda_graphs", like.device, like.dtype, False)
     if not problem:
         step.__class__ = cuda_graphs.GraphedStep
         step.set_up(say)
     return problem
+
+
+def replaced(form: type) -> dict[str, str]:
+    """The methods of this project's definition that a form replaces: digests of their source."""
+    fast_kinds = [kind for kind in form.__mro__ if kind.__module__.startswith("fast.")]
+    definition = form.__mro__[len(fast_kinds)]
+    digests = {}
+    for name in sorted(set().union(*map(vars, fast_kinds))):
+        method = getattr(definition, name, None)
+        if inspect.isfunction(method) and not method.__module__.startswith("torch."):
+            source = inspect.getsource(inspect.unwrap(method)).encode()
+            digests[name] = hashlib.blake2b(source, digest_size=4).hexdigest()
+    return digests
+
+
+def _edited(form: str) -> str:
+    """Why a form is not used if a method that it replaces was edited, in a sentence; else ""."""
+    module, _, name = form.rpartition(".")
+    now, known = replaced(getattr(importlib.import_module(module), name)), REPLACED.get(form, {})
+    edited = ", ".join(name for name in now if now[name] != known.get(name))
+    place = module.replace(".", "/")
+    return edited and f"{place}.py replaces {edited}, which was edited: it is not used"
 
 
 def _form_of(kind: type, device: torch.device) -> str:

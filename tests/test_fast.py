@@ -1,6 +1,7 @@
 """fast/: aligned products, and the choice of the forms that agree with their definitions."""
 
 import copy
+import pydoc
 import shutil
 import subprocess
 import sys
@@ -306,10 +307,12 @@ EDITS = {
         "fast/splitcross.py",
     ),
     "another penalty": ("loss.py", "dropped.float().pow(2)", "dropped.float().pow(4)", ""),
-    "another clip": (
+    "a clip that the check's small example does not reach": (
         "training.py",
-        "self.norm = nn.utils.clip_grad_norm_(self.params, self.clip)",
-        "self.norm = nn.utils.clip_grad_norm_(self.params, self.clip / 50)",
+        "        self.optimizer.step()",
+        "        if self.source.size(1) > 3:\n            for p in self.params:\n"
+        "                p.grad *= 0.1\n"
+        "        self.optimizer.step()",
         "fast/step.py",
     ),
 }
@@ -340,4 +343,10 @@ def test_an_edit_of_a_definition_takes_effect_and_is_reported(edit, unedited, co
     (tree / file).write_text(text.replace(before, after), "utf-8")
     loss, output = trained_in(tree, corpus_dir, tmp_path / "m.pt")
     assert loss != pytest.approx(unedited, rel=1e-4)
-    assert (f"{form} does not do what its definition does" in output) == bool(form)
+    assert (f"{form} replaces " in output and "was edited: it is not used" in output) == bool(form)
+
+
+def test_the_digests_are_those_of_the_definitions():
+    forms = [*fast.FORMS.values(), *fast.GPU_FORMS.values(), "fast.cuda_graphs.GraphedStep"]
+    found = {form: fast.replaced(pydoc.locate(form)) for form in forms}
+    assert {form: digests for form, digests in found.items() if digests} == fast.REPLACED
