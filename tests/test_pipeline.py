@@ -471,7 +471,7 @@ def test_lines_as_text(kind, script, trained, tmp_path):
     loaded = checkpoint.load(trained["LSTM"])
     words = [w for w in loaded.vocabulary["words"] if w != "<eos>"]
     letters = {
-        w: {"words": w, "characters": chr(k + 97), "pieces": f"\u2581{w}"}[kind]
+        w: {"words": w, "characters": chr(k + 0x4E00), "pieces": f"\u2581{w}"}[kind]
         for k, w in enumerate(words)
     }
     if kind == "pieces":

@@ -69,7 +69,7 @@ def teacher():
     return part.requires_grad_(False).eval()
 
 
-def noisy(kind, monkeypatch, rate=0.1):
+def noisy(kind, monkeypatch, rate=1.0):
     """Give the loss or the cell a noise of its own in training."""
     once = kind.forward
 

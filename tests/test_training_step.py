@@ -174,7 +174,8 @@ def test_what_is_changed_between_epochs_reaches_what_was_recorded(change):
     assert graphed.recorder.replayed > 60
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     for p, q in zip(graphed.params, eager.params, strict=True):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+        # Rounding grows over 60 steps: 2e-5 with PyTorch 2.6. A change that is missed moves more.
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
 
 
 def test_a_number_changed_within_an_epoch_is_reported_unless_refresh_is_called():
