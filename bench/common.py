@@ -100,8 +100,18 @@ def spread(times: list[float], unit: float, digits: int = 1) -> tuple[str, str]:
 
 
 def in_turns(timers: Mapping[str, Callable[[], float]], runs: int) -> dict[str, list[float]]:
-    """The seconds that each variant's timer returns, run in turn after one uncounted round."""
-    rounds = [{way: timer() for way, timer in timers.items()} for _ in range(runs + 1)]
+    """The seconds that each variant's timer returns, run in turn after one uncounted round.
+
+    After SIGINT they are those of the rounds that have ended, if there are any.
+    """
+    rounds: list[dict[str, float]] = []
+    try:
+        for _ in range(runs + 1):
+            rounds.append({way: timer() for way, timer in timers.items()})
+    except KeyboardInterrupt:
+        if len(rounds) < 2:
+            raise
+        print(f"cut short after {len(rounds) - 1} of {runs} rounds")
     return {way: [seconds[way] for seconds in rounds[1:]] for way in timers}
 
 

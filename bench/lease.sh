@@ -20,7 +20,8 @@ part() { # NAME SIGNAL SECONDS COMMAND...
     shift 3
     [ "$limit" -le "$left" ] || limit=$left
     [ "$limit" -gt 0 ] || { echo "$name: no time left" | tee -a "$work/parts.txt"; return; }
-    # In the foreground: a background job would ignore the SIGINT after which training scores its model.
+    # In the foreground: a background job would ignore the SIGINT after which training scores its model, and
+    # a benchmark prints the rounds that have ended.
     timeout -k 20 -s "$signal" "$limit" "$@" >"$work/$name.txt" 2>&1 || status=$?
     echo "$name: status $status, $((SECONDS - began)) of $limit s" | tee -a "$work/parts.txt"
     # The weights stay on the machine.
@@ -35,9 +36,9 @@ each='for dtype in float32 bfloat16 float16 float64; do python3 -c "$0" $dtype &
 if [ "$call" = first ]; then
     part compile TERM 60 bash -c "$each" "$compile"
     part tests TERM 130 python3 -m pytest -q -m gpu -n 14 --dist loadfile
-    part step-qrnn TERM 60 python3 bench/train_step.py --only "PTB QRNN"
-    part step-lstm TERM 60 python3 bench/train_step.py --only "PTB LSTM"
-    part qrnn TERM 90 python3 bench/qrnn_layer.py
+    part step-qrnn INT 60 python3 bench/train_step.py --only "PTB QRNN"
+    part step-lstm INT 60 python3 bench/train_step.py --only "PTB LSTM"
+    part qrnn INT 90 python3 bench/qrnn_layer.py
     part profile TERM 60 python3 bench/train_step.py --only "PTB QRNN" --profile
     part main INT $((end - SECONDS - 30)) python3 main.py --preset ptb-qrnn --data "$data" \
         --save "$work/PTB.pt" --logdir "$work"

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 from conftest import ROOT, linux_only
 
+from bench import common
 from tools import results_table
 
 pytestmark = linux_only
@@ -71,7 +72,7 @@ def test_the_parts_run_in_order_each_with_its_limit(lease, tmp_path):
     signals, limits = zip(
         *(call.split()[:2] for call in calls if call[:3] in "TERMINT"), strict=True
     )
-    assert signals == ("TERM",) * 6 + ("INT",)
+    assert signals == ("TERM", "TERM", "INT", "INT", "INT", "TERM", "INT")
     assert sum(map(int, limits[:-1])) == 460
     assert 500 <= int(limits[-1]) <= 530
 
@@ -90,6 +91,18 @@ def test_the_parts_run_in_order_each_with_its_limit(lease, tmp_path):
     page = (tmp_path / "gpu-a-gpu-abc.md").read_text()
     assert page.startswith("# A GPU, commit abc\n")
     assert "## pointer\n\n```\npython3 pointer.py --preset ptb-qrnn" in page
+
+
+def test_a_benchmark_that_is_cut_short_keeps_the_rounds_that_ended(capsys):
+    times = [9.0, 1.0, 2.0]
+
+    def timer():
+        if not times:
+            raise KeyboardInterrupt
+        return times.pop(0)
+
+    assert common.in_turns({"way": timer}, runs=5) == {"way": [1.0, 2.0]}
+    assert capsys.readouterr().out == "cut short after 2 of 5 rounds\n"
 
 
 def test_a_part_that_fails_does_not_stop_the_others(lease):
