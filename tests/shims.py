@@ -136,6 +136,9 @@ def check_nvrtc(source: Path, architecture: int, options: tuple[str, ...], most:
     library = nvrtc_library()
     if library is None:
         pytest.skip("the wheel nvidia-cuda-nvrtc is not installed")
+    # NVRTC 13.0 looks for this library on the loader's path, where the wheel does not put it.
+    for builtins in library.parent.glob("libnvrtc-builtins.so*"):
+        ctypes.CDLL(str(builtins))
     program = compiler.Program(cuda.code(source), source.name, lib_name=str(library))
     # CuPy's own options, with CuPy 13's default standard, the oldest in use.
     own = ["--std=c++14", "-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v"]
