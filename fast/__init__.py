@@ -82,7 +82,7 @@ def choose(
         if not form or form.split(".")[1] in leave_out:
             continue
         module, _, name = form.rpartition(".")
-        problem = _edited(form) or _problem(module, like.device, like.dtype, bf16)
+        problem = _problem(form, like.device, like.dtype, bf16)
         if problem:
             problems.append(problem)
         else:
@@ -117,8 +117,7 @@ def record_steps(step: Any, say: Callable[[str], None] = print) -> str:
             "CUDA graphs are off: the split softmax works on as many rows as a batch has rare words"
         )
     like = step.params[0].detach()
-    problem = _edited("fast.cuda_graphs.GraphedStep")
-    problem = problem or _problem("fast.cuda_graphs", like.device, like.dtype, False)
+    problem = _problem("fast.cuda_graphs.GraphedStep", like.device, like.dtype, False)
     if not problem:
         step.__class__ = cuda_graphs.GraphedStep
         step.set_up(say)
@@ -138,40 +137,36 @@ def replaced(form: type) -> dict[str, str]:
     return digests
 
 
-def _edited(form: str) -> str:
-    """Why a form is not used if a method that it replaces was edited, in a sentence; else ""."""
-    module, _, name = form.rpartition(".")
-    now, known = replaced(getattr(importlib.import_module(module), name)), REPLACED.get(form, {})
-    edited = ", ".join(name for name in now if now[name] != known.get(name))
-    place = module.replace(".", "/")
-    return edited and f"{place}.py replaces {edited}, which was edited: it is not used"
-
-
 def _form_of(kind: type, device: torch.device) -> str:
     name = f"{kind.__module__}.{kind.__qualname__}"
     return FORMS.get(name) or (GPU_FORMS.get(name, "") if device.type == "cuda" else "")
 
 
 @functools.cache
-def _problem(module: str, device: torch.device, dtype: torch.dtype, bf16: bool) -> str:
-    """Why the form in a module is not used, in a sentence; "" if it agrees with its definition."""
+def _problem(form: str, device: torch.device, dtype: torch.dtype, bf16: bool) -> str:
+    """Why a form is not used, in a sentence; "" if it agrees with its definition."""
+    module, _, name = form.rpartition(".")
+    place = module.replace(".", "/")
     like = torch.empty(0, device=device, dtype=dtype)
     tolerance = check.TOLERANCE[torch.bfloat16 if bf16 else dtype]
     if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         tolerance = max(tolerance, 2e-3)  # TensorFloat-32 has ten bits
     try:
-        compare = importlib.import_module(module).compare
+        own = importlib.import_module(module)
+        now, known = replaced(getattr(own, name)), REPLACED.get(form, {})
+        edited = ", ".join(method for method in now if now[method] != known.get(method))
+        if edited:
+            return f"{place}.py replaces {edited}, which was edited: it is not used"
         with (
             _generators_kept(device),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False),
         ):
-            apart = check.distance(*compare(like))
+            apart = check.distance(*own.compare(like))
         reason = f"its results differ by {apart:.1e}" if apart > tolerance else ""
     except Exception as error:  # of a kernel, its compiler, or a private function of PyTorch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    place = module.replace(".", "/")
     return reason and f"{place}.py does not do what its definition does ({reason}): it is not used"
 
 
