@@ -205,13 +205,13 @@ class Parser(argparse.ArgumentParser):
         Raises ToolkitError if a flag that was given cannot take effect.
         """
         chosen = {**given.preset, **given.line}
-        kept = given.line.keys() | given.preset.keys() - _PRESET_DEFAULTS
-        counted = [name for name in self.flags if name in kept]
+        counts = given.line.keys() | given.preset.keys() - _PRESET_DEFAULTS
+        counted = [name for name in self.flags if name in counts]
         values = {name: flag.default for name, flag in self.flags.items()} | chosen
         recorded = {}
         if file is not None:
             self._check_given({name: chosen[name] for name in counted}, file)
-            recorded = self._recorded(kept, values, file)
+            recorded = self._recorded(counted, values, file)
         values |= recorded
         for name, flag in self.flags.items():
             if flag.derive and name not in counted and name not in recorded:
@@ -254,7 +254,7 @@ class Parser(argparse.ArgumentParser):
                 )
 
     def _recorded(
-        self, given: set[str], values: Mapping[str, Any], file: Recorded
+        self, given: Sequence[str], values: Mapping[str, Any], file: Recorded
     ) -> dict[str, Any]:
         """The flags to take from the file, where they are not `given`; `values` are the others."""
         excluded = {self.flags[name].either for name in given} - {""}
