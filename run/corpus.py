@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from data import EOS, SPLITS, UNK, Corpus, CorpusError, Dictionary
 from files.reading import opened
 from run.progress import Bar
@@ -66,10 +68,12 @@ def unusual(corpus: Corpus, folder: Path, unk: str, new: bool) -> Iterator[str]:
     for word in words:
         if word.lower() == UNK and word != unk:
             yield f"{word} is a word like any other here: --unk '{word}' makes it the unknown one"
-    # Ids are in order of first appearance.
-    valid = corpus.part("valid")
+    # A word that is in valid.txt and test.txt as often as in all three is not in train.txt.
+    valid, counter = corpus.valid, corpus.dictionary.counter
+    held_out = torch.bincount(torch.cat([valid, corpus.test]), minlength=len(words)).tolist()
+    only_there = torch.tensor([held_out[i] == counter[i] for i in range(len(words))])
     valid = valid[valid != corpus.dictionary.word2idx[EOS]]
-    unseen = (valid > corpus.part("train").max()).float().mean()
+    unseen = only_there[valid].float().mean()
     if unseen > 0.5:
         yield (
             f"{unseen:.0%} of the words of valid.txt occur nowhere in train.txt: put white space "
