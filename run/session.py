@@ -264,7 +264,7 @@ class Session:
         Raises CheckpointError if the run's state could not be saved and read again.
         """
         # What cannot be saved is refused before the first batch, not at the first save.
-        state = {"config": self.config, "hidden": self.step.hidden, **self._training_state()}
+        state = {"config": self.config, "hidden": self.step.hidden, **self._progress()}
         checkpoint.check_content(state)
         if self.finished >= last and not self.done:
             print(f"Epoch {last} was the last: a larger --epochs continues the run")
@@ -496,7 +496,16 @@ class Session:
                 print(f"Going on without a copy: {error}")
 
     def _training_state(self) -> dict[str, Any]:
-        """Everything that `resume` needs: plain values and tensors.
+        """Everything that `resume` needs: copies of the weights, and `_progress`."""
+        return {
+            "model": checkpoint.snapshot(self.network.model),
+            "criterion": checkpoint.snapshot(self.network.criterion),
+            "loss": checkpoint.further(self.network),
+            **self._progress(),
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """What `resume` needs beside the weights: plain values and tensors.
 
         The optimiser's tensors are not copied: write them before the next step. Every rank must
         call this at once. Raises ToolkitError if a weight or the loss is not finite, so that such a
@@ -516,9 +525,6 @@ class Session:
             "data": self.fingerprint,
             "epoch": self.finished,
             "position": position,
-            "model": checkpoint.snapshot(self.network.model),
-            "criterion": checkpoint.snapshot(self.network.criterion),
-            "loss": checkpoint.further(self.network),
             "optimizer": optimizer,
             "parameters": resume.parameter_names(self.network, self.step.params),
             "settings": self._settings,
