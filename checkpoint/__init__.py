@@ -18,6 +18,7 @@ from checkpoint.network import (
     load_state,
     open_model,
     rebuild,
+    scoring_network,
     snapshot,
     vocabulary_of,
 )

@@ -82,9 +82,19 @@ def open_model(
     Raises CheckpointError for a file that cannot be used.
     """
     loaded = load(path)
-    network = TrainingLoss(*rebuild(loaded, torch.device(device))).eval()
-    load_further(network, loaded.loss)
-    return network, loaded.dictionary
+    return scoring_network(loaded, torch.device(device)), loaded.dictionary
+
+
+def scoring_network(loaded: Checkpoint, device: torch.device) -> TrainingLoss:
+    """The network of a file in evaluation, on `device`, with the loss's own weights if it has any.
+
+    Raises CheckpointError as `rebuild` and `load_further` do.
+    """
+    network = TrainingLoss(*rebuild(loaded, device)).to(device).eval()
+    # Weights of a loss that this code does not make are for training alone.
+    if further(network):
+        load_further(network, loaded.loss)
+    return network
 
 
 def check_readable(written: Checkpoint) -> None:

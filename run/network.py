@@ -17,7 +17,7 @@ def network_of(loaded: Checkpoint, args: argparse.Namespace) -> TrainingLoss:
     """
     device = select_device(args.cuda)
     score_as_trained(loaded.args, device)
-    network = TrainingLoss(*checkpoint.rebuild(loaded, device)).eval()
+    network = checkpoint.scoring_network(loaded, device)
     for line in fast.choose(network, plain=args.plain)[1:]:
         sys.stderr.write(f"{line}\n")
     return network

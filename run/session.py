@@ -587,7 +587,7 @@ class Session:
 
     def test(self) -> None:
         """Score the best model on the test set."""
-        network = TrainingLoss(*checkpoint.rebuild(self.best, self.device))
+        network = checkpoint.scoring_network(self.best, self.device)
         fast.choose(network, plain=self.args.plain)
         loss = self.evaluate("test.txt", network)
         print(DOUBLE_RULE)

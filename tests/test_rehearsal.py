@@ -123,6 +123,19 @@ def test_weights_of_the_loss_are_trained_saved_and_resumed(rehearsal, monkeypatc
     assert "the same bit for bit" in rehearsal.stopping()
 
 
+def test_weights_of_the_loss_are_used_in_evaluation_too(rehearsal, monkeypatch):
+    extended(monkeypatch, head, with_head)
+    once = TrainingLoss.forward
+
+    def forward(self, *batch):
+        loss, raw_loss, hidden = once(self, *batch)
+        return loss, raw_loss + self.part.weight.detach().square().sum(), hidden
+
+    monkeypatch.setattr(TrainingLoss, "forward", forward)
+    rehearsal.training()
+    assert "the recorded validation loss" in rehearsal.model_file()
+
+
 def test_weights_of_the_loss_that_the_optimiser_lacks_are_named(rehearsal, monkeypatch):
     extended(monkeypatch, head, with_head)
     init = nt_asgd.NTASGD.__init__
