@@ -173,14 +173,9 @@ def _problem(form: str, device: torch.device, dtype: torch.dtype, bf16: bool) ->
 @contextlib.contextmanager
 def _generators_kept(device: torch.device) -> Iterator[None]:
     """A context with fixed random numbers, after which the generators are as they were."""
-    cuda = device.type == "cuda"
-    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
-    torch.default_generator.manual_seed(0)
-    if cuda:
-        torch.cuda.manual_seed(0)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(0)
         if cuda:
-            torch.cuda.set_rng_state(states[1], device)
+            torch.cuda.manual_seed(0)
+        yield
