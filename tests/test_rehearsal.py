@@ -364,6 +364,17 @@ def test_what_a_file_cannot_hold_is_refused(place, value, named, argv, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_flag_that_the_network_contradicts_is_refused(argv, tmp_path, monkeypatch):
+    prepare = Session.prepare
+
+    def prepared(session, corpus, config, *others):
+        prepare(session, corpus, {**config, "alpha": 9.0}, *others)
+
+    monkeypatch.setattr(Session, "prepare", prepared)
+    with pytest.raises(ToolkitError, match=r"--alpha 2\.0 has no effect on .* made with 9\.0: add"):
+        main.main([*argv, "--save", str(tmp_path / "m.pt")])
+
+
 State = collections.namedtuple("State", "h")
 
 
