@@ -67,6 +67,12 @@ class Ranks:
         """The sum of every rank's `value`, the same number on each."""
         return sum(self.gathered(value))
 
+    def mean(self, value: float, weight: int) -> float:
+        """The mean of every rank's `value`, weighted by `weight`, the same number on each."""
+        if self.world == 1:
+            return value  # not rounded
+        return self.total(value * weight) / self.total(weight)
+
     def largest(self, value: int) -> int:
         """The largest of every rank's `value`."""
         if self.world == 1:

@@ -428,8 +428,7 @@ class Session:
             loss = training.evaluate(
                 network, source, self.args.bptt, self.args.max_batches, after_chunk
             )
-        columns = source.size(1)
-        return self.ranks.total(loss * columns) / self.ranks.total(columns)
+        return self.ranks.mean(loss, weight=source.size(1))
 
     def validate(self) -> float:
         """Print and return an epoch's validation loss; raises ToolkitError if it is not finite."""
