@@ -25,7 +25,7 @@ import checkpoint
 from checkpoint import Checkpoint
 from checkpoint.network import plain_name
 from cli import flags
-from cli.parser import Parser
+from cli.parser import Flag, Parser
 from loss import TrainingLoss, is_frozen
 from nt_asgd import NonMonotonicTrigger
 from run.corpus import read_corpus
@@ -83,14 +83,6 @@ class Rehearsal:
 
     def __init__(self, parser: Parser, argv: Sequence[str], folder: str) -> None:
         self.parser, self.argv, self.folder = parser, argv, folder
-        # By name, as on a command line; a model file's configuration hands on the others.
-        self.training_flags = {
-            name: flag.name
-            for name, flag in parser.flags.items()
-            if flag.belongs == "training" and not flag.config
-        }
-        # Some optimisers import PyTorch's compiler (2 s): once here, not in each process.
-        importlib.import_module("torch._dynamo")
         # OpenMP's threads do not survive a fork, so this process starts none.
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -98,8 +90,6 @@ class Rehearsal:
     def training(self) -> str:
         """Every trainable weight is the optimiser's, and changes if it gets a gradient."""
         rest = self.train("main", "whole.pt", *self.argv, "--epochs", "2")
-        self.file = checkpoint.load(self.path("whole.pt"))
-        self.args = self.file.args
         without = f", except for those without gradient: {', '.join(rest)}" if rest else ""
         return f"every weight changes{without}"
 
@@ -153,11 +143,8 @@ class Rehearsal:
         argv = ["--data", self.args["data"], "--epochs", "1", *self.device_flags()]
         self.train("finetune", "tuned.pt", *argv)
         after = checkpoint.load(self.path("tuned.pt")).training["args"]
-        belonging = self.training_flags.items()
-        lost = [flag for name, flag in belonging if name not in after]
-        if lost:
-            raise Failed(f'it has no {", ".join(lost)}: add it there, or say belongs="run"')
-        other = [flag for name, flag in belonging if after[name] != self.args[name]]
+        flags = self.training_flags()
+        other = [flag.name for name, flag in flags if after.get(name) != self.args[name]]
         return "it runs" + (f", with a value of its own for {', '.join(other)}" if other else "")
 
     def later_stages(self) -> str:
@@ -186,9 +173,15 @@ class Rehearsal:
         Returns the names of the weights without gradient.
         """
         argv = (*argv, *SMALL, "--logdir", "", "--save", self.path(name))
-        seen, _ = self.run(f"{script}.py", _train, script, argv, stop)
-        rest, unread = seen.pop("without gradient"), seen.pop("unread flags")
-        idle = [flag for name, flag in self.training_flags.items() if name in unread]
+        (rest, read, compiler, seen), _ = self.run(f"{script}.py", _train, script, argv, stop)
+        if compiler:
+            importlib.import_module("torch._dynamo")  # 2 s: once, not in each of the others
+        if name == "whole.pt":
+            self.file = checkpoint.load(self.path(name))
+            self.args = self.file.args
+        # A flag with its default value may have an effect only with another.
+        set_flags = [(n, flag) for n, flag in self.training_flags() if self.args[n] != flag.default]
+        idle = [flag.name for name, flag in set_flags if name not in read]
         if idle:
             raise Failed(
                 f'{script}.py does not use {", ".join(idle)}: use it, or say belongs="run"'
@@ -197,6 +190,11 @@ class Rehearsal:
             if names:
                 raise Failed(f"{fault}: {', '.join(names)}")
         return rest
+
+    def training_flags(self) -> list[tuple[str, Flag]]:
+        """The flags that finetune.py shares, except those in a model file's configuration."""
+        flags = self.parser.flags.items()
+        return [(n, flag) for n, flag in flags if flag.belongs == "training" and not flag.config]
 
     def later(self, script: str, *words: str) -> str:
         """Run another script on the first run's device; its output."""
@@ -275,8 +273,14 @@ def _script(name: str, argv: Sequence[str]) -> None:
     importlib.import_module(name).main(argv)
 
 
-def _train(script: str, argv: Sequence[str], stop: Sequence[int]) -> dict[str, list[str]]:
-    """Run a script, with averaging from epoch 2 on; names of weights, modules, flags by fault."""
+def _train(
+    script: str, argv: Sequence[str], stop: Sequence[int]
+) -> tuple[list[str], set[str], bool, dict[str, list[str]]]:
+    """Run a script, with averaging from epoch 2 on, up to `stop` (epoch, batch) if given.
+
+    Returns the weights without gradient, the flags read, whether PyTorch's compiler was imported,
+    as some optimisers do, and the weights and modules by fault.
+    """
     weights: dict[str, tuple[Tensor, Tensor]] = {}  # each with a copy from the start
     frozen: dict[str, nn.Module] = {}
     strangers: dict[int, str] = {}
@@ -314,7 +318,7 @@ def _train(script: str, argv: Sequence[str], stop: Sequence[int]) -> dict[str, l
     Session.prepare, Session.after_batch = watched_prepare, watched_batch
     TrainingLoss.forward = watched_forward
     NonMonotonicTrigger.update = switch
-    unread = _watch_flags()
+    read = _watch_flags()
     exact = ["--deterministic"] if torch.cuda.is_available() and "--resume" not in argv else []
     try:
         _script(script, [*argv, *exact])
@@ -322,15 +326,15 @@ def _train(script: str, argv: Sequence[str], stop: Sequence[int]) -> dict[str, l
         stop = ()
     if stop:
         raise Failed("the run did not obey a signal: call session.after_batch() after each batch")
-    return {
-        "without gradient": sorted(weights.keys() - with_gradient),
+    faults = {
         "unchanged by the optimiser": [
             n for n in sorted(with_gradient) if torch.equal(*weights[n])
         ],
         "frozen, but not in evaluation mode": sorted(woken),
         "with a gradient, but no part of the network": list(strangers.values()),
-        "unread flags": sorted(unread()),
     }
+    rest, compiler = sorted(weights.keys() - with_gradient), "torch._dynamo" in sys.modules
+    return rest, read, compiler, faults
 
 
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
@@ -345,25 +349,17 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
                 yield node.variable
 
 
-def _watch_flags() -> Callable[[], set[str]]:
-    """Note which flags the script in this process reads; returns a function for the others.
-
-    Those with their default value do not count: they may have an effect only with another.
-    """
-    names, read, settle = set(), set(), Parser.settle
+def _watch_flags() -> set[str]:
+    """The names of the flags that the script in this process will have read."""
+    read, settle = set(), Parser.settle
 
     class Watched(argparse.Namespace):
         def __getattribute__(self, name: str) -> Any:
             read.add(name)
             return super().__getattribute__(name)
 
-    def watched_settle(parser: Parser, *args: Any) -> argparse.Namespace:
-        settled = vars(settle(parser, *args))
-        names.update(name for name in settled if settled[name] != parser.flags[name].default)
-        return Watched(**settled)
-
-    Parser.settle = watched_settle
-    return lambda: names - read
+    Parser.settle = lambda *args: Watched(**vars(settle(*args)))
+    return read
 
 
 @torch.inference_mode()

@@ -241,21 +241,25 @@ def test_weights_outside_of_the_network_are_found(rehearsal, monkeypatch):
         rehearsal.training()
 
 
-@pytest.mark.parametrize("script", ["main.py", "finetune.py"])
-def test_a_flag_that_does_nothing_is_found(script, rehearsal, monkeypatch):
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_flag_that_does_nothing_is_found(shared, rehearsal, monkeypatch):
     once = flags.add_regularisers
 
     def add_regularisers(parser):
         once(parser)
-        options = {"default": 0.0, "derive": lambda values: 0.5}
-        parser.flag("regularisation", "--gamma", type=float, help="a weight", **options)
+        parser.flag("regularisation", "--gamma", 0.0, "a weight", derive=lambda values: 0.5)
 
-    if script == "finetune.py":
+    if shared:
+        monkeypatch.setattr(flags, "add_regularisers", add_regularisers)
+        rehearsal.parser = main.build_parser()
+        with pytest.raises(Failed, match=r"main\.py does not use --gamma"):
+            rehearsal.training()
+    else:
         rehearsal.training()
-    monkeypatch.setattr(flags, "add_regularisers", add_regularisers)
-    rehearsal.training_flags["gamma"] = "--gamma"
-    with pytest.raises(Failed, match="does not use --gamma"):
-        rehearsal.training() if script == "main.py" else rehearsal.finetuning()
+        rehearsal.args["gamma"] = 0.5
+        rehearsal.parser.flag("regularisation", "--gamma", 0.0, "a weight")
+        with pytest.raises(Failed, match=r"finetune\.py does not use --gamma"):
+            rehearsal.finetuning()
 
 
 def test_a_frozen_part_that_was_never_put_in_evaluation_mode_is_found(rehearsal, monkeypatch):
@@ -305,13 +309,6 @@ def test_dynamic_evaluation_is_in_evaluation_mode(mode, rehearsal, monkeypatch):
     monkeypatch.setattr(TrainingStep, "begin", begin_in_training_mode)
     with pytest.raises(Failed, match=r"at rate 0 dynamiceval\.py gives the perplexity"):
         rehearsal.later_stages()
-
-
-def test_a_flag_that_finetuning_lacks_is_named(rehearsal):
-    rehearsal.training()
-    rehearsal.training_flags["clip_embedding"] = "--clip-embedding"
-    with pytest.raises(Failed, match="it has no --clip-embedding: add it there"):
-        rehearsal.finetuning()
 
 
 def test_a_faster_form_that_is_off_is_found(rehearsal, monkeypatch):
