@@ -143,8 +143,8 @@ class Rehearsal:
         argv = ["--data", self.args["data"], "--epochs", "1", *self.device_flags()]
         self.train("finetune", "tuned.pt", *argv)
         after = checkpoint.load(self.path("tuned.pt")).training["args"]
-        flags = self.training_flags()
-        other = [flag.name for name, flag in flags if after.get(name) != self.args[name]]
+        shared = self.training_flags()
+        other = [flag.name for name, flag in shared if after.get(name) != self.args[name]]
         return "it runs" + (f", with a value of its own for {', '.join(other)}" if other else "")
 
     def later_stages(self) -> str:
@@ -167,34 +167,36 @@ class Rehearsal:
         """The path of a file in the folder."""
         return os.path.join(self.folder, name)
 
-    def train(self, script: str, name: str, *argv: str, stop: Sequence[int] = ()) -> list[str]:
-        """Run main.py or finetune.py, up to `stop` (epoch, batch) if given.
+    def train(
+        self, script: str, name: str, *argv: str, stop: Sequence[int] | None = None
+    ) -> list[str]:
+        """Run main.py or finetune.py; returns the names of the weights without gradient.
 
-        Returns the names of the weights without gradient.
+        With `stop`, the run is a part of one, up to that (epoch, batch) unless it is empty.
         """
         argv = (*argv, *SMALL, "--logdir", "", "--save", self.path(name))
-        (rest, read, compiler, seen), _ = self.run(f"{script}.py", _train, script, argv, stop)
+        (rest, read, compiler, seen), _ = self.run(f"{script}.py", _train, script, argv, stop or ())
         if compiler:
             importlib.import_module("torch._dynamo")  # 2 s: once, not in each of the others
         if name == "whole.pt":
             self.file = checkpoint.load(self.path(name))
             self.args = self.file.args
         # A flag with its default value may have an effect only with another.
-        set_flags = [(n, flag) for n, flag in self.training_flags() if self.args[n] != flag.default]
-        idle = [flag.name for name, flag in set_flags if name not in read]
+        unread = [(n, flag) for n, flag in self.training_flags() if n not in read]
+        idle = [flag.name for n, flag in unread if self.args[n] != flag.default]
         if idle:
             raise Failed(
                 f'{script}.py does not use {", ".join(idle)}: use it, or say belongs="run"'
             )
         for fault, names in seen.items():
-            if names:
+            if names and stop is None:
                 raise Failed(f"{fault}: {', '.join(names)}")
         return rest
 
     def training_flags(self) -> list[tuple[str, Flag]]:
         """The flags that finetune.py shares, except those in a model file's configuration."""
-        flags = self.parser.flags.items()
-        return [(n, flag) for n, flag in flags if flag.belongs == "training" and not flag.config]
+        every = self.parser.flags.items()
+        return [(n, flag) for n, flag in every if flag.belongs == "training" and not flag.config]
 
     def later(self, script: str, *words: str) -> str:
         """Run another script on the first run's device; its output."""
