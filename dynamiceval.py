@@ -21,7 +21,7 @@ import fast
 from checkpoint import Checkpoint, resume
 from cli import flags
 from cli.parser import Parser, Recorded
-from cli.types import non_negative, positive_int
+from cli.types import positive_int
 from continuous_cache import ContinuousCache
 from data import Corpus
 from dynamic_evaluation import DynamicEvaluation, GradientStatistics
@@ -50,44 +50,34 @@ def build_parser() -> Parser:
     flags.add_model(parser)
     flags.add_save(parser, "model file to score")
     add = parser.group("dynamic evaluation")
-    add("--lr", type=non_negative, default=5e-5, help="rate; published: 5e-5, QRNNs 1.2e-4")
+    add("--lr", 5e-5, "rate; published: 5e-5, QRNNs 1.2e-4")
     add(
         "--lamb",
-        type=non_negative,
-        default=0.002,
-        help="rate of decay to the trained weights; published: 0.002, QRNNs 0.02 and 0.008",
+        0.002,
+        "rate of decay to the trained weights; published: 0.002, QRNNs 0.02 and 0.008",
     )
-    add(
-        "--epsilon",
-        type=non_negative,
-        default=2e-5,
-        help="added to the root mean square that a gradient is divided by",
-    )
+    add("--epsilon", 2e-5, "added to the root mean square that a gradient is divided by")
     add(
         "--bptt",
+        5,
+        "tokens per segment; the model learns after each one; published: 5, QRNNs 20",
         type=positive_int,
-        default=5,
-        help="tokens per segment; the model learns after each one; published: 5, QRNNs 20",
     )
-    add("--batch_size", type=positive_int, default=100, help="columns of the statistics' batches")
-    add("--sgd", action="store_true", help="use plain gradient descent, without statistics")
+    add("--batch_size", 100, "columns of the statistics' batches", type=positive_int)
+    add("--sgd", False, "use plain gradient descent, without statistics")
     add(
         "--oldhyper",
-        action="store_true",
-        help="divide --lamb by the number of weight tensors, and --lr and --epsilon by the root of "
+        False,
+        "divide --lamb by the number of weight tensors, and --lr and --epsilon by the root of "
         "the number of segments",
     )
     add(
         "--grid",
-        action="store_true",
-        help=f"try {len(RATES)} rates and {len(LAMBDAS)} lambdas, and those given, on valid.txt",
+        False,
+        f"try {len(RATES)} rates and {len(LAMBDAS)} lambdas, and those given, on valid.txt",
     )
-    add(
-        "--gridfast",
-        action="store_true",
-        help=f"as --grid, but on the first {FAST_TOKENS:,} tokens of valid.txt",
-    )
-    parser.flag("cache", "--cache", action="store_true", help="add the continuous cache")
+    add("--gridfast", False, f"as --grid, but on the first {FAST_TOKENS:,} tokens of valid.txt")
+    parser.flag("cache", "--cache", False, "add the continuous cache")
     flags.add_cache(parser)
     flags.add_device(parser)
     flags.add_max_batches(parser, "segments of each text")

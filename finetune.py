@@ -11,7 +11,7 @@ from checkpoint import Checkpoint
 from cli import flags
 from cli.parser import Parser, Recorded
 from data import partial_shuffle
-from loss import TrainingLoss
+from loss import make_loss
 from nt_asgd import NTASGD
 from run import program
 from run.corpus import read_corpus
@@ -29,16 +29,16 @@ def build_parser() -> Parser:
     parser.flag(
         "network",
         "--tied",
+        False,
+        "no effect, kept from the original: weights are always tied",
         belongs="call",
-        action="store_true",
-        help="no effect, kept from the original: weights are always tied",
     )
     parser.flag(
         "files",
         "--keep",
+        False,
+        "keep a copy of the file before finetuning, as SAVE.before-finetune",
         belongs="call",
-        action="store_true",
-        help="keep a copy of the file before finetuning, as SAVE.before-finetune",
     )
     return parser
 
@@ -75,13 +75,7 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> Non
     """Load the file's model, start averaging, and prepare or resume the session."""
     corpus = read_corpus(args, source.dictionary, first=session.ranks.first)
     model, criterion = checkpoint.rebuild(source, session.device, **flags.dropouts(args))
-    network = TrainingLoss(
-        model,
-        criterion,
-        alpha=args.alpha,
-        beta=args.beta,
-        bf16=args.precision == "bf16",
-    )
+    network = make_loss(args, model, criterion).to(session.device)
     checkpoint.load_further(network, source.loss)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = NTASGD(trained, args.lr, args.wdecay)

@@ -14,7 +14,7 @@ from torch import Tensor
 import checkpoint
 from cli import flags
 from cli.parser import Given, Parser, Recorded
-from cli.types import non_negative, positive_int, share_of_one
+from cli.types import positive_int, share_of_one
 from data import EOS, Dictionary
 from files.writing import check_writable, writing
 from loss import TrainingLoss
@@ -34,16 +34,16 @@ def build_parser() -> Parser:
     parser.flag(
         "",
         "--data",
-        default="./data/penn",
-        help="no effect, kept from the original: the vocabulary is read from the model file",
+        "./data/penn",
+        "no effect, kept from the original: the vocabulary is read from the model file",
     )
     flags.add_model(parser)
     add = parser.group("")
-    add("--checkpoint", default="./model.pt", help="model file to sample from")
-    add("--outf", default="generated.txt", help="file to write, - for standard output")
-    add("--words", type=positive_int, default=1000, help="number of words to sample, at most")
+    add("--checkpoint", "./model.pt", "model file to sample from")
+    add("--outf", "generated.txt", "file to write, - for standard output")
+    add("--words", 1000, "number of words to sample, at most", type=positive_int)
     add("--lines", either="texts", type=positive_int, help="lines to sample, each up to its <eos>")
-    add("--temperature", type=non_negative, default=1.0, help="above 1 more varied, 0 likeliest")
+    add("--temperature", 1.0, "above 1 more varied, 0 likeliest")
     add("--top-k", type=positive_int, metavar="K", help="sample among the K likeliest words")
     add(
         "--top-p",
@@ -51,23 +51,23 @@ def build_parser() -> Parser:
         metavar="P",
         help="sample among the likeliest words, as few as reach a total probability of P",
     )
-    add("--no-unk", action="store_true", help="never sample the unknown word")
-    add("--samples", either="texts", type=positive_int, default=1, help="texts to sample at once")
+    add("--no-unk", False, "never sample the unknown word")
+    add("--samples", 1, "texts to sample at once", either="texts", type=positive_int)
     add(
         "--prompt",
-        either="prompts",
-        default="",
-        help="words to continue, written as in the corpus, from the start of a line; by default a "
+        "",
+        "words to continue, written as in the corpus, from the start of a line; by default a "
         "random word is continued, with --lines the start of a line",
+        either="prompts",
     )
-    add("--interactive", either="prompts", action="store_true", help="continue each line of input")
+    add("--interactive", False, "continue each line of input", either="prompts")
     add(
         "--next",
         type=positive_int,
         metavar="K",
         help="print the K likeliest words after --prompt with their probabilities; sample nothing",
     )
-    add("--log-interval", type=positive_int, default=100, help="words between progress lines")
+    add("--log-interval", 100, "words between progress lines", type=positive_int)
     flags.add_tokens_are(parser)
     flags.add_seed(parser)
     flags.add_device(parser)

@@ -3,6 +3,8 @@
 "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182, section 4.6.
 """
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +89,17 @@ class TrainingLoss(nn.Module):
             raw = raw.float()
             penalty = penalty + self.beta * (raw[1:] - raw[:-1]).pow(2).mean()
         return penalty
+
+
+def make_loss(args: argparse.Namespace, model: RNNModel, criterion: nn.Module) -> TrainingLoss:
+    """The network that main.py and finetune.py train with the flags `args`."""
+    return TrainingLoss(
+        model,
+        criterion,
+        alpha=args.alpha,
+        beta=args.beta,
+        bf16=args.precision == "bf16",
+    )
 
 
 def is_frozen(part: nn.Module) -> bool:

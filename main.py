@@ -13,7 +13,7 @@ from checkpoint import Checkpoint
 from cli import flags
 from cli.parser import Given, Parser, Recorded
 from data import partial_shuffle
-from loss import TrainingLoss
+from loss import make_loss
 from model import make_network
 from nt_asgd import NTASGD
 from run import program
@@ -34,37 +34,37 @@ def build_parser() -> Parser:
     parser.flag(
         "training",
         "--optimizer",
+        "sgd",
+        "optimiser",
         belongs="run",
         fixed="its state belongs to that optimiser",
-        default="sgd",
         choices=["sgd", "adam"],
-        help="optimiser",
     )
     parser.flag(
         "training",
         "--when",
+        [-1],
+        "after each of these epochs save a copy as SAVE.eE and divide the learning rate by 10",
         belongs="run",
         type=int,
         nargs="+",
-        default=[-1],
         metavar="E",
-        help="after each of these epochs save a copy as SAVE.eE and divide the learning rate by 10",
     )
     parser.flag(
         "files",
         "--init",
+        "",
+        "model file to start a new run from: its weights, architecture and vocabulary",
         belongs="call",
         either="start",
-        default="",
         metavar="FILE",
-        help="model file to start a new run from: its weights, architecture and vocabulary",
     )
     parser.flag(
         "running",
         "--rehearse",
+        False,
+        "train a few batches in a temporary folder and check that every stage works",
         belongs="call",
-        action="store_true",
-        help="train a few batches in a temporary folder and check that every stage works",
     )
     return parser
 
@@ -127,13 +127,7 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
         }
         model, criterion = make_network(**config)
     corpus.dictionary.tokens_are = args.tokens_are or corpus.dictionary.tokens_are
-    network = TrainingLoss(
-        model.to(session.device),
-        criterion.to(session.device),
-        alpha=args.alpha,
-        beta=args.beta,
-        bf16=args.precision == "bf16",
-    )
+    network = make_loss(args, model, criterion).to(session.device)
     if source is not None:
         checkpoint.load_further(network, source.loss)
     trained = [p for p in network.parameters() if p.requires_grad]

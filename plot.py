@@ -72,13 +72,7 @@ def build_parser() -> Parser:
     """The command line of plot.py."""
     parser = Parser("plot", __doc__)
     parser.flag("", "runs", nargs="+", metavar="RUN", help="log file, metrics.jsonl or folder")
-    parser.flag(
-        "",
-        "--out",
-        default="curves.png",
-        metavar="FILE",
-        help="picture to write: .png, .pdf or .svg",
-    )
+    parser.flag("", "--out", "curves.png", "picture to write: .png, .pdf or .svg", metavar="FILE")
     parser.flag(
         "", "--names", nargs="+", metavar="NAME", help="names of the runs, instead of file names"
     )

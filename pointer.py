@@ -43,8 +43,8 @@ def build_parser() -> Parser:
     parser.flag(
         "search",
         "--search",
-        action="store_true",
-        help="tune the window, theta and lambda on valid.txt and score test.txt with the best "
+        False,
+        "tune the window, theta and lambda on valid.txt and score test.txt with the best "
         "values; the values given are tried too",
     )
     parser.flag(

@@ -91,10 +91,8 @@ def save(
     Raises CheckpointError if the file could not be read again, and ToolkitError, with the old file
     unchanged, if it cannot be written.
     """
-    # Not dataclasses.asdict(): it would copy every tensor.
-    fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
-    check_content(fields)
-    write(path, {"format": FORMAT, "version": VERSION, **fields}, keep, own)
+    check_content(vars(checkpoint))
+    write(path, {"format": FORMAT, "version": VERSION, **vars(checkpoint)}, keep, own)
 
 
 def write(

@@ -36,10 +36,10 @@ def add_data(parser: Parser, default: str) -> None:
     parser.flag(
         "files",
         "--data",
-        default=default,
+        default,
+        "the corpus: train.txt, valid.txt and test.txt, tokens separated by white space",
         belongs="run",
         metavar="FOLDER",
-        help="the corpus: train.txt, valid.txt and test.txt, tokens separated by white space",
     )
 
 
@@ -62,9 +62,9 @@ def add_vocabulary(parser: Parser) -> None:
     add = parser.group("files", belongs="run")
     add(
         "--unk",
-        default="<unk>",
+        "<unk>",
+        "the word of the corpus that stands for unknown ones, in this and all later stages",
         metavar="TOKEN",
-        help="the word of the corpus that stands for unknown ones, in this and all later stages",
     )
     add(
         "--vocab-size",
@@ -100,12 +100,12 @@ def add_model(parser: Parser) -> None:
     parser.flag(
         "network",
         "--model",
+        "LSTM",
+        f"recurrent cell: {', '.join(CELLS)}; options of a cell of one's own follow a colon, "
+        "as in NAME:rounds=4; later stages take it from the model file",
         type=types.cell,
         config="rnn_type",
-        default="LSTM",
         metavar="CELL",
-        help=f"recurrent cell: {', '.join(CELLS)}; options of a cell of one's own follow a colon, "
-        "as in NAME:rounds=4; later stages take it from the model file",
     )
 
 
@@ -114,26 +114,26 @@ def add_sizes(parser: Parser) -> None:
     add = parser.group("network")
     add(
         "--emsize",
+        400,
+        "size of a word's embedding, and of the last layer, whose weights are tied to it; "
+        "published: 400, PTB characters 200",
         config="ninp",
         type=types.positive_int,
-        default=400,
-        help="size of a word's embedding, and of the last layer, whose weights are tied to it; "
-        "published: 400, PTB characters 200",
     )
     add(
         "--nhid",
+        1150,
+        "hidden units of every layer but the last; published: LSTM 1150, QRNN 1550, "
+        "PTB characters 1000, enwik8 1840, WikiText-103 2500",
         config="nhid",
         type=types.positive_int,
-        default=1150,
-        help="hidden units of every layer but the last; published: LSTM 1150, QRNN 1550, "
-        "PTB characters 1000, enwik8 1840, WikiText-103 2500",
     )
     add(
         "--nlayers",
+        3,
+        "recurrent layers; published: LSTM 3, QRNN 4",
         config="nlayers",
         type=types.positive_int,
-        default=3,
-        help="recurrent layers; published: LSTM 3, QRNN 4",
     )
 
 
@@ -142,61 +142,53 @@ def add_training(parser: Parser) -> None:
     add = parser.group("training")
     add(
         "--lr",
+        30.0,
+        "learning rate, multiplied by a batch's length / --bptt; published: SGD 30, "
+        "Adam 1e-3, PTB characters 2e-3",
         type=types.positive,
-        default=30.0,
         derive=default_rate,
         metavar="RATE",
-        help="learning rate, multiplied by a batch's length / --bptt; published: SGD 30, "
-        "Adam 1e-3, PTB characters 2e-3",
     )
     add(
         "--clip",
-        type=types.non_negative,
-        default=0.25,
+        0.25,
+        "gradient norm to clip at, 0 for none; published: 0.25, PTB QRNN 0.2",
         metavar="NORM",
-        help="gradient norm to clip at, 0 for none; published: 0.25, PTB QRNN 0.2",
     )
     add(
         "--epochs",
+        8000,
+        "maximum passes over train.txt; published: PTB LSTM 500, WikiText-2 LSTM 750, "
+        "QRNN 550 and 500",
         belongs="run",
         type=types.positive_int,
-        default=8000,
-        help="maximum passes over train.txt; published: PTB LSTM 500, WikiText-2 LSTM 750, "
-        "QRNN 550 and 500",
     )
     add(
         "--batch_size",
-        type=types.positive_int,
-        default=80,
-        help="columns of a batch, each a separate stream of text; published: PTB 20, WikiText-2 "
+        80,
+        "columns of a batch, each a separate stream of text; published: PTB 20, WikiText-2 "
         "LSTM 80, QRNN 40, characters 128, WikiText-103 60",
+        type=types.positive_int,
     )
     add(
         "--bptt",
-        type=types.positive_int,
-        default=70,
-        help="base of the random sequence length, in tokens (variable length backpropagation "
+        70,
+        "base of the random sequence length, in tokens (variable length backpropagation "
         "sequences); published: 70, PTB characters 150, enwik8 200, WikiText-103 140",
+        type=types.positive_int,
     )
     add(
         "--nonmono",
-        type=types.natural,
-        default=5,
-        help="NT-ASGD's non-monotone interval (the paper's n): averaging starts when the "
+        5,
+        "NT-ASGD's non-monotone interval (the paper's n): averaging starts when the "
         "validation loss is worse than the best one more than N epochs earlier; "
         "published: 5",
     )
-    add(
-        "--log-interval",
-        belongs="run",
-        type=types.positive_int,
-        default=200,
-        help="batches between log lines",
-    )
+    add("--log-interval", 200, "batches between log lines", belongs="run", type=types.positive_int)
     add(
         "--partial-shuffle",
-        action="store_true",
-        help="before each epoch, rotate every column of the text by a random offset of its own",
+        False,
+        "before each epoch, rotate every column of the text by a random offset of its own",
     )
     add(
         "--max-seq-len",
@@ -206,9 +198,9 @@ def add_training(parser: Parser) -> None:
     )
     add(
         "--fixed-length",
+        False,
+        "make every sequence --bptt tokens long, as in the paper's ablation",
         either="lengths",
-        action="store_true",
-        help="make every sequence --bptt tokens long, as in the paper's ablation",
     )
 
 
@@ -217,58 +209,54 @@ def add_regularisers(parser: Parser) -> None:
     add = parser.group("regularisation")
     add(
         "--dropout",
-        type=types.probability,
-        default=0.4,
-        help="variational (locked) dropout on the last layer's output; published: 0.4, PTB "
+        0.4,
+        "variational (locked) dropout on the last layer's output; published: 0.4, PTB "
         "characters and WikiText-103 0.1",
+        type=types.probability,
     )
     add(
         "--dropouth",
+        0.3,
+        "variational dropout between layers; published: PTB LSTM 0.25, QRNN 0.3, WikiText-2 0.2",
         type=types.probability,
-        default=0.3,
-        help="variational dropout between layers; published: PTB LSTM 0.25, QRNN 0.3, "
-        "WikiText-2 0.2",
     )
     add(
         "--dropouti",
-        type=types.probability,
-        default=0.65,
-        help="variational dropout on the word vectors; published: WikiText-2 LSTM 0.65, "
+        0.65,
+        "variational dropout on the word vectors; published: WikiText-2 LSTM 0.65, "
         "PTB and WikiText-2 QRNN 0.4, characters 0.1",
+        type=types.probability,
     )
     add(
         "--dropoute",
-        type=types.probability,
-        default=0.1,
-        help="embedding dropout: a word is dropped from a whole batch; published: 0.1, characters "
+        0.1,
+        "embedding dropout: a word is dropped from a whole batch; published: 0.1, characters "
         "and WikiText-103 0",
+        type=types.probability,
     )
     add(
         "--wdrop",
-        type=types.probability,
-        default=0.5,
-        help="weight drop (DropConnect) on the hidden-to-hidden weights, for the QRNN on its "
+        0.5,
+        "weight drop (DropConnect) on the hidden-to-hidden weights, for the QRNN on its "
         "linear map; published: LSTM 0.5, QRNN 0.1, enwik8 0.2, WikiText-103 0",
+        type=types.probability,
     )
     add(
         "--alpha",
-        type=types.non_negative,
-        default=2.0,
-        help="weight of activation regularisation (AR), the mean square of the last layer's "
+        2.0,
+        "weight of activation regularisation (AR), the mean square of the last layer's "
         "dropped output, 0 for none; published: 2, characters and WikiText-103 0",
     )
     add(
         "--beta",
-        type=types.non_negative,
-        default=1.0,
-        help="weight of temporal activation regularisation (TAR), the mean square of the output's "
+        1.0,
+        "weight of temporal activation regularisation (TAR), the mean square of the output's "
         "change per step, 0 for none; published: 1, characters and WikiText-103 0",
     )
     add(
         "--wdecay",
-        type=types.non_negative,
-        default=1.2e-6,
-        help="weight decay (L2) on every parameter; published: 1.2e-6, WikiText-103 0",
+        1.2e-6,
+        "weight decay (L2) on every parameter; published: 1.2e-6, WikiText-103 0",
     )
 
 
@@ -277,9 +265,9 @@ def add_chunk(parser: Parser, default: int) -> None:
     parser.flag(
         "running",
         "--bptt",
+        default,
+        "tokens computed at a time; the result does not depend on it",
         type=types.positive_int,
-        default=default,
-        help="tokens computed at a time; the result does not depend on it",
     )
 
 
@@ -288,34 +276,34 @@ def add_cache(parser: Parser) -> None:
     add = parser.group("cache")
     add(
         "--window",
+        3785,
+        "positions the cache looks back over, in tokens; published: PTB 500, WikiText-2 3785",
         type=types.positive_int,
-        default=3785,
-        help="positions the cache looks back over, in tokens; published: PTB 500, WikiText-2 3785",
     )
     add(
         "--theta",
-        type=types.sharpness,
-        default=0.6625523432485668,
-        help="sharpness of the cache's attention (the cache paper's theta), 0 is uniform over the "
+        0.6625523432485668,
+        "sharpness of the cache's attention (the cache paper's theta), 0 is uniform over the "
         "window; published: PTB 1.0, WikiText-2 0.662",
+        type=types.sharpness,
     )
     add(
         "--lambdasm",
-        type=types.probability,
-        default=0.12785920428335693,
-        help="weight of the cache in the mixture with the vocabulary's softmax (the cache paper's "
+        0.12785920428335693,
+        "weight of the cache in the mixture with the vocabulary's softmax (the cache paper's "
         "lambda); published: PTB 0.1, WikiText-2 0.1279",
+        type=types.probability,
     )
     add(
         "--cache-from-start",
-        action="store_true",
-        help="use the cache from the second token on, not only once the window is full",
+        False,
+        "use the cache from the second token on, not only once the window is full",
     )
 
 
 def add_save(parser: Parser, help: str) -> None:
     """--save."""
-    parser.flag("files", "--save", belongs="call", default="model.pt", metavar="FILE", help=help)
+    parser.flag("files", "--save", "model.pt", help, belongs="call", metavar="FILE")
 
 
 def add_safety(parser: Parser) -> None:
@@ -323,23 +311,17 @@ def add_safety(parser: Parser) -> None:
     add = parser.group("", belongs="run")
     add(
         "--resume",
+        "",
+        "model file of an earlier run to continue; omitted flags come from it",
         belongs="call",
         either="start",
-        default="",
         metavar="FILE",
-        help="model file of an earlier run to continue; omitted flags come from it",
     )
-    add(
-        "--save-every",
-        type=types.non_negative,
-        default=300.0,
-        metavar="SECONDS",
-        help="also save within an epoch, at this interval",
-    )
+    add("--save-every", 300.0, "also save within an epoch, at this interval", metavar="SECONDS")
     add(
         "--deterministic",
-        action="store_true",
-        help="make the same seed give the same bits on a GPU too, at some cost in speed",
+        False,
+        "make the same seed give the same bits on a GPU too, at some cost in speed",
     )
 
 
@@ -348,10 +330,10 @@ def add_logdir(parser: Parser) -> None:
     parser.flag(
         "running",
         "--logdir",
+        "",
+        "also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",
         belongs="call",
-        default="",
         metavar="DIR",
-        help="also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",
     )
 
 
@@ -360,11 +342,11 @@ def add_seed(parser: Parser) -> None:
     parser.flag(
         "running",
         "--seed",
+        1111,
+        "random seed",
         belongs="run",
         fixed="its random states belong to that seed",
         type=types.seed,
-        default=1111,
-        help="random seed",
     )
 
 
@@ -373,16 +355,16 @@ def add_device(parser: Parser) -> None:
     add = parser.group("running")
     add(
         "--cuda",
+        None,
+        "require a CUDA device, or stay on the CPU; by default CUDA is used if available",
         belongs="call",
         action=argparse.BooleanOptionalAction,
-        default=None,
-        help="require a CUDA device, or stay on the CPU; by default CUDA is used if available",
     )
     add(
         "--plain",
+        False,
+        "run the definitions alone, without the faster forms of fast/ and qrnn/",
         belongs="run",
-        action="store_true",
-        help="run the definitions alone, without the faster forms of fast/ and qrnn/",
     )
 
 
@@ -398,11 +380,11 @@ def add_speed(parser: Parser) -> None:
     )
     add(
         "--no-cuda-graphs",
+        True,
+        "launch each operation of a training step on a GPU separately, instead of replaying "
+        "a recorded step",
         belongs="run",
         dest="cuda_graphs",
-        action="store_false",
-        help="launch each operation of a training step on a GPU separately, instead of replaying "
-        "a recorded step",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from cli import presets
-from cli.types import METAVARS
+from cli.types import METAVARS, natural, non_negative
 from utils import ToolkitError
 
 VERSION = "0.1.0"
@@ -33,6 +33,9 @@ CLASSIC = {
         --data --model --checkpoint --outf --words --seed --cuda --temperature --log-interval
     """.split(),
 }
+
+# The type of a flag by that of its default.
+_TYPES = {int: natural, float: non_negative}
 
 # A preset sets these flags too, but what a model file says goes before them.
 _PRESET_DEFAULTS = {"data", "save", "seed"}
@@ -142,8 +145,10 @@ class Parser(argparse.ArgumentParser):
     def flag(
         self,
         group: str,
-        *names: str,
+        name: str,
         default: Any = None,
+        help: str = "",
+        *,
         belongs: str = "training",
         either: str = "",
         config: str = "",
@@ -153,6 +158,9 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Add a flag under the title `group` of the help; other `options` are `add_argument`'s.
 
+        The type is by default that of the default value: False is a switch, and a number may be
+        anything from 0 on.
+
         `belongs` says which later calls take the flag's value from a model file, unless it is
         given there: "training" are finetune.py and a resumed run, "run" is a resumed run alone, and
         "call" is none. A flag with `config`, the name of an argument of `model.make_network`,
@@ -161,6 +169,10 @@ class Parser(argparse.ArgumentParser):
         default from the other flags. Of the flags of a group with the same `either`, only one may
         be given. The default `metavar` depends on the type.
         """
+        if isinstance(default, bool):
+            options.setdefault("action", "store_false" if default else "store_true")
+        elif type(default) in _TYPES:
+            options.setdefault("type", _TYPES[type(default)])
         if options.get("type") in METAVARS:
             options.setdefault("metavar", METAVARS[options["type"]])
         place: Any = self
@@ -172,14 +184,12 @@ class Parser(argparse.ArgumentParser):
             if either not in self._groups:
                 self._groups[either] = place.add_mutually_exclusive_group()
             place = self._groups[either]
-        if options.get("action") in ("store_true", "store_false"):
-            default = options["action"] == "store_false"
-        elif default not in (None, "", [-1]):
-            options["help"] += f" (default: {default})"
+        if not isinstance(default, bool) and default not in (None, "", [-1], []):
+            help += f" (default: {default})"
         # The parser itself sets no defaults, so that it returns the flags given.
-        action = place.add_argument(*names, default=argparse.SUPPRESS, **options)
+        action = place.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
         self.flags[action.dest] = Flag(
-            names[0], default, belongs, either, config, fixed, derive, action
+            name, default, belongs, either, config, fixed, derive, action
         )
 
     def group(self, title: str, **common: Any) -> Callable[..., None]:

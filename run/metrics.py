@@ -59,7 +59,7 @@ class MetricsWriter:
     """Appends to `folder`/metrics.jsonl; every line reaches the file at once.
 
     `command` are the words of the command line, `flags` the values of all flags, `device` the
-    device in words. If tensorboard or tensorboardX is installed, events are written too; else
+    device in words. If tensorboard is installed, events are written too; else
     `no_events` says so in a sentence. Without a `folder` nothing is written. Raises OSError if the
     folder cannot be written at the start; a later failure is printed once and ends the writing.
     """
@@ -179,12 +179,10 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _events(folder: Path) -> Any:
     """TensorBoard's writer, or None if it is not installed."""
-    for module in ("torch.utils.tensorboard", "tensorboardX"):
-        try:
-            return importlib.import_module(module).SummaryWriter(str(folder))
-        except ImportError:
-            continue
-    return None
+    try:
+        return importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+    except ImportError:
+        return None
 
 
 def _finite(value: Any) -> Any:

@@ -25,10 +25,6 @@ def run(main: Callable[[], None]) -> NoReturn:
     one line and 128 + its number. If the reader of the output has ended, as `head` does, there is
     no line.
     """
-    # A stream that the caller closed is None here.
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     # Log lines reach a file or a pipe at once, and a word or a file name that the terminal cannot
     # show does not end the run.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

@@ -44,12 +44,10 @@ class Ranks:
             return 0, columns
         return columns * self.rank // self.world, columns * (self.rank + 1) // self.world
 
-    def own(self, source: Tensor, dim: int = 1) -> Tensor:
+    def own(self, source: Tensor) -> Tensor:
         """This rank's columns of `source` (rows, columns)."""
-        if self.world == 1:
-            return source
-        start, end = self.span(source.size(dim))
-        return source.narrow(dim, start, end - start).contiguous()
+        start, end = self.span(source.size(1))
+        return source.narrow(1, start, end - start).contiguous()
 
     def data_parallel(self, network: nn.Module, fraction: float) -> nn.Module:
         """`network`, its gradients summed over the ranks during every backward pass.
@@ -67,17 +65,12 @@ class Ranks:
 
     def total(self, value: float) -> float:
         """The sum of every rank's `value`, the same number on each."""
-        if self.world == 1:
-            return value
-        mine = torch.tensor([value], dtype=torch.float64)
-        everyones = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(everyones, mine)
-        return float(sum(everyones))
+        return sum(self.gathered(value))
 
     def mean(self, value: float, weight: int) -> float:
         """The mean of every rank's `value`, weighted by `weight`, the same number on each."""
         if self.world == 1:
-            return value
+            return value  # not rounded
         return self.total(value * weight) / self.total(weight)
 
     def largest(self, value: int) -> int:

@@ -4,18 +4,18 @@ Each script runs in a process of its own on files in a temporary folder.
 """
 
 import argparse
+import contextlib
 import importlib
-import json
+import io
 import multiprocessing
 import os
 import re
-import runpy
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -25,16 +25,16 @@ import checkpoint
 from checkpoint import Checkpoint
 from checkpoint.network import plain_name
 from cli import flags
-from cli.parser import Parser
+from cli.parser import Flag, Parser
 from loss import TrainingLoss, is_frozen
 from nt_asgd import NonMonotonicTrigger
 from run.corpus import read_corpus
 from run.network import network_of
 from run.session import EVAL_BATCH_SIZE, Session
+from run.signals import Stopped
 from training import evaluate
-from utils import ToolkitError, get_batch, seed_everything
+from utils import ToolkitError, seed_everything
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--max-batches", "4"]  # an epoch's batches, and an evaluation's chunks
 SEGMENTS = "20"  # of dynamic evaluation
 TOLERANCE = 1e-4  # relative, of one loss computed in two ways
@@ -83,54 +83,37 @@ class Rehearsal:
 
     def __init__(self, parser: Parser, argv: Sequence[str], folder: str) -> None:
         self.parser, self.argv, self.folder = parser, argv, folder
-        # By name, as on a command line; a model file's configuration hands on the others.
-        self.training_flags = {
-            name: flag.name
-            for name, flag in parser.flags.items()
-            if flag.belongs == "training" and not flag.config
-        }
         # OpenMP's threads do not survive a fork, so this process starts none.
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
 
     def training(self) -> str:
         """Every trainable weight is the optimiser's, and changes if it gets a gradient."""
-        seen = self.train([*self.argv, "--epochs", "2"], "whole.pt")
-        for name in seen.pop("compiler"):
-            importlib.import_module(name)  # once, instead of in each of the other processes
-        rest = ", ".join(seen.pop("without gradient"))
-        idle = [flag for flag in map(self.training_flags.get, seen.pop("unread flags")) if flag]
-        if idle:
-            raise Failed(f"main.py does not use {', '.join(idle)}")
-        for fault, names in seen.items():
-            if names:
-                raise Failed(f"{fault}: {', '.join(names)}")
-        self.file = checkpoint.load(self.path("whole.pt"))
-        self.args = self.file.args
-        return "every weight changes" + (
-            f", except for those without gradient: {rest}" if rest else ""
-        )
+        rest = self.train("main", "whole.pt", *self.argv, "--epochs", "2")
+        without = f", except for those without gradient: {', '.join(rest)}" if rest else ""
+        return f"every weight changes{without}"
 
     def model_file(self) -> str:
         """A new process computes the recorded validation loss from it, in every way."""
-        work = partial(_evaluate, self.path("whole.pt"))
-        found = json.loads(self.run("the evaluation", work).splitlines()[-1])
-        if found["modules"]:
-            raise Failed(f"not in evaluation mode: {', '.join(found['modules'])}")
-        loss, again = found["loss"], found["again"]
-        if loss != again:
-            raise Failed(f"two evaluations of it differ: {loss:.6f} and {again:.6f} nats")
-        _compare(loss, self.file.valid_loss, "the validation loss from it", "the recorded one")
-        for fault, size in found["faults"].items():
+        found, _ = self.run("the evaluation", _evaluate, self.path("whole.pt"))
+        modules, losses, faults = found
+        if modules:
+            raise Failed(f"not in evaluation mode: {', '.join(modules)}")
+        if losses[0] != losses[1]:
+            raise Failed("two evaluations of it differ: {:.6f} and {:.6f} nats".format(*losses))
+        _compare(losses[0], self.file.valid_loss, "the validation loss from it", "the recorded one")
+        for fault, size in faults.items():
             if size > FAULT:
                 raise Failed(f"{fault}, by {size:.1e}")
-        return f"a new process computes the recorded validation loss of {loss:.4f} nats from it"
+        return (
+            f"a new process computes the recorded validation loss of {losses[0]:.4f} nats from it"
+        )
 
     def stopping(self) -> str:
         """A run that is stopped within two epochs and resumed equals the first, bit for bit."""
         argv = [*self.argv, "--epochs", "2"]
         for stop in ((1, 2), (2, 2), ()):
-            self.train(argv, "cut.pt", stop)
+            self.train("main", "cut.pt", *argv, stop=stop)
             argv = ["--resume", self.path("cut.pt"), *self.device_flags()]
         names = differing_files(self.file, checkpoint.load(self.path("cut.pt")))
         if names:
@@ -149,7 +132,7 @@ class Rehearsal:
         argv += ["--epochs", "1", *([] if self.args["max_seq_len"] else ["--fixed-length"])]
         losses = []
         for words in ([], ["--plain"]):
-            self.train([*argv, *words], "forms.pt")
+            self.train("main", "forms.pt", *argv, *words)
             losses.append(checkpoint.load(self.path("forms.pt")).valid_loss)
         _compare(*losses, "without dropout their validation loss", "the definitions'")
         return f"without dropout they give the definitions' validation loss of {losses[0]:.4f} nats"
@@ -157,36 +140,25 @@ class Rehearsal:
     def finetuning(self) -> str:
         """finetune.py runs, and has every flag that belongs to training."""
         checkpoint.save(self.path("tuned.pt"), self.file)
-        data = ["--data", self.args["data"]]
-        words = ["--save", self.path("tuned.pt"), *data, "--epochs", "1", *SMALL]
-        work = partial(_finetune, [*words, *self.device_flags()], self.path("unread"))
-        self.run("finetune.py", work)
+        argv = ["--data", self.args["data"], "--epochs", "1", *self.device_flags()]
+        self.train("finetune", "tuned.pt", *argv)
         after = checkpoint.load(self.path("tuned.pt")).training["args"]
-        belonging = self.training_flags
-        lost = [flag for name, flag in belonging.items() if name not in after]
-        if lost:
-            raise Failed(f'it has no {", ".join(lost)}: add it there, or say belongs="run"')
-        unread = json.loads(Path(self.path("unread")).read_text(encoding="utf-8"))
-        idle = [flag for name, flag in belonging.items() if name in unread]
-        if idle:
-            raise Failed(f'it does not use {", ".join(idle)}: use it there, or say belongs="run"')
-        other = [flag for name, flag in belonging.items() if after[name] != self.args[name]]
+        shared = self.training_flags()
+        other = [flag.name for name, flag in shared if after.get(name) != self.args[name]]
         return "it runs" + (f", with a value of its own for {', '.join(other)}" if other else "")
 
     def later_stages(self) -> str:
         """The other scripts run; dynamic evaluation at rate 0 is the static score."""
         path, data = self.path("whole.pt"), ["--data", self.args["data"]]
         words = " ".join(self.file.dictionary.idx2word[:20])
-        self.later("generate.py", "--checkpoint", path, "--words", "20", "--outf", "-")
-        self.later("score.py", "--checkpoint", path, "--text", words)
-        self.later("pointer.py", "--save", path, *data, "--window", "100", "--max-batches", "1")
+        self.later("generate", "--checkpoint", path, "--words", "20", "--outf", "-")
+        self.later("score", "--checkpoint", path, "--text", words)
+        self.later("pointer", "--save", path, *data, "--window", "100", "--max-batches", "1")
         scored = ["--save", path, *data, "--bptt", "5", "--max-batches", SEGMENTS]
-        static = self.later("pointer.py", *scored, "--lambdasm", "0")
-        dynamic = self.later("dynamiceval.py", *scored, "--sgd", "--lr", "0", "--lamb", "0")
-        pairs = zip(
-            *(re.findall(r"End of .* ppl +(\S+)", text) for text in (dynamic, static)), strict=True
-        )
-        for first, second in pairs:
+        static = self.later("pointer", *scored, "--lambdasm", "0")
+        dynamic = self.later("dynamiceval", *scored, "--sgd", "--lr", "0", "--lamb", "0")
+        found = (re.findall(r"End of .* ppl +(\S+)", text) for text in (dynamic, static))
+        for first, second in zip(*found, strict=True):
             if abs(float(first) - float(second)) > 0.02 + TOLERANCE * float(second):
                 raise Failed(f"at rate 0 dynamiceval.py gives the perplexity {first}, not {second}")
         return "generate.py, score.py, pointer.py and dynamiceval.py run"
@@ -196,35 +168,54 @@ class Rehearsal:
         return os.path.join(self.folder, name)
 
     def train(
-        self, argv: Sequence[str], name: str, stop: Sequence[int] = ()
-    ) -> dict[str, list[str]]:
-        """Run main.py, up to `stop` (epoch, batch) if given; names by what was seen."""
-        argv = [*argv, *SMALL, "--logdir", "", "--save", self.path(name)]
-        status = 128 + signal.SIGTERM if stop else 0
-        self.run("main.py", partial(_train, argv, self.path("seen"), stop), status)
-        return json.loads(Path(self.path("seen")).read_text(encoding="utf-8"))
+        self, script: str, name: str, *argv: str, stop: Sequence[int] | None = None
+    ) -> list[str]:
+        """Run main.py or finetune.py; returns the names of the weights without gradient.
+
+        With `stop`, the run is a part of one, up to that (epoch, batch) unless it is empty.
+        """
+        argv = (*argv, *SMALL, "--logdir", "", "--save", self.path(name))
+        (rest, read, compiler, seen), _ = self.run(f"{script}.py", _train, script, argv, stop or ())
+        if compiler:
+            importlib.import_module("torch._dynamo")  # 2 s: once, not in each of the others
+        if name == "whole.pt":
+            self.file = checkpoint.load(self.path(name))
+            self.args = self.file.args
+        # A flag with its default value may have an effect only with another.
+        unread = [(n, flag) for n, flag in self.training_flags() if n not in read]
+        idle = [flag.name for n, flag in unread if self.args[n] != flag.default]
+        if idle:
+            raise Failed(
+                f'{script}.py does not use {", ".join(idle)}: use it, or say belongs="run"'
+            )
+        for fault, names in seen.items():
+            if names and stop is None:
+                raise Failed(f"{fault}: {', '.join(names)}")
+        return rest
+
+    def training_flags(self) -> list[tuple[str, Flag]]:
+        """The flags that finetune.py shares, except those in a model file's configuration."""
+        every = self.parser.flags.items()
+        return [(n, flag) for n, flag in every if flag.belongs == "training" and not flag.config]
 
     def later(self, script: str, *words: str) -> str:
         """Run another script on the first run's device; its output."""
-        return self.run(script, partial(_script, script, [*words, *self.device_flags()]))
+        return self.run(f"{script}.py", _script, script, [*words, *self.device_flags()])[1]
 
     def device_flags(self) -> list[str]:
         """--cuda, --no-cuda and --plain as the first run had them."""
         device = {None: [], True: ["--cuda"], False: ["--no-cuda"]}[self.args["cuda"]]
         return [*device, *(["--plain"] if self.args["plain"] else [])]
 
-    def run(self, what: str, work: Callable[[], None], status: int = 0) -> str:
-        """Do `work` in a new process; its output. Raises Failed for another exit status."""
-        log = Path(self.path("output"))
-        process = _PROCESSES.Process(target=_logged, args=(work, log, self.threads), daemon=True)
-        process.start()
-        process.join()
-        output = log.read_text(encoding="utf-8")
-        if process.exitcode != status:
-            sys.stderr.write(output)
-            last = (output.strip().splitlines() or ["no output"])[-1]
-            raise Failed(f"{what} ended with status {process.exitcode}, not {status} ({last})")
-        return output
+    def run(self, what: str, work: Callable[..., Any], *args: Any) -> tuple[Any, str]:
+        """The result of `work` in a new process, and its output; raises Failed if it fails."""
+        with ProcessPoolExecutor(1, _PROCESSES, torch.set_num_threads, (self.threads,)) as pool:
+            try:
+                return pool.submit(_quiet, work, *args).result()
+            except (Exception, SystemExit) as error:
+                if not isinstance(error, ToolkitError | Failed):
+                    traceback.print_exception(error)
+                raise Failed(f"{what} ended with {type(error).__name__}: {error}") from None
 
 
 CHECKS: dict[str, Callable[[Rehearsal], str]] = {
@@ -269,30 +260,37 @@ def differing(first: Any, second: Any, place: str = "") -> Iterator[str]:
 # What runs in the new processes
 
 
-def _logged(work: Callable[[], None], log: Path, threads: int) -> None:
-    sys.stdout = sys.stderr = log.open("w", encoding="utf-8")
-    torch.set_num_threads(threads)
-    work()
+def _quiet(work: Callable[..., Any], *args: Any) -> tuple[Any, str]:
+    """The result of `work` and its output, which goes to standard error if the work fails."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return work(*args), output.getvalue()
+    except BaseException:
+        sys.stderr.write(output.getvalue())
+        raise
 
 
 def _script(name: str, argv: Sequence[str]) -> None:
-    sys.argv = [name, *argv]
-    runpy.run_path(str(ROOT / name), run_name="__main__")
+    importlib.import_module(name).main(argv)
 
 
-def _train(argv: Sequence[str], report: str, stop: Sequence[int]) -> None:
-    """Run main.py, with averaging from epoch 2 on; write names of weights and modules, by fault."""
+def _train(
+    script: str, argv: Sequence[str], stop: Sequence[int]
+) -> tuple[list[str], set[str], bool, dict[str, list[str]]]:
+    """Run a script, with averaging from epoch 2 on, up to `stop` (epoch, batch) if given.
+
+    Returns the weights without gradient, the flags read, whether PyTorch's compiler was imported,
+    as some optimisers do, and the weights and modules by fault.
+    """
     weights: dict[str, tuple[Tensor, Tensor]] = {}  # each with a copy from the start
     frozen: dict[str, nn.Module] = {}
-    optimized, with_gradient, woken = set(), set(), set()
-    prepare, after_batch, forward = Session.prepare, Session.after_batch, TrainingLoss.forward
     strangers: dict[int, str] = {}
-    unread = _watch_flags()
-    exact = ["--deterministic"] if torch.cuda.is_available() and "--resume" not in argv else []
+    with_gradient, woken = set(), set()
+    prepare, after_batch, forward = Session.prepare, Session.after_batch, TrainingLoss.forward
 
     def watched_prepare(session: Session, *args: Any) -> None:
         prepare(session, *args)
-        optimized.update(id(p) for p in session.step.params)
         for name, p in session.network.named_parameters():
             if p.requires_grad:
                 weights[plain_name(name)] = p, p.detach().clone()
@@ -322,19 +320,23 @@ def _train(argv: Sequence[str], report: str, stop: Sequence[int]) -> None:
     Session.prepare, Session.after_batch = watched_prepare, watched_batch
     TrainingLoss.forward = watched_forward
     NonMonotonicTrigger.update = switch
+    read = _watch_flags()
+    exact = ["--deterministic"] if torch.cuda.is_available() and "--resume" not in argv else []
     try:
-        _script("main.py", [*argv, *exact])
-    finally:
-        seen = {
-            "without gradient": sorted(weights.keys() - with_gradient),
-            "the optimiser lacks": [n for n, (p, _) in weights.items() if id(p) not in optimized],
-            "unchanged": [n for n in sorted(with_gradient) if torch.equal(*weights[n])],
-            "frozen, but not in evaluation mode": sorted(woken),
-            "with a gradient, but no part of the network": list(strangers.values()),
-            "compiler": ["torch._dynamo"] if "torch._dynamo" in sys.modules else [],
-            "unread flags": sorted(unread()),
-        }
-        Path(report).write_text(json.dumps(seen), encoding="utf-8")
+        _script(script, [*argv, *exact])
+    except Stopped:
+        stop = ()
+    if stop:
+        raise Failed("the run did not obey a signal: call session.after_batch() after each batch")
+    faults = {
+        "unchanged by the optimiser": [
+            n for n in sorted(with_gradient) if torch.equal(*weights[n])
+        ],
+        "frozen, but not in evaluation mode": sorted(woken),
+        "with a gradient, but no part of the network": list(strangers.values()),
+    }
+    rest, compiler = sorted(weights.keys() - with_gradient), "torch._dynamo" in sys.modules
+    return rest, read, compiler, faults
 
 
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
@@ -349,39 +351,22 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
                 yield node.variable
 
 
-def _watch_flags() -> Callable[[], set[str]]:
-    """Note which flags the script in this process reads; returns a function for the others.
-
-    Those with their default value do not count: they may have an effect only with another.
-    """
-    names, read, settle = set(), set(), Parser.settle
+def _watch_flags() -> set[str]:
+    """The names of the flags that the script in this process will have read."""
+    read, settle = set(), Parser.settle
 
     class Watched(argparse.Namespace):
         def __getattribute__(self, name: str) -> Any:
             read.add(name)
             return super().__getattribute__(name)
 
-    def watched_settle(parser: Parser, *args: Any) -> argparse.Namespace:
-        settled = vars(settle(parser, *args))
-        names.update(name for name in settled if settled[name] != parser.flags[name].default)
-        return Watched(**settled)
-
-    Parser.settle = watched_settle
-    return lambda: names - read
-
-
-def _finetune(argv: Sequence[str], report: str) -> None:
-    """Run finetune.py; write the names of the flags that it does not read."""
-    unread = _watch_flags()
-    try:
-        _script("finetune.py", argv)
-    finally:
-        Path(report).write_text(json.dumps(sorted(unread())), encoding="utf-8")
+    Parser.settle = lambda *args: Watched(**vars(settle(*args)))
+    return read
 
 
 @torch.inference_mode()
-def _evaluate(path: str) -> None:
-    """Print the losses of several evaluations, modules in training mode, faults by size."""
+def _evaluate(path: str) -> tuple[list[str], list[float], dict[str, float]]:
+    """Modules in training mode, the losses of two evaluations, and the size of each fault."""
     loaded = checkpoint.load(path)
     args = argparse.Namespace(**loaded.args)
     network = network_of(loaded, args)
@@ -393,40 +378,37 @@ def _evaluate(path: str) -> None:
         losses.append(evaluate(network, source, args.bptt))
     modules = [name or "the network" for name, part in network.named_modules() if part.training]
 
-    def outputs(columns: Tensor, length: int) -> Tensor:
-        hidden, parts = network.init_hidden(columns.size(1)), []
-        for chunk in columns.long().split(length):
+    def outputs(text: Tensor, length: int) -> Tensor:
+        hidden, parts = network.init_hidden(text.size(1)), []
+        for chunk in text.split(length):
             output, hidden = network.model(chunk, hidden)
             parts.append(output.view(*chunk.shape, -1))
         return torch.cat(parts)
 
+    text = source[:21, :3].long()
+    together = outputs(text[:-1], 20)
+    apart = torch.cat([outputs(column, 3) for column in text[:-1].split(1, dim=1)], dim=1)
     criterion, decoder = network.criterion, network.model.decoder
-    rows = outputs(source[:20], 20)
-    data, targets = get_batch(source, 0, 5)
-    given = (decoder.weight, decoder.bias, rows[: len(data)].flatten(0, 1))
-    logprob = criterion.logprob(*given)
-    chosen = logprob.gather(1, targets.unsqueeze(1)).squeeze(1)
-    halves = [outputs(part, 20) for part in source[:20].chunk(2, dim=1)]
+    rows = (decoder.weight, decoder.bias, together.flatten(0, 1))
+    logprob, words = criterion.logprob(*rows), text[1:].flatten()
+    loss = -logprob.gather(1, words.unsqueeze(1)).mean()
+    means = torch.stack([criterion(*rows, words), -criterion.target_logprob(*rows, words).mean()])
+    total = logprob.exp().sum(dim=1)
     # What is computed, by the fault that it shows, beside what it should be.
     pairs = {
-        "outputs depend on the chunks: the state is not handed on, or words see later ones": (
-            outputs(source[:20], 3),
-            rows,
-        ),
-        "outputs depend on the other columns of a batch": (torch.cat(halves, dim=1), rows),
+        "outputs depend on the chunks or the other columns of a batch: the state is not handed on, "
+        "or a word sees later ones or other columns": (apart, together),
         "probabilities of the criterion's logprob do not add up to 1": (
-            logprob.exp().sum(dim=1),
-            torch.ones_like(chosen),
+            total,
+            torch.ones_like(total),
         ),
-        "the criterion's target_logprob is not its logprob": (
-            criterion.target_logprob(*given, targets),
-            chosen,
-        ),
-        "in evaluation the criterion is not the mean of its logprob": (
-            criterion(*given, targets),
-            -chosen.mean(),
+        "the criterion's loss or target_logprob is not that of its logprob": (
+            means,
+            loss.expand(2),
         ),
     }
-    faults = {fault: float((a - b).norm() / b.norm()) for fault, (a, b) in pairs.items()}
-    found = {"modules": modules, "loss": losses[0], "again": losses[1], "faults": faults}
-    print(json.dumps(found))
+    return (
+        modules,
+        losses,
+        {fault: float((a - b).norm() / b.norm()) for fault, (a, b) in pairs.items()},
+    )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 import checkpoint
 import fast
@@ -167,13 +168,19 @@ class Session:
     ) -> None:
         """Set up the network, the data in columns, and the training step.
 
-        `config` are the arguments of `make_network`. Raises ToolkitError if a model file of the
-        network could not be read, if its state cannot be carried, if a text is too short, or if the
-        ranks have different texts.
+        `config` are the arguments of `make_network`. Raises ToolkitError if one contradicts a flag
+        of its name, if a model file of the network could not be read, if its state cannot be
+        carried, if a text is too short, or if the ranks have different texts.
         """
         args, ranks = self.args, self.ranks
         self.config, self.network, self.optimizer = dict(config), network, optimizer
         self.flags, self._settings = dict(vars(args)), resume.settings_of(optimizer)
+        for name, value in config.items():
+            if self.flags.get(name, value) != value:
+                raise ToolkitError(
+                    f"--{name} {self.flags[name]} has no effect on a network that was made with "
+                    f'{value}: add the flag with config="{name}"'
+                )
         self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
         checkpoint.check_readable(self.snapshot(0, math.inf))
         self.fingerprint = resume.fingerprint(corpus, *SPLITS)
@@ -233,6 +240,12 @@ class Session:
             if not any(state["rng"][1][1:]):
                 raise ValueError("its generator has no bits")  # drawing from it would not end
             resume.load_parts(self.stateful, state["stateful"])
+            scheduled = any(isinstance(part, LRScheduler) for part in self.stateful.values())
+            if scheduled and args.lr != state["args"]["lr"]:
+                raise CheckpointError(
+                    f"--lr {args.lr:g} has no effect: a schedule continues from the rate "
+                    f"{state['args']['lr']:g} of {args.resume}: leave the flag out"
+                )
             # With another number of processes no saved states fit: the ranks keep fresh seeds.
             if len(state["random_states"]) == self.ranks.world:
                 resume.set_random_states(state["random_states"][self.ranks.rank])

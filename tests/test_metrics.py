@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from run import metrics
 from utils import ToolkitError
 
-MODULES = ("tensorboard", "torch.utils.tensorboard", "tensorboardX")
+MODULES = ("tensorboard", "torch.utils.tensorboard")
 
 
 @pytest.fixture

@@ -890,25 +890,20 @@ def test_a_full_disk(case, script, corpus_dir, trained, tmp_path, monkeypatch):
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("case", [pytest.param("full", marks=linux_only), "broken pipe", "closed"])
+@pytest.mark.parametrize("case", [pytest.param("full", marks=linux_only), "broken pipe"])
 def test_output_that_nothing_takes(case, trained):
     command = [sys.executable, ROOT / "generate.py", "--checkpoint", trained["LSTM"]]
     command += ["--outf", "-", "--words", "9", "--no-cuda"]
     if case == "full":
         with open("/dev/full", "wb") as output:
             result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
-    elif case == "broken pipe":
+    else:
         read_end, write_end = os.pipe()
         os.close(read_end)
         result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
         os.close(write_end)
         # The reader has what it wanted, as in `| head -1`.
         assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
-        return
-    else:
-        line = shlex.join(map(str, command))
-        result = subprocess.run(f"{line} >&- 2>&-", shell=True, capture_output=True, text=True)
-        assert (result.returncode, result.stderr) == (0, "")
         return
     assert result.returncode == 1
     assert result.stderr.startswith("generate.py: error: standard output takes no more (")

@@ -25,7 +25,7 @@ def log_of(losses, switch=2, first=1):
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
-    for name in ("tensorboard", "torch.utils.tensorboard", "tensorboardX"):
+    for name in ("tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     folder = tmp_path / "a$b_run"
     with metrics.MetricsWriter(folder, command=["main.py"], flags={}, device="cpu") as writer:

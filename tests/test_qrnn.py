@@ -336,3 +336,9 @@ def test_without_cupy_a_gpu_falls_back_with_one_warning(cupy, reason, monkeypatc
         warnings.simplefilter("error")
         assert forget_mult.way_for(OnGPU()) is fused
     forget_mult._agrees.cache_clear()
+
+
+def test_a_way_is_found_in_inference_mode_too():
+    forget_mult._agrees.cache_clear()
+    with torch.inference_mode():
+        assert forget_mult.way_for(torch.ones(1)) is fused

@@ -101,9 +101,9 @@ OPTIMIZERS = {
 
 
 @contextlib.contextmanager
-def a_session(path, corpus_dir, cell, optimizer):
+def a_session(path, corpus_dir, cell, optimizer, *more):
     """A session of main.py on the tiny corpus, resumed from `path` if that file exists."""
-    argv = ["--data", str(corpus_dir), *TINY, "--model", cell, "--save", str(path)]
+    argv = ["--data", str(corpus_dir), *TINY, "--model", cell, "--save", str(path), *more]
     source = recorded = None
     if path.exists():
         argv += ["--resume", str(path)]
@@ -177,6 +177,21 @@ def test_a_changed_setting_takes_effect_and_the_others_continue(corpus_dir, tmp_
         with a_session(tmp_path / "m.pt", corpus_dir, "LSTM", "AdamW") as session:
             (group,) = session.optimizer.param_groups
             assert (group["lr"], tuple(group["betas"])) == (0.001, betas)
+
+
+def test_a_rate_that_a_schedule_would_override_is_refused(corpus_dir, tmp_path):
+    run = (tmp_path / "m.pt", corpus_dir, "LSTM", "SGD with momentum")
+    with a_session(*run, "--lr", "0.25") as session:
+        session.save()
+    with a_session(*run, "--lr", "0.25"):
+        pass
+    with (
+        pytest.raises(
+            ToolkitError, match=r"--lr 0\.5 has no effect: a schedule continues from .*5"
+        ),
+        a_session(*run, "--lr", "0.5"),
+    ):
+        pass
 
 
 def test_main_makes_a_cell_whose_constructor_needs_values(corpus_dir, tmp_path):

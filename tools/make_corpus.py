@@ -46,14 +46,14 @@ def build_parser() -> Parser:
     parser.flag("", "texts", nargs="+", metavar="TEXT", help="file of raw text, UTF-8")
     parser.flag("", "--out", required=True, metavar="FOLDER", help="corpus folder to make")
     kinds = ["words", "characters", "pieces"]
-    parser.flag("", "--as", dest="kind", choices=kinds, default="words", help="kind of tokens")
-    parser.flag("", "--lower", action="store_true", help="write everything in lower case")
+    parser.flag("", "--as", "words", "kind of tokens", dest="kind", choices=kinds)
+    parser.flag("", "--lower", False, "write everything in lower case")
     parser.flag(
         "",
         "--vocab-size",
+        8000,
+        "number of pieces; for words, the limit in the main.py command that is printed",
         type=types.vocabulary_size,
-        default=8000,
-        help="number of pieces; for words, the limit in the main.py command that is printed",
     )
     return parser
 
