@@ -111,11 +111,10 @@ def add_model(parser: Parser) -> None:
 
 def add_sizes(parser: Parser) -> None:
     """The sizes of the network."""
-    add = parser.group("network")
+    add = parser.group("network", type=types.positive_int)
     add(
         "--emsize",
         config="ninp",
-        type=types.positive_int,
         default=400,
         help="size of a word's embedding, and of the last layer, whose weights are tied to it; "
         "published: 400, PTB characters 200",
@@ -123,23 +122,16 @@ def add_sizes(parser: Parser) -> None:
     add(
         "--nhid",
         config="nhid",
-        type=types.positive_int,
         default=1150,
         help="hidden units of every layer but the last; published: LSTM 1150, QRNN 1550, "
         "PTB characters 1000, enwik8 1840, WikiText-103 2500",
     )
-    add(
-        "--nlayers",
-        config="nlayers",
-        type=types.positive_int,
-        default=3,
-        help="recurrent layers; published: LSTM 3, QRNN 4",
-    )
+    add("--nlayers", config="nlayers", default=3, help="layers; published: LSTM 3, QRNN 4")
 
 
 def add_training(parser: Parser) -> None:
     """Optimisation and its log lines."""
-    add = parser.group("training")
+    add = parser.group("training", type=types.positive_int)
     add(
         "--lr",
         type=types.positive,
@@ -159,21 +151,18 @@ def add_training(parser: Parser) -> None:
     add(
         "--epochs",
         belongs="run",
-        type=types.positive_int,
         default=8000,
         help="maximum passes over train.txt; published: PTB LSTM 500, WikiText-2 LSTM 750, "
         "QRNN 550 and 500",
     )
     add(
         "--batch_size",
-        type=types.positive_int,
         default=80,
         help="columns of a batch, each a separate stream of text; published: PTB 20, WikiText-2 "
         "LSTM 80, QRNN 40, characters 128, WikiText-103 60",
     )
     add(
         "--bptt",
-        type=types.positive_int,
         default=70,
         help="base of the random sequence length, in tokens (variable length backpropagation "
         "sequences); published: 70, PTB characters 150, enwik8 200, WikiText-103 140",
@@ -186,87 +175,68 @@ def add_training(parser: Parser) -> None:
         "validation loss is worse than the best one more than N epochs earlier; "
         "published: 5",
     )
-    add(
-        "--log-interval",
-        belongs="run",
-        type=types.positive_int,
-        default=200,
-        help="batches between log lines",
-    )
-    add(
-        "--partial-shuffle",
-        action="store_true",
-        help="before each epoch, rotate every column of the text by a random offset of its own",
-    )
-    add(
-        "--max-seq-len",
-        either="lengths",
-        type=types.positive_int,
-        help="cap on the random sequence length, in tokens",
-    )
+    add("--log-interval", belongs="run", default=200, help="batches between log lines")
+    add("--max-seq-len", either="lengths", help="cap on the random sequence length, in tokens")
+    add = parser.group("training", action="store_true")
     add(
         "--fixed-length",
         either="lengths",
-        action="store_true",
         help="make every sequence --bptt tokens long, as in the paper's ablation",
+    )
+    add(
+        "--partial-shuffle",
+        help="before each epoch, rotate every column of the text by a random offset of its own",
     )
 
 
 def add_regularisers(parser: Parser) -> None:
     """Dropouts, activation penalties and weight decay."""
-    add = parser.group("regularisation")
+    add = parser.group("regularisation", type=types.probability)
     add(
         "--dropout",
-        type=types.probability,
         default=0.4,
         help="variational (locked) dropout on the last layer's output; published: 0.4, PTB "
         "characters and WikiText-103 0.1",
     )
     add(
         "--dropouth",
-        type=types.probability,
         default=0.3,
         help="variational dropout between layers; published: PTB LSTM 0.25, QRNN 0.3, "
         "WikiText-2 0.2",
     )
     add(
         "--dropouti",
-        type=types.probability,
         default=0.65,
         help="variational dropout on the word vectors; published: WikiText-2 LSTM 0.65, "
         "PTB and WikiText-2 QRNN 0.4, characters 0.1",
     )
     add(
         "--dropoute",
-        type=types.probability,
         default=0.1,
         help="embedding dropout: a word is dropped from a whole batch; published: 0.1, characters "
         "and WikiText-103 0",
     )
     add(
         "--wdrop",
-        type=types.probability,
         default=0.5,
         help="weight drop (DropConnect) on the hidden-to-hidden weights, for the QRNN on its "
         "linear map; published: LSTM 0.5, QRNN 0.1, enwik8 0.2, WikiText-103 0",
     )
+    add = parser.group("regularisation", type=types.non_negative)
     add(
         "--alpha",
-        type=types.non_negative,
         default=2.0,
         help="weight of activation regularisation (AR), the mean square of the last layer's "
         "dropped output, 0 for none; published: 2, characters and WikiText-103 0",
     )
     add(
         "--beta",
-        type=types.non_negative,
         default=1.0,
         help="weight of temporal activation regularisation (TAR), the mean square of the output's "
         "change per step, 0 for none; published: 1, characters and WikiText-103 0",
     )
     add(
         "--wdecay",
-        type=types.non_negative,
         default=1.2e-6,
         help="weight decay (L2) on every parameter; published: 1.2e-6, WikiText-103 0",
     )
@@ -343,18 +313,6 @@ def add_safety(parser: Parser) -> None:
     )
 
 
-def add_logdir(parser: Parser) -> None:
-    """--logdir."""
-    parser.flag(
-        "running",
-        "--logdir",
-        belongs="call",
-        default="",
-        metavar="DIR",
-        help="also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",
-    )
-
-
 def add_seed(parser: Parser) -> None:
     """--seed."""
     parser.flag(
@@ -386,9 +344,16 @@ def add_device(parser: Parser) -> None:
     )
 
 
-def add_speed(parser: Parser) -> None:
-    """--precision and --no-cuda-graphs."""
+def add_running(parser: Parser) -> None:
+    """--logdir, --precision and --no-cuda-graphs."""
     add = parser.group("running")
+    add(
+        "--logdir",
+        belongs="call",
+        default="",
+        metavar="DIR",
+        help="also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",
+    )
     add(
         "--precision",
         choices=["fp32", "tf32", "bf16"],
@@ -426,9 +391,8 @@ def add_trainer(parser: Parser, save: str) -> None:
     add_sizes(parser)
     add_training(parser)
     add_safety(parser)
-    add_logdir(parser)
     add_regularisers(parser)
     add_seed(parser)
     add_device(parser)
-    add_speed(parser)
+    add_running(parser)
     add_max_batches(parser, "batches of every epoch and evaluation")
