@@ -240,7 +240,8 @@ class Parser(argparse.ArgumentParser):
     def by_group(self, args: argparse.Namespace) -> str:
         """The flags that have a value, a line for each group of the help."""
         titles = dict.fromkeys(flag.group for flag in self.flags.values())
-        return "".join(f"\n  {t or 'options'}: {self.of_group(t, args)}" for t in titles)
+        groups = {title: self.of_group(title, args) for title in titles}
+        return "".join(f"\n  {t or 'options'}: {words}" for t, words in groups.items() if words)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):

@@ -265,6 +265,7 @@ def test_what_a_terminal_gets_what_is_partial_and_the_files_written(
         _, out, _ = script("main", *TINY, *flags, *logged)
     assert "Args: \n  options: --save-every 300.0\n  files: --data" in out
     assert "\n  network: --emsize 12 --model LSTM --nhid 16 --nlayers 2\n" in out
+    assert "\n  text:" not in out  # --tokens-are is not given
     assert re.findall(r"Wrote (\S+m\.pt[^,\n]*)", out) == [f"{path}.e1", str(path)]
     _, resumed, _ = script("main", "--resume", path, *flags, *logged)
     _, tuned, _ = script("finetune", *flags, "--keep", "--epochs", 1)
