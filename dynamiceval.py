@@ -9,9 +9,9 @@ import run.interpreter
 
 import argparse
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,19 @@ from loss import TrainingLoss
 from model import Hidden
 from run import program
 from run.corpus import read_corpus
-from run.log_lines import DOUBLE_RULE, dynamic_line
+from run.log_lines import DOUBLE_RULE, alone_line, partial, scored_line
 from run.network import network_of
 from run.progress import Bar
 from scoring.stream import Piece, with_cache
-from training import TrainingStep
+from training import TrainingStep, evaluate
 from utils import ToolkitError, batchify, check_length, perplexity, predicted
 
 # The published grid, which --grid tries, multiplied by --bptt / 5.
 RATES = (3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4)
 LAMBDAS = (1e-3, 2e-3, 3e-3, 5e-3)
 FAST_TOKENS = 30_000
+# Without learning, this many tokens are computed at a time.
+STATIC_TOKENS = 500
 
 
 def build_parser() -> Parser:
@@ -51,18 +53,9 @@ def build_parser() -> Parser:
     flags.add_save(parser, "model file to score")
     add = parser.group("dynamic evaluation")
     add("--lr", 5e-5, "rate; published: 5e-5, QRNNs 1.2e-4")
-    add(
-        "--lamb",
-        0.002,
-        "rate of decay to the trained weights; published: 0.002, QRNNs 0.02 and 0.008",
-    )
-    add("--epsilon", 2e-5, "added to the root mean square that a gradient is divided by")
-    add(
-        "--bptt",
-        5,
-        "tokens per segment; the model learns after each one; published: 5, QRNNs 20",
-        type=positive_int,
-    )
+    add("--lamb", 0.002, "pull to the weights; published: 0.002, QRNNs 0.02 and 0.008")
+    add("--epsilon", 2e-5, "added to the root mean square of a gradient")
+    add("--bptt", 5, "tokens per segment; published: 5, QRNNs 20", type=positive_int)
     add("--batch_size", 100, "columns of the statistics' batches", type=positive_int)
     add("--sgd", False, "use plain gradient descent, without statistics")
     add(
@@ -71,12 +64,8 @@ def build_parser() -> Parser:
         "divide --lamb by the number of weight tensors, and --lr and --epsilon by the root of "
         "the number of segments",
     )
-    add(
-        "--grid",
-        False,
-        f"try {len(RATES)} rates and {len(LAMBDAS)} lambdas, and those given, on valid.txt",
-    )
-    add("--gridfast", False, f"as --grid, but on the first {FAST_TOKENS:,} tokens of valid.txt")
+    add("--grid", False, f"try {len(RATES) * len(LAMBDAS)} settings, and that given, on valid.txt")
+    add("--gridfast", False, f"as --grid, on the first {FAST_TOKENS:,} tokens of valid.txt")
     parser.flag("cache", "--cache", False, "add the continuous cache")
     flags.add_cache(parser)
     flags.add_device(parser)
@@ -100,14 +89,6 @@ class ScoredLoss(TrainingLoss):
             logprob = self.criterion.target_logprob(*decoder, output.detach(), targets)
         self.piece = Piece(raw[-1].detach().squeeze(1), targets, logprob)
         return loss, loss.detach(), hidden
-
-
-class Setting(NamedTuple):
-    """A learning rate, a decay rate, and the loss with them, in nats a token."""
-
-    lr: float
-    lamb: float
-    loss: float = math.nan
 
 
 def run(
@@ -198,21 +179,22 @@ def read_statistics(
 
 def tune(
     network: TrainingLoss, optimizer: DynamicEvaluation, source: Tensor, args: argparse.Namespace
-) -> Setting:
-    """The best of the grid's settings and the given one on `source` (rows, 1); prints each."""
-    group, scale = optimizer.param_groups[0], args.bptt / 5
-    given = Setting(group["lr"], group["lamb"])
-    grid = [Setting(lr * scale, lamb * scale) for lr in RATES for lamb in LAMBDAS]
-    tried = []
-    for setting in [given, *grid]:
-        group.update(lr=setting.lr, lamb=setting.lamb)
+) -> None:
+    """Give the optimiser the best of the grid's settings and its own on `source` (rows, 1)."""
+    group, scale, losses = optimizer.param_groups[0], args.bptt / 5, {}
+    rates, lambdas = [lr * scale for lr in RATES], [lamb * scale for lamb in LAMBDAS]
+    for lr, lamb in [(group["lr"], group["lamb"]), *itertools.product(rates, lambdas)]:
+        group.update(lr=lr, lamb=lamb)
         optimizer.restore()
         loss, _ = run(network, optimizer, source, args, "valid.txt")
-        tried.append(setting._replace(loss=math.inf if math.isnan(loss) else loss))
-        print(f"| lr {setting.lr:.3g} | lamb {setting.lamb:.3g} | val ppl {perplexity(loss):8.2f}")
-    best = min(tried, key=lambda setting: setting.loss)
-    print(f"| best: --lr {best.lr:.4g} --lamb {best.lamb:.4g}")
-    return best
+        losses[lr, lamb] = math.inf if math.isnan(loss) else loss
+        ppl = f"{perplexity(loss):8.2f}{partial(args, source)}"
+        print(f"| lr {lr:.3g} | lamb {lamb:.3g} | val ppl {ppl}")
+    lr, lamb = min(losses, key=losses.get)
+    print(f"| best: --lr {lr:.4g} --lamb {lamb:.4g}")
+    if not (rates[0] < lr < rates[-1] and lambdas[0] < lamb < lambdas[-1]):
+        print("| it is at the grid's edge or beyond: another --lr or --lamb may be better")
+    group.update(lr=lr, lamb=lamb)
 
 
 @program.out_of_memory("--batch_size")
@@ -227,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
     corpus = read_corpus(args, loaded.dictionary)
     network = network_of(loaded, args)
+    for title in ("dynamic evaluation", *(["cache"] if args.cache else [])):
+        print(f"{title.capitalize()}: {parser.of_group(title, args)}")
     parts = (corpus.valid, corpus.test)
     valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)
     check_length(valid_data, "valid.txt", "bring a longer text")
@@ -241,17 +225,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = DynamicEvaluation(params, rms, lr, lamb, epsilon)
     if args.grid or args.gridfast:
         some = valid_data[:FAST_TOKENS] if args.gridfast else valid_data
-        best = tune(network, optimizer, some, args)
-        optimizer.param_groups[0].update(lr=best.lr, lamb=best.lamb)
-    for part, source in (("val", valid_data), ("test", test_data)):
+        tune(network, optimizer, some, args)
+    method = "dynamic evaluation and the cache" if args.cache else "dynamic evaluation"
+    for what, part, source in (("valid.txt", "val", valid_data), ("test.txt", "test", test_data)):
         optimizer.restore()
-        loss, _ = run(
-            network, optimizer, source, args, "valid.txt" if part == "val" else "test.txt"
-        )
+        scored = source[: predicted(source, args.bptt, args.max_batches) + 1]
+        alone = evaluate(network, scored, STATIC_TOKENS)
+        print(alone_line(what, method, alone) + partial(args, source))
+        loss, _ = run(network, optimizer, source, args, what)
         if not math.isfinite(loss):
             raise ToolkitError(f"the {part} loss became {loss}: lower --lr or raise --lamb")
         print(DOUBLE_RULE)
-        print(dynamic_line(part, loss))
+        print(scored_line("dynamic evaluation", part, loss) + partial(args, source))
     print(DOUBLE_RULE)
 
 

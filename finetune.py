@@ -15,6 +15,7 @@ from loss import make_loss
 from nt_asgd import NTASGD
 from run import program
 from run.corpus import read_corpus
+from run.log_lines import partial
 from run.session import Session, open_session, resumed_file, sole_run
 from training import train_epoch
 from utils import ToolkitError
@@ -62,12 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "--keep comes too late: finetuning has already replaced the model in "
                 f"{args.resume}: leave the flag out"
             )
-        with open_session("finetune.py", args, ranks) as session:
+        with open_session(parser, args, ranks) as session:
             begin(args, session, source)
             # The copy from before an earlier finetuning stays: it holds main.py's training state.
             begun = (source.training or {}).get("stage") == "finetune.py"
             if args.keep and ranks.first and not (begun and kept.exists()):
                 checkpoint.save(kept, source, own=True)
+                print(f"Wrote {kept}")
             finetune(args, session)
 
 
@@ -85,7 +87,8 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint) -> Non
     if not args.resume:
         # Scored anew: the file's loss may be that of another corpus or of a trial run.
         session.best_loss = session.evaluate("valid.txt", network)
-        print(f"| start of finetuning | valid loss {session.best_loss:5.2f}")
+        part = partial(args, session.valid_data)
+        print(f"| start of finetuning | valid loss {session.best_loss:5.2f}{part}")
         return
     session.resume(source)
     if session.done and args.nonmono == source.training["args"]["nonmono"]:

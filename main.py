@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with sole_run(parser, given) as ranks:
         source, recorded = starting_file(given)
         args = parser.settle(given, recorded)
-        with open_session("main.py", args, ranks) as session:
+        with open_session(parser, args, ranks) as session:
             begin(args, session, source)
             train(args, session)
 

@@ -1,8 +1,8 @@
 """Draw the validation perplexity of runs over epochs and over time.
 
 A RUN is the log of main.py or finetune.py (their output in a file), a metrics.jsonl, or the folder
-that holds one. The switch to averaged SGD is marked. A RUN of finetune.py alone continues the curve
-of the RUN before it.
+that holds one. The switch to averaged SGD is marked. A RUN that begins with finetuning, or where a
+run was resumed, continues the curve of the RUN before it.
 """
 
 import run.interpreter  # noqa: F401
@@ -10,8 +10,8 @@ import run.interpreter  # noqa: F401
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from cli.parser import Parser
@@ -19,169 +19,215 @@ from cli.types import positive
 from files.reading import opened
 from run import metrics, program
 from scoring import plotting
-from utils import ToolkitError, perplexity
+from utils import ToolkitError
 
-_EPOCH = re.compile(
-    r"\| end of epoch +(\d+) \| time: +(\d+\.\d+)s \| valid loss +\S+ \| "
-    r"valid ppl +(\d+\.\d+|inf|nan)"
-)
-_SWITCH = "Switching to averaged SGD"
-_FINETUNING = "| start of finetuning"
+# What a line of a log says; the groups have the names of metrics.jsonl.
+_PATTERNS = {
+    "epoch": re.compile(
+        r"\| end of epoch +(?P<epoch>\d+) \| time: +(?P<time>\d+\.\d+)s \| valid loss +\S+ \| "
+        r"valid ppl +(?P<valid_ppl>\d+\.\d+|inf|nan)"
+    ),
+    "partial": re.compile(r"\| end of epoch .*\| partial"),
+    "resumed": re.compile(r"\| epoch \d+ was resumed at batch \d"),
+    "batch": re.compile(
+        r"\| epoch +(?P<epoch>\d+) \| +(?P<batch>\d+)/.* \| ppl +(?P<ppl>\d+\.\d+) \|"
+    ),
+    "switch": re.compile("Switching to averaged SGD"),
+    "finetuning": re.compile(r"\| start of finetuning"),
+    "resuming": re.compile(r"Resuming .+: epoch \d"),
+}
+_NUMBERS = {"epoch": ("epoch", "time", "valid_ppl"), "batch": ("epoch", "batch", "ppl")}
 # Line and marker of the first ten runs, of the next ten, and so on.
 _STYLES = (("-", "."), ("--", "x"), (":", "+"), ("-.", "1"))
 
+# A line of a run: its kind, which is a key of _PATTERNS, and its _NUMBERS.
+Line = tuple[str, list[float]]
 
-@dataclass
+
 class Curve:
-    """A run: perplexity and seconds of each epoch, and the epoch after which averaging starts.
+    """A run, from its lines; if an epoch ran twice, before and after resuming, the last counts.
 
-    The epochs of finetuning are counted after the `before` epochs of training. `finetuning` says
-    that the run begins with it.
+    `ppl` and `seconds` are by epoch, `batches` are training's perplexities by epoch and batch; the
+    epochs of finetuning are counted after those of training. The seconds of the epochs in `resumed`
+    are those since the run was resumed. `switch` is the epoch after which averaging starts;
+    `partial` says that the validation was cut short.
     """
 
-    name: str
-    ppl: dict[int, float] = field(default_factory=dict)
-    seconds: dict[int, float] = field(default_factory=dict)
-    switch: int | None = None
-    before: int = 0
-    finetuning: bool = False
-
-    def add(self, epoch: int, seconds: float, ppl: float) -> None:
-        """Add an epoch; if it ran twice, before and after resuming, the last run counts."""
-        self.ppl[self.before + epoch] = math.inf if math.isnan(ppl) else ppl
-        self.seconds[self.before + epoch] = seconds
-
-    def begin_finetuning(self, resumed: bool = False) -> None:
-        """Count the epochs that follow after those before, unless finetuning is `resumed`."""
-        self.finetuning = self.finetuning or not self.ppl
-        self.before = self.before if resumed else max(self.ppl, default=0)
-
-    def extend(self, other: "Curve") -> None:
-        """Continue with the epochs of a run of finetuning."""
-        self.begin_finetuning()
-        for epoch, ppl in other.ppl.items():
-            self.add(epoch, other.seconds[epoch], ppl)
+    def __init__(self, name: str, lines: Iterable[Line]) -> None:
+        self.name = name
+        self.ppl: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
+        self.batches: dict[int, dict[float, float]] = {}
+        self.resumed: set[int] = set()
+        self.switch: int | None = None
+        self.partial = False
+        before = epoch = 0
+        for kind, numbers in lines:
+            if kind == "epoch":
+                number, seconds, ppl = numbers
+                epoch = before + int(number)
+                self.ppl[epoch] = math.inf if math.isnan(ppl) else ppl
+                self.seconds[epoch] = seconds
+                self.resumed.discard(epoch)
+            elif kind == "batch":
+                number, batch, ppl = numbers
+                self.batches.setdefault(before + int(number), {})[batch] = ppl
+            elif kind == "resumed":
+                self.resumed.add(epoch)
+            elif kind == "switch":
+                self.switch = epoch
+            elif kind == "finetuning":
+                before = max(self.ppl, default=0)
+            elif kind == "partial":
+                self.partial = True
 
     def hours(self) -> list[float]:
-        """Hours of training and evaluation up to the end of each epoch, in order."""
-        seconds = (self.seconds[epoch] for epoch in sorted(self.ppl))
+        """Hours of training and evaluation up to the end of each epoch, in order.
+
+        A resumed epoch has at least the median time of the others: that before the stop is unknown.
+        """
+        complete = [time for epoch, time in self.seconds.items() if epoch not in self.resumed]
+        typical = statistics.median(complete) if complete else 0.0
+        seconds = (
+            max(self.seconds[epoch], typical if epoch in self.resumed else 0.0)
+            for epoch in sorted(self.ppl)
+        )
         return [total / 3600 for total in itertools.accumulate(seconds)]
+
+    def training(self) -> list[float]:
+        """Training's perplexity in each epoch, in order; nan where no line has it.
+
+        Raises ToolkitError if no epoch has one.
+        """
+        if not self.batches:
+            raise ToolkitError(
+                f"{self.name} has no log line within an epoch for --train: train with a smaller "
+                "--log-interval, or leave --train out"
+            )
+        means = {n: statistics.geometric_mean(ppl.values()) for n, ppl in self.batches.items()}
+        return [means.get(epoch, math.nan) for epoch in sorted(self.ppl)]
 
 
 def build_parser() -> Parser:
     """The command line of plot.py."""
     parser = Parser("plot", __doc__)
-    parser.flag("", "runs", nargs="+", metavar="RUN", help="log file, metrics.jsonl or folder")
-    parser.flag("", "--out", "curves.png", "picture to write: .png, .pdf or .svg", metavar="FILE")
-    parser.flag(
-        "", "--names", nargs="+", metavar="NAME", help="names of the runs, instead of file names"
-    )
-    parser.flag(
-        "",
-        "--max-ppl",
-        type=positive,
-        metavar="PPL",
-        help="top of the picture; by default the first epochs of a long run are cut off",
-    )
+    add = parser.group("")
+    add("runs", nargs="+", metavar="RUN", help="log file, metrics.jsonl or folder")
+    add("--out", "curves.png", "picture: .png, .pdf or .svg", metavar="FILE")
+    add("--names", nargs="+", metavar="NAME", help="names of the runs, instead of file names")
+    add("--train", False, "draw the perplexity in training too, as thin lines")
+    add("--max-ppl", type=positive, metavar="PPL", help="top; by default early epochs may be cut")
     return parser
 
 
-def from_log(text: str, name: str) -> Curve:
-    """The curve in a log with the classic lines; empty if the log has none."""
-    curve = Curve(name)
-    epoch = None
+def from_log(text: str) -> Iterator[Line]:
+    """The lines of a log that say something."""
     for line in text.splitlines():
-        match = _EPOCH.search(line)
-        if match:
-            epoch = int(match[1])
-            curve.add(epoch, float(match[2]), float(match[3]))
-        elif line.startswith(_FINETUNING):
-            curve.begin_finetuning()
-        elif line.startswith(_SWITCH) and epoch is not None:
-            curve.switch = epoch
-    return curve
+        for kind, pattern in _PATTERNS.items():
+            if match := pattern.search(line):
+                yield kind, [float(match[name]) for name in _NUMBERS.get(kind, ())]
 
 
-def from_metrics(path: Path, name: str) -> Curve:
-    """The curve in a metrics.jsonl; raises ToolkitError if a line lacks its numbers."""
-    curve = Curve(name)
+def from_metrics(path: Path) -> Iterator[Line]:
+    """The lines of a metrics.jsonl; raises ToolkitError if a line lacks its numbers."""
+    stage = "main"
     for number, line in enumerate(metrics.read(path), start=1):
         try:
-            if line.get("kind") == "epoch":
-                loss = line["valid_loss"]
-                ppl = math.inf if loss is None else perplexity(loss)
-                curve.add(int(line["epoch"]), float(line["time"]), ppl)
-            elif line.get("kind") == "switch":
-                curve.switch = int(line["epoch"])
-            elif line.get("command", [""])[0].endswith("finetune.py"):
-                curve.begin_finetuning(resumed=bool(line["flags"]["resume"]))
-        except (KeyError, TypeError, ValueError, OverflowError):
+            kind = line.get("kind")
+            if "command" in line:
+                flags = line["flags"]
+                if flags.get("max_batches"):
+                    yield "partial", []
+                starts = line["command"][0].endswith("finetune.py")
+                kind = "resuming" if flags.get("resume") else "finetuning" if starts else ""
+            # bench/reproduce.py puts the stages into one file.
+            elif line.get("stage", stage) != stage:
+                stage = line["stage"]
+                yield "finetuning", []
+            # A number that is not finite is null.
+            values = [line[name] for name in _NUMBERS.get(kind, ())]
+            yield kind, [math.inf if value is None else float(value) for value in values]
+            if line.get("resumed_at"):
+                yield "resumed", []
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
             raise ToolkitError(
                 f"line {number} of {path} lacks the numbers for its kind: name a run's --logdir"
             ) from None
-    return curve
 
 
-def read_run(run: str) -> Curve:
-    """The curve of a RUN; raises ToolkitError if it has no finished epoch, and OSError."""
+def read_run(run: str) -> tuple[str, list[Line]]:
+    """The name and the lines of a RUN; raises ToolkitError if no epoch has ended, and OSError."""
     path = Path(run)
     if path.is_dir():
         path = path / metrics.NAME
     if path.suffix == ".jsonl":
-        curve = from_metrics(path, path.parent.name or run)
+        name, lines = path.parent.name or run, list(from_metrics(path))
     else:
         with opened(path, "r", encoding="utf-8", errors="replace") as file:
-            curve = from_log(file.read(), path.stem)
-    if not curve.ppl:
+            name, lines = path.stem, list(from_log(file.read()))
+    if not any(kind == "epoch" for kind, _ in lines):
         raise ToolkitError(
             f"{run} has no line of a finished epoch: name the log of main.py or finetune.py, or a "
             "run's --logdir"
         )
-    return curve
+    return name, lines
 
 
-def default_top(curves: Sequence[Curve]) -> float:
-    """A top of the picture that cuts off the high perplexities at the start of long runs."""
-    best = max(min(curve.ppl.values()) for curve in curves)
-    worst = max(max(curve.ppl.values()) for curve in curves)
-    return min(worst * 1.03, best * 2) if max(len(c.ppl) for c in curves) > 10 else worst * 1.03
+def read_curves(runs: Sequence[str]) -> list[Curve]:
+    """The curves of the RUNs, each joined with those that continue it; errors as `read_run`."""
+    joined: list[tuple[str, list[Line]]] = []
+    for name, lines in map(read_run, runs):
+        first = next(kind for kind, _ in lines if kind in ("epoch", "finetuning", "resuming"))
+        if joined and first != "epoch":
+            joined[-1][1].extend(lines)
+        else:
+            joined.append((name, lines))
+    return [Curve(name, lines) for name, lines in joined]
 
 
-def draw(curves: Sequence[Curve], out: str, max_ppl: float | None) -> None:
-    """Write the picture; raises ToolkitError if it cannot be drawn."""
+def draw(curves: Sequence[Curve], out: str, max_ppl: float | None, train: bool) -> None:
+    """Write the picture, with `train` of training too; raises ToolkitError."""
     figure = plotting.figure_class()(figsize=(10, 4.6 + 0.08 * len(curves)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     longest = max(curve.hours()[-1] for curve in curves)
     unit, scale = ("hours", 1) if longest >= 2 else ("minutes", 60)
+    drawn = []
     for number, curve in enumerate(curves):
         epochs = sorted(curve.ppl)
-        ppl = [curve.ppl[epoch] for epoch in epochs]
+        ppl, training = [curve.ppl[epoch] for epoch in epochs], curve.training() if train else []
+        drawn += [value for value in ppl + training if not math.isnan(value)]
         times = [hours * scale for hours in curve.hours()]
-        best = min(ppl)
+        best = f"best {min(ppl):.2f}{', partial' if curve.partial else ''}"
         # matplotlib omits a label that starts with _, and reads a dollar as the start of a formula.
-        label = f"{curve.name} (best {best:.2f})".replace("$", r"\$").replace("_", "\u200b_", 1)
+        label = f"{curve.name} ({best})".replace("$", r"\$").replace("_", "\u200b_", 1)
         style, marker = _STYLES[number // 10 % len(_STYLES)]
+        look = {"color": f"C{number % 10}", "ls": style}
         few = marker if len(epochs) <= 60 else None
         for ax, x in ((left, epochs), (right, times)):
-            (line,) = ax.plot(
-                x, ppl, marker=few, label=label, color=f"C{number % 10}", lw=1.5, ls=style
-            )
+            ax.plot(x, ppl, marker=few, label=label, lw=1.5, **look)
+            if train:
+                ax.plot(x, training, lw=0.9, **look)
             if curve.switch in epochs:
                 at = epochs.index(curve.switch)
-                ax.plot(x[at], ppl[at], "D", color=line.get_color(), ms=8, mec="black", zorder=3)
-                ax.axvline(x[at], color=line.get_color(), ls=":", lw=1)
+                ax.plot(x[at], ppl[at], "D", color=look["color"], ms=8, mec="black", zorder=3)
+                ax.axvline(x[at], color=look["color"], ls=":", lw=1)
     if any(curve.switch in curve.ppl for curve in curves):
         left.plot([], [], "D", color="white", mec="black", ms=8, label="averaging starts")
-    figure.suptitle("Validation perplexity over epochs and over time")
+    if train:
+        left.plot([], [], color="grey", lw=0.9, label="training, mean of an epoch")
+    figure.suptitle(f"Validation {'and training ' * train}perplexity over epochs and over time")
     left.set_xlabel("epochs")
     left.xaxis.get_major_locator().set_params(integer=True)
-    right.set_xlabel(f"{unit} of training and evaluation")
-    top = max_ppl or default_top(curves)
-    bottom = min(min(curve.ppl.values()) for curve in curves)
+    resumed = " (resumed epochs estimated)" if any(curve.resumed for curve in curves) else ""
+    right.set_xlabel(f"{unit} of training and evaluation{resumed}")
+    top, bottom = max_ppl or max(drawn) * 1.03, min(drawn)
+    if not max_ppl and max(len(curve.ppl) for curve in curves) > 10:
+        # Without the high perplexities at the start of long runs.
+        top = min(top, 2 * max(min(curve.ppl.values()) for curve in curves))
     if math.isfinite(top) and top > bottom:
         left.set_ylim(bottom - 0.05 * (top - bottom), top)
-    cut = any(max(curve.ppl.values()) > top for curve in curves)
-    left.set_ylabel(f"validation perplexity{f', cut off at {top:.4g}' if cut else ''}")
+    cut = f", cut off at {top:.4g}" if max(drawn) > top else ""
+    left.set_ylabel(f"{'perplexity' if train else 'validation perplexity'}{cut}")
     # Below the axes, where it hides no curve.
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     for ax in (left, right):
@@ -197,25 +243,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     # An argument that is not UTF-8 holds lone surrogates, which no font has.
     names = [name.encode("utf-8", "replace").decode() for name in args.names or ()]
     plotting.check(args.out, "--out")
-    curves: list[Curve] = []
-    for curve in map(read_run, args.runs):
-        if curve.finetuning and curves:
-            curves[-1].extend(curve)
-        else:
-            curves.append(curve)
+    curves = read_curves(args.runs)
     if names and len(names) != len(curves):
         parser.error(f"--names has {len(names)} names for {len(curves)} runs")
     for curve, name in zip(curves, names, strict=False):
         curve.name = name
-    draw(curves, args.out, args.max_ppl)
+    draw(curves, args.out, args.max_ppl, args.train)
     for curve in curves:
         best = min(curve.ppl, key=lambda epoch, curve=curve: curve.ppl[epoch])
-        switch = "" if curve.switch is None else f" | averaging after epoch {curve.switch}"
+        notes = [] if curve.switch is None else [f"averaging after epoch {curve.switch}"]
+        notes += ["partial validation"] if curve.partial else []
+        if curve.resumed:
+            epochs = ", ".join(map(str, sorted(curve.resumed)))
+            notes.append(f"resumed in epoch {epochs}: its time is an estimate")
         print(
             f"| {curve.name}: {len(curve.ppl)} epochs, {60 * curve.hours()[-1]:.1f} minutes | "
-            f"best valid ppl {curve.ppl[best]:.2f} after epoch {best}{switch}"
+            f"best valid ppl {curve.ppl[best]:.2f} after epoch {best}",
+            *notes,
+            sep=" | ",
         )
-    print(f"Wrote {args.out}")
 
 
 if __name__ == "__main__":

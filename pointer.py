@@ -21,12 +21,12 @@ from continuous_cache import ContinuousCache
 from loss import TrainingLoss
 from run import program
 from run.corpus import read_corpus
-from run.log_lines import DOUBLE_RULE, pointer_line
+from run.log_lines import DOUBLE_RULE, alone_line, partial, scored_line
 from run.network import network_of
 from run.progress import Bar
 from scoring import plotting, search, words
 from scoring.search import Setting
-from scoring.stream import Piece, joined, pieces, with_cache
+from scoring.stream import joined, pieces, with_cache
 from utils import batchify, check_length, perplexity, predicted
 
 DRAWN_WORDS = 20
@@ -47,14 +47,13 @@ def build_parser() -> Parser:
         "tune the window, theta and lambda on valid.txt and score test.txt with the best "
         "values; the values given are tried too",
     )
-    parser.flag(
-        "words",
+    add = parser.group("words")
+    add(
         "--by-word",
         type=positive_int,
         help="print the N words of valid.txt that the cache helps most, and the N it hurts most",
     )
-    parser.flag(
-        "words",
+    add(
         "--plot",
         metavar="FILE",
         help=f"draw these words, {DRAWN_WORDS} of each without --by-word, as .png, .pdf or .svg",
@@ -67,95 +66,99 @@ def build_parser() -> Parser:
 
 @torch.inference_mode()
 def evaluate(
-    network: TrainingLoss,
-    source: Tensor,
-    cache: ContinuousCache,
-    *,
-    lambdasm: float,
-    bptt: int,
-    max_batches: int | None = None,
-    what: str = "",
+    network: TrainingLoss, source: Tensor, setting: Setting, args: argparse.Namespace, what: str
 ) -> float:
-    """Mean cross-entropy, nats a predicted token, of the mixture of network and `cache`.
+    """Mean cross-entropy, nats a predicted token, of the network with the cache at `setting`.
 
     `source` is (rows, 1): the cache follows one stream. Where the cache is in use, a word has the
-    probability `lambdasm * p_cache + (1 - lambdasm) * p_vocabulary`. If `what`, a name for the
-    source, is given, a terminal shows a progress bar, and the loss of the network alone is printed.
+    probability `lambdasm * p_cache + (1 - lambdasm) * p_vocabulary`. Prints the loss of the network
+    alone; `what` is the text's name.
     """
+    cache = ContinuousCache(setting.window, setting.theta, args.cache_from_start)
     total = torch.zeros(2, dtype=torch.float64, device=source.device)  # with and without cache
     rows = 0
-    with Bar(predicted(source, bptt, max_batches), what, wanted=bool(what)) as bar:
-        for piece in pieces(network, source, bptt, max_batches):
-            both = torch.stack([with_cache(piece, cache, lambdasm)[0], piece.logprob])
+    with Bar(predicted(source, args.bptt, args.max_batches), what) as bar:
+        for piece in pieces(network, source, args.bptt, args.max_batches):
+            both = torch.stack([with_cache(piece, cache, setting.lambdasm)[0], piece.logprob])
             total -= both.double().sum(dim=1)
             rows += len(piece.words)
             if bar.shown:
                 loss = total[0].item() / rows
                 bar.update(len(piece.words), loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
     loss, alone = (total / rows).tolist()
-    if what:
-        print_alone(what, alone)
+    print_alone(alone, source, setting, args, what)
     return loss
 
 
-def print_alone(what: str, loss: float) -> None:
-    """Print the loss of the network without the cache."""
-    print(f"| {what} without the cache | loss {loss:5.2f} | ppl {perplexity(loss):8.2f}")
-
-
-def run_once(network: TrainingLoss, source: Tensor, bptt: int, max_batches: int | None) -> Piece:
-    """Outputs, words and log p of all of `source` (rows, 1), from one run of the network."""
-    parts = []
-    with Bar(predicted(source, bptt, max_batches), "valid.txt") as bar:
-        for piece in pieces(network, source, bptt, max_batches):
-            parts.append(joined([piece]))
-            bar.update(len(piece.words))
-    return joined(parts)
+def print_alone(
+    loss: float, source: Tensor, setting: Setting, args: argparse.Namespace, what: str
+) -> None:
+    """Print the loss of the network alone, and whether the text is too short for the cache."""
+    rows = predicted(source, args.bptt, args.max_batches)
+    if not args.cache_from_start and rows <= setting.window:
+        print(f"| {what} is no longer than --window: the cache is used with a smaller one only")
+    print(alone_line(what, "the cache", loss) + partial(args, source))
 
 
 def study(
-    args: argparse.Namespace, stored: Piece, given: Setting, names: Sequence[str]
+    network: TrainingLoss,
+    source: Tensor,
+    given: Setting,
+    args: argparse.Namespace,
+    names: Sequence[str],
 ) -> tuple[Setting, float]:
-    """Tune the cache and report its effect on single words, from the results of `run_once`.
+    """Tune the cache on valid.txt, `source` (rows, 1), and report its effect on single words.
 
-    `names` are the words by id. Returns the setting, which --search tunes, and its loss.
+    The network runs once. `names` are the words by id. Returns the setting, which --search tunes,
+    and its loss.
     """
-    setting, from_start = given, args.cache_from_start
+    parts, part = [], partial(args, source)
+    with Bar(predicted(source, args.bptt, args.max_batches), "valid.txt") as bar:
+        for piece in pieces(network, source, args.bptt, args.max_batches):
+            parts.append(joined([piece]))
+            bar.update(len(piece.words))
+    stored, setting, from_start = joined(parts), given, args.cache_from_start
     if args.search:
         given = given._replace(loss=search.loss_at(stored, given, from_start))
         with Bar(2 * len(stored.words), "search") as bar:
             table, setting = search.search(stored, given, from_start, bar.update)
-        print_search(table, setting, given, len(stored.words))
-    print_alone("valid.txt", -stored.logprob.double().mean().item())
+        print_search(table, setting, given, len(stored.words), part)
+    alone = -stored.logprob.double().mean().item()
+    print_alone(alone, source, setting, args, "valid.txt")
     logprob = search.logprobs_at(stored, setting, from_start)
     if args.by_word or args.plot:
         changes = words.changes(logprob - stored.logprob, stored.words, names)
         if args.by_word:
-            words.print_words(changes, args.by_word)
+            words.print_words(changes, args.by_word, part)
         if args.plot:
-            words.draw_words(changes, args.by_word or DRAWN_WORDS, args.plot)
+            words.draw_words(changes, args.by_word or DRAWN_WORDS, part, args.plot)
     return setting, -logprob.double().mean().item()
 
 
-def print_search(table: Sequence[Setting], best: Setting, given: Setting, tokens: int) -> None:
+def print_search(
+    table: Sequence[Setting], best: Setting, given: Setting, tokens: int, part: str
+) -> None:
     """Print the table of --search: a row a theta, a column a window, each at its best lambda."""
     windows = sorted({setting.window for setting in table})
+    thetas = sorted({setting.theta for setting in table})
     cells = {(setting.window, setting.theta): setting for setting in table}
-    print(f"| {tokens} tokens of valid.txt: perplexity at the best lambda, and that lambda")
+    print(f"| {tokens} tokens of valid.txt: perplexity at the best lambda, and that lambda{part}")
     print("|  theta | " + " | ".join(f"window {window:7d}" for window in windows))
-    for theta in sorted({setting.theta for setting in table}):
+    for theta in thetas:
         row = [cells[window, theta] for window in windows]
         shown = [f"{perplexity(cell.loss):8.2f} {cell.lambdasm:5.3f}" for cell in row]
         print(f"| {theta:6.3f} | " + " | ".join(shown))
     for name, setting in (("given", given), ("best", best)):
         print(
             f"| {name}: --window {setting.window} --theta {setting.theta!r} --lambdasm "
-            f"{setting.lambdasm!r} | val ppl {perplexity(setting.loss):.2f}"
+            f"{setting.lambdasm!r} | val ppl {perplexity(setting.loss):.2f}{part}"
         )
     if best.window == windows[-1] and best.window < tokens:
         print(
             f"| the widest window is best: --search --window {2 * best.window} looks further back"
         )
+    elif best.window < windows[0] or not thetas[0] <= best.theta <= thetas[-1]:
+        print("| the best setting lies outside the table: --search with it looks around it")
 
 
 @program.out_of_memory("--bptt")
@@ -168,8 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
     if args.plot:
         plotting.check(args.plot, "--plot")
-    cache_flags = ("window", "theta", "lambdasm", "cache_from_start")
-    print("Cache:", parser.spelled({name: getattr(args, name) for name in cache_flags}))
+    print("Cache:", parser.of_group("cache", args))
     corpus = read_corpus(args, loaded.dictionary)
     network = network_of(loaded, args)
     parts = (corpus.valid, corpus.test)
@@ -177,25 +179,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_length(valid_data, "valid.txt", "bring a longer text")
     check_length(test_data, "test.txt", "bring a longer text")
     setting = Setting(args.window, args.theta, args.lambdasm, math.nan)
-
-    def score(source: Tensor, what: str) -> float:
-        if not args.cache_from_start and len(source) - 1 <= setting.window:
-            print(f"| {what} is no longer than --window: the cache is used with a smaller one only")
-        cache = ContinuousCache(setting.window, setting.theta, args.cache_from_start)
-        chunks = {"bptt": args.bptt, "max_batches": args.max_batches, "what": what}
-        return evaluate(network, source, cache, lambdasm=setting.lambdasm, **chunks)
-
     if args.search or args.by_word or args.plot:
-        stored = run_once(network, valid_data, args.bptt, args.max_batches)
-        setting, valid_loss = study(args, stored, setting, loaded.dictionary.idx2word)
-        del stored
+        names = loaded.dictionary.idx2word
+        setting, valid_loss = study(network, valid_data, setting, args, names)
     else:
-        valid_loss = score(valid_data, "valid.txt")
+        valid_loss = evaluate(network, valid_data, setting, args, "valid.txt")
     print(DOUBLE_RULE)
-    print(pointer_line("val", valid_loss))
-    test_loss = score(test_data, "test.txt")
+    print(scored_line("pointer", "val", valid_loss) + partial(args, valid_data))
+    test_loss = evaluate(network, test_data, setting, args, "test.txt")
     print(DOUBLE_RULE)
-    print(pointer_line("test", test_loss))
+    print(scored_line("pointer", "test", test_loss) + partial(args, test_data))
     print(DOUBLE_RULE)
 
 

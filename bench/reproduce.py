@@ -11,7 +11,6 @@ logs stay in the work folder: copy that folder to continue on another machine.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import lzma
 import math
@@ -26,6 +25,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import run.interpreter
+
+import fcntl
 
 import torch
 

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 from bench.common import read_stage, table_head, table_row
 from bench.published import ABLATIONS as PUBLISHED_ABLATIONS
-from cli.types import positive_int
 from files.writing import replacing
 from scoring import plotting
 from tools.getdata import SPECS, wrong_files
@@ -217,7 +216,7 @@ def _change(value: float | None, base: float | None) -> str:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """The curves of the cells: validation perplexity over epochs, one colour a cell."""
-    figure = plotting.figure_class()(figsize=(8, 4.2), layout="constrained")
+    figure = plotting.figure_class()(figsize=(8, 4.6), layout="constrained")
     ax = figure.subplots()
     colours = {"LSTM": "C0", "GRU": "C1", "QRNN": "C2"}
     for run in runs:
@@ -234,9 +233,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         x, ppl = [e["epoch"] for e in epochs], [perplexity(e["loss"]) for e in epochs]
         ax.plot(x, ppl, style, color=colour, marker=".", label=label)
     ax.axvline(MAIN_EPOCHS, color="black", lw=0.8, ls=":")
-    # At the bottom, because the legend is at the top.
-    place = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
-    ax.text(MAIN_EPOCHS + 0.05, 0.01, "averaging starts", **place)
+    ax.text(MAIN_EPOCHS + 0.05, 0.94, "averaging starts", transform=ax.get_xaxis_transform())
     ax.set_yscale("log")
     ticks = [110, 120, 140, 160, 180, 200, 250, 300, 400]
     ax.set_yticks(ticks, [str(tick) for tick in ticks])
@@ -246,7 +243,8 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     ax.set_title("Embedding 100, two layers of 200, two cores", fontsize=10)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, ncols=2)
+    # Below the axes, where it hides no curve.
+    figure.legend(loc="outside lower center", frameon=False, ncols=4)
     plotting.save(figure, path, "the picture")
 
 
@@ -269,15 +267,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="the folder of the PTB corpus")
     parser.add_argument("work", type=Path, help="where models and numbers are kept")
-    parser.add_argument(
-        "--jobs", type=positive_int, default=2, help="runs at a time, of one thread each"
-    )
     parser.add_argument("--report", action="store_true", help="run nothing, only write the numbers")
     args = parser.parse_args()
     if not args.report:
         if wrong_files(SPECS["penn"], args.data):
             raise ToolkitError(f"{args.data} is not PTB: fetch it with ./getdata.sh penn")
-        with ThreadPoolExecutor(args.jobs) as pool:
+        with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda run: train(run, args.data, args.work), RUNS))
     write(args.work)
 

@@ -111,14 +111,13 @@ def add_model(parser: Parser) -> None:
 
 def add_sizes(parser: Parser) -> None:
     """The sizes of the network."""
-    add = parser.group("network")
+    add = parser.group("network", type=types.positive_int)
     add(
         "--emsize",
         400,
         "size of a word's embedding, and of the last layer, whose weights are tied to it; "
         "published: 400, PTB characters 200",
         config="ninp",
-        type=types.positive_int,
     )
     add(
         "--nhid",
@@ -126,20 +125,13 @@ def add_sizes(parser: Parser) -> None:
         "hidden units of every layer but the last; published: LSTM 1150, QRNN 1550, "
         "PTB characters 1000, enwik8 1840, WikiText-103 2500",
         config="nhid",
-        type=types.positive_int,
     )
-    add(
-        "--nlayers",
-        3,
-        "recurrent layers; published: LSTM 3, QRNN 4",
-        config="nlayers",
-        type=types.positive_int,
-    )
+    add("--nlayers", 3, "layers; published: LSTM 3, QRNN 4", config="nlayers")
 
 
 def add_training(parser: Parser) -> None:
     """Optimisation and its log lines."""
-    add = parser.group("training")
+    add = parser.group("training", type=types.positive_int)
     add(
         "--lr",
         30.0,
@@ -153,6 +145,7 @@ def add_training(parser: Parser) -> None:
         "--clip",
         0.25,
         "gradient norm to clip at, 0 for none; published: 0.25, PTB QRNN 0.2",
+        type=types.non_negative,
         metavar="NORM",
     )
     add(
@@ -161,21 +154,18 @@ def add_training(parser: Parser) -> None:
         "maximum passes over train.txt; published: PTB LSTM 500, WikiText-2 LSTM 750, "
         "QRNN 550 and 500",
         belongs="run",
-        type=types.positive_int,
     )
     add(
         "--batch_size",
         80,
         "columns of a batch, each a separate stream of text; published: PTB 20, WikiText-2 "
         "LSTM 80, QRNN 40, characters 128, WikiText-103 60",
-        type=types.positive_int,
     )
     add(
         "--bptt",
         70,
         "base of the random sequence length, in tokens (variable length backpropagation "
         "sequences); published: 70, PTB characters 150, enwik8 200, WikiText-103 140",
-        type=types.positive_int,
     )
     add(
         "--nonmono",
@@ -183,64 +173,57 @@ def add_training(parser: Parser) -> None:
         "NT-ASGD's non-monotone interval (the paper's n): averaging starts when the "
         "validation loss is worse than the best one more than N epochs earlier; "
         "published: 5",
+        type=types.natural,
     )
-    add("--log-interval", 200, "batches between log lines", belongs="run", type=types.positive_int)
-    add(
-        "--partial-shuffle",
-        False,
-        "before each epoch, rotate every column of the text by a random offset of its own",
-    )
-    add(
-        "--max-seq-len",
-        either="lengths",
-        type=types.positive_int,
-        help="cap on the random sequence length, in tokens",
-    )
+    add("--log-interval", 200, "batches between log lines", belongs="run")
+    add("--max-seq-len", either="lengths", help="cap on the random sequence length, in tokens")
+    add = parser.group("training")
     add(
         "--fixed-length",
         False,
         "make every sequence --bptt tokens long, as in the paper's ablation",
         either="lengths",
     )
+    add(
+        "--partial-shuffle",
+        False,
+        "before each epoch, rotate every column of the text by a random offset of its own",
+    )
 
 
 def add_regularisers(parser: Parser) -> None:
     """Dropouts, activation penalties and weight decay."""
-    add = parser.group("regularisation")
+    add = parser.group("regularisation", type=types.probability)
     add(
         "--dropout",
         0.4,
         "variational (locked) dropout on the last layer's output; published: 0.4, PTB "
         "characters and WikiText-103 0.1",
-        type=types.probability,
     )
     add(
         "--dropouth",
         0.3,
         "variational dropout between layers; published: PTB LSTM 0.25, QRNN 0.3, WikiText-2 0.2",
-        type=types.probability,
     )
     add(
         "--dropouti",
         0.65,
         "variational dropout on the word vectors; published: WikiText-2 LSTM 0.65, "
         "PTB and WikiText-2 QRNN 0.4, characters 0.1",
-        type=types.probability,
     )
     add(
         "--dropoute",
         0.1,
         "embedding dropout: a word is dropped from a whole batch; published: 0.1, characters "
         "and WikiText-103 0",
-        type=types.probability,
     )
     add(
         "--wdrop",
         0.5,
         "weight drop (DropConnect) on the hidden-to-hidden weights, for the QRNN on its "
         "linear map; published: LSTM 0.5, QRNN 0.1, enwik8 0.2, WikiText-103 0",
-        type=types.probability,
     )
+    add = parser.group("regularisation")
     add(
         "--alpha",
         2.0,
@@ -325,18 +308,6 @@ def add_safety(parser: Parser) -> None:
     )
 
 
-def add_logdir(parser: Parser) -> None:
-    """--logdir."""
-    parser.flag(
-        "running",
-        "--logdir",
-        "",
-        "also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",
-        belongs="call",
-        metavar="DIR",
-    )
-
-
 def add_seed(parser: Parser) -> None:
     """--seed."""
     parser.flag(
@@ -368,9 +339,16 @@ def add_device(parser: Parser) -> None:
     )
 
 
-def add_speed(parser: Parser) -> None:
-    """--precision and --no-cuda-graphs."""
+def add_running(parser: Parser) -> None:
+    """--logdir, --precision and --no-cuda-graphs."""
     add = parser.group("running")
+    add(
+        "--logdir",
+        "",
+        "also write DIR/metrics.jsonl, and TensorBoard events if TensorBoard is installed",
+        belongs="call",
+        metavar="DIR",
+    )
     add(
         "--precision",
         choices=["fp32", "tf32", "bf16"],
@@ -408,9 +386,8 @@ def add_trainer(parser: Parser, save: str) -> None:
     add_sizes(parser)
     add_training(parser)
     add_safety(parser)
-    add_logdir(parser)
     add_regularisers(parser)
     add_seed(parser)
     add_device(parser)
-    add_speed(parser)
+    add_running(parser)
     add_max_batches(parser, "batches of every epoch and evaluation")

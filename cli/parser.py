@@ -46,6 +46,7 @@ class Flag:
     """A flag as it was added; `Parser.flag` describes the fields."""
 
     name: str
+    group: str
     default: Any
     belongs: str
     either: str
@@ -124,6 +125,7 @@ class Parser(argparse.ArgumentParser):
         )
         # Python 3.14 colours the help with control characters by default.
         self.color = False
+        self.stage = stage
         self.classic = CLASSIC.get(stage, [])
         self.presets = presets.of_stage(stage)
         self.flags: dict[str, Flag] = {}
@@ -189,7 +191,7 @@ class Parser(argparse.ArgumentParser):
         # The parser itself sets no defaults, so that it returns the flags given.
         action = place.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
         self.flags[action.dest] = Flag(
-            name, default, belongs, either, config, fixed, derive, action
+            name, group, default, belongs, either, config, fixed, derive, action
         )
 
     def group(self, title: str, **common: Any) -> Callable[..., None]:
@@ -197,7 +199,7 @@ class Parser(argparse.ArgumentParser):
         return functools.partial(self.flag, title, **common)
 
     def given(self, argv: Sequence[str] | None = None) -> Given:
-        """Read a command line, by default the process's; prints what its preset adds."""
+        """Read a command line, by default the process's, and its preset."""
         line = self._read(sys.argv[1:] if argv is None else argv)
         if "preset" not in line:
             return Given(line, {})
@@ -205,15 +207,18 @@ class Parser(argparse.ArgumentParser):
         if line.get("resume"):
             # The other flags come from the resumed run.
             preset = {name: value for name, value in preset.items() if self.flags[name].config}
-        added = self.spelled({name: preset[name] for name in preset.keys() - line.keys()})
-        print(f"--preset {line['preset']}: {added}")
         return Given(line, preset)
 
     def settle(self, given: Given, file: Recorded | None = None) -> argparse.Namespace:
         """The final value of every flag, from the command line, its preset and a model file.
 
-        Raises ToolkitError if a flag that was given cannot take effect.
+        Prints what the preset and the file add. Raises ToolkitError if a flag that was given cannot
+        take effect.
         """
+        if "preset" in given.line:
+            added = given.preset.keys() - given.line.keys()
+            words = self.spelled({name: given.preset[name] for name in added})
+            print(f"--preset {given.line['preset']}: {words}")
         chosen = {**given.preset, **given.line}
         counts = given.line.keys() | given.preset.keys() - _PRESET_DEFAULTS
         counted = [name for name in self.flags if name in counts]
@@ -236,6 +241,17 @@ class Parser(argparse.ArgumentParser):
     def spelled(self, values: Mapping[str, Any]) -> str:
         """Flags and their values as on a command line, sorted by name."""
         return " ".join(w for name in sorted(values) for w in self.flags[name].words(values[name]))
+
+    def of_group(self, title: str, args: argparse.Namespace) -> str:
+        """The flags of a group that have a value, as on a command line."""
+        own = {name: value for name, value in vars(args).items() if value not in (None, "")}
+        return self.spelled({n: v for n, v in own.items() if self.flags[n].group == title})
+
+    def by_group(self, args: argparse.Namespace) -> str:
+        """The flags that have a value, a line for each group of the help."""
+        titles = dict.fromkeys(flag.group for flag in self.flags.values())
+        groups = {title: self.of_group(title, args) for title in titles}
+        return "".join(f"\n  {t or 'options'}: {words}" for t, words in groups.items() if words)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: --"):

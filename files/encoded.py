@@ -47,9 +47,9 @@ def read(
 ) -> Encoded:
     """Encode the texts of a corpus folder; arguments and errors are those of `data.Corpus`."""
     _check_files(folder, split is not None)
-    if split is not None:
-        return _split_lines(_encode(folder, tick, SPLITS[:1]), split, folder)
-    return _encode_cached(folder, tick) if cache else _encode(folder, tick)
+    names = SPLITS if split is None else SPLITS[:1]
+    encoded = (_encode_cached if cache else _encode)(folder, tick, names)
+    return encoded if split is None else _split_lines(encoded, split, folder)
 
 
 def _check_files(folder: Path, split: bool = False) -> None:
@@ -150,7 +150,7 @@ def _universal_newlines(text: str) -> str:
     return text
 
 
-def _encode(folder: Path, tick: Callable[[int], object], names: Sequence[str] = SPLITS) -> Encoded:
+def _encode(folder: Path, tick: Callable[[int], object], names: Sequence[str]) -> Encoded:
     """Encode the files of `names`."""
     # The first look-up of a word gives it the counter's next number, all in C.
     word2idx: defaultdict[str, int] = defaultdict(count().__next__)
@@ -184,10 +184,10 @@ def _count(splits: list[np.ndarray], vocabulary: int) -> np.ndarray:
 # memory, which are mapped.
 
 
-def _hash_files(folder: Path) -> str:
-    """Return a digest of the three files' contents and the cache's format, as hex digits."""
+def _hash_files(folder: Path, names: Sequence[str] = SPLITS) -> str:
+    """Return a digest of the files' contents and the cache's format, as hex digits."""
     key = _new_digest(CACHE_FORMAT)
-    for split in SPLITS:
+    for split in names:
         digest = _new_digest()
         with opened(folder / f"{split}.txt") as file:
             while chunk := file.read(1 << 20):
@@ -211,16 +211,16 @@ def _cache_places(folder: Path, key: str) -> list[Path]:
     return places
 
 
-def _encode_cached(folder: Path, tick: Callable[[int], object]) -> Encoded:
+def _encode_cached(folder: Path, tick: Callable[[int], object], names: Sequence[str]) -> Encoded:
     """Read the encoded corpus from a cache that fits, else encode it and write a cache."""
-    key = _hash_files(folder)
+    key = _hash_files(folder, names)
     places = _cache_places(folder, key)
     for path in places:
         if (encoded := _read_cache(path, key)) is not None:
             return encoded
-    encoded = _encode(folder, tick)
+    encoded = _encode(folder, tick, names)
     # Files that have changed meanwhile are not cached.
-    for path in places if _hash_files(folder) == key else ():
+    for path in places if _hash_files(folder, names) == key else ():
         try:
             _write_cache(path, key, encoded)
             return _read_cache(path, key) or encoded

@@ -20,6 +20,5 @@ def in_words(seconds: float) -> str:
     for longer, its_size in (("min", 60), ("hours", 3600), ("days", 86400)):
         if seconds >= 1.5 * its_size:
             unit, size = longer, its_size
-    return (
-        f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
-    )
+    digits = 0 if seconds >= 10 * size else 1
+    return f"{seconds / size:.{digits}f} {unit}"

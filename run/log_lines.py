@@ -1,6 +1,10 @@
 """The classic log lines, which programs parse; losses are in nats a token."""
 
-from utils import bits, perplexity
+import argparse
+
+from torch import Tensor
+
+from utils import bits, perplexity, predicted
 
 RULE = "-" * 89
 DOUBLE_RULE = "=" * 89
@@ -31,15 +35,17 @@ def end_line(loss: float) -> str:
     )
 
 
-def pointer_line(part: str, loss: float) -> str:
-    """The last line of pointer.py for a `part`, val or test."""
-    return _scored_line("pointer", part, loss)
-
-
-def dynamic_line(part: str, loss: float) -> str:
-    """The last line of dynamiceval.py for a `part`, val or test."""
-    return _scored_line("dynamic evaluation", part, loss)
-
-
-def _scored_line(method: str, part: str, loss: float) -> str:
+def scored_line(method: str, part: str, loss: float) -> str:
+    """The last line of "pointer" or "dynamic evaluation" for a `part`, val or test."""
     return f"| End of {method} | {part} loss {loss:5.2f} | {part} ppl {perplexity(loss):8.2f}"
+
+
+def alone_line(what: str, method: str, loss: float) -> str:
+    """The model's own loss on the text `what`, beside its loss with a method."""
+    return f"| {what} without {method} | loss {loss:5.2f} | ppl {perplexity(loss):8.2f}"
+
+
+def partial(args: argparse.Namespace, source: Tensor) -> str:
+    """The end of a line with figures of `source`, where --max-batches leaves a part of it out."""
+    share = predicted(source, args.bptt, args.max_batches) / (len(source) - 1)
+    return f" | partial: {share:.1%} of the text" if share < 1 else ""

@@ -12,8 +12,8 @@ Then comes one line for each log line, in order; "kind" tells them apart:
     {"kind": "test", "step", "test_loss"}
 
 Losses are in nats a token; each loss comes with its perplexity and bits, as `loss` with `ppl` and
-`bpc`. `time` is the seconds that the epoch took. A number that is not finite is null. A call of
-`Session.write` with another kind adds a line of that kind.
+`bpc`. `time` is the seconds that the epoch took, with `resumed_at` since that batch. A number that
+is not finite is null. A call of `Session.write` with another kind adds a line of that kind.
 """
 
 import contextlib

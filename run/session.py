@@ -31,7 +31,7 @@ from nt_asgd import NonMonotonicTrigger
 from run import ranks
 from run.device import make_deterministic, select_device, set_precision
 from run.estimate import TIMED, WARM_UP, in_words, times
-from run.log_lines import DOUBLE_RULE, RULE, batch_line, end_line, epoch_line
+from run.log_lines import DOUBLE_RULE, RULE, batch_line, end_line, epoch_line, partial
 from run.metrics import MetricsWriter
 from run.progress import Bar
 from run.ranks import Ranks
@@ -85,8 +85,8 @@ def sole_run(parser: Parser, given: Given) -> Iterator[Ranks]:
 
 
 @contextlib.contextmanager
-def open_session(stage: str, args: argparse.Namespace, joined: Ranks) -> Iterator[Session]:
-    """A session of the script `stage`, such as "main.py", with its signals and metrics.
+def open_session(parser: Parser, args: argparse.Namespace, joined: Ranks) -> Iterator[Session]:
+    """A session of the parser's script, with its signals and metrics.
 
     Raises ToolkitError for problems the user can fix.
     """
@@ -109,7 +109,7 @@ def open_session(stage: str, args: argparse.Namespace, joined: Ranks) -> Iterato
     ):
         if writer.no_events:
             print(writer.no_events)
-        yield Session(stage, args, device, joined, stop, writer)
+        yield Session(parser, args, device, joined, stop, writer)
 
 
 class Session:
@@ -129,14 +129,15 @@ class Session:
 
     def __init__(
         self,
-        stage: str,
+        parser: Parser,
         args: argparse.Namespace,
         device: torch.device,
         ranks: Ranks,
         stop: StopRequests,
         writer: MetricsWriter,
     ) -> None:
-        self.stage = stage
+        self.parser = parser
+        self.stage = f"{parser.stage}.py"
         self.args = args
         self.device = device
         self.ranks = ranks
@@ -206,7 +207,7 @@ class Session:
             print(line)
         if args.cuda_graphs and not args.plain and self.device.type == "cuda":
             print(fast.record_steps(self.step) or "Steps are replayed from CUDA graphs")
-        print("Args:", self.flags)
+        print("Args:", self.parser.by_group(args) if sys.stdout.isatty() else self.flags)
         print("Model total parameters:", sum(p.numel() for p in self.step.params))
 
     def _in_columns(self, corpus: Corpus, part: str, count: int) -> Tensor:
@@ -313,7 +314,8 @@ class Session:
                 "the text does not go on as it did where the run stopped: resume it with the flags "
                 "that it had"
             )
-        self.epoch, self._began = epoch, time.time()
+        # The time before the stop is not saved: equal runs have equal files.
+        self.epoch, self._began, self._resumed_at = epoch, time.time(), step.batches
         self._reported = time.perf_counter(), step.batches, step.row
         self._taken = None if self._taken is None else 0
         what = f"epoch {epoch} of {args.epochs}"
@@ -437,11 +439,14 @@ class Session:
         loss = self.evaluate("valid.txt", self.network)
         if not math.isfinite(loss):
             raise self.diverged(f"the validation loss became {loss} in epoch {self.epoch}")
-        seconds = time.time() - self._began
+        seconds, since = time.time() - self._began, self._resumed_at
         print(RULE)
-        print(epoch_line(self.epoch, seconds, loss))
+        print(epoch_line(self.epoch, seconds, loss) + partial(self.args, self.valid_data))
         print(RULE)
-        self.write("epoch", time=seconds, valid_loss=loss)
+        if since:
+            print(f"| epoch {self.epoch} was resumed at batch {since}: its time is that since then")
+        resumed = {"resumed_at": since} if since else {}
+        self.write("epoch", time=seconds, **resumed, valid_loss=loss)
         return loss
 
     def keep_if_best(self, loss: float, last: bool, what: str = "model") -> None:
@@ -493,6 +498,8 @@ class Session:
                 if keep and os.path.isfile(path):
                     print(f"Keeping the old model file {path} as {previous(path)}")
                 checkpoint.save(path, dataclasses.replace(best, training=state), keep)
+                if keep:
+                    print(f"Wrote {path}, the model and the state for --resume")
             self.last_good = self.args.save
 
     @property
@@ -505,6 +512,7 @@ class Session:
         if self.ranks.first:
             try:
                 checkpoint.save(path, self.snapshot(self.epoch, loss))
+                print(f"Wrote {path}")
             except ToolkitError as error:
                 print(f"Going on without a copy: {error}")
 
@@ -604,7 +612,7 @@ class Session:
         fast.choose(network, plain=self.args.plain)
         loss = self.evaluate("test.txt", network)
         print(DOUBLE_RULE)
-        print(end_line(loss))
+        print(end_line(loss) + partial(self.args, self.test_data))
         self.metrics.write("test", step=self.finished * self.step.source.size(0), test_loss=loss)
         print(DOUBLE_RULE)
 

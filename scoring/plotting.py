@@ -37,7 +37,8 @@ def figure_class() -> Any:
 
 
 def save(figure: Any, path: str | os.PathLike[str], flag: str) -> None:
-    """Write a figure in the format that the name of `path` ends in; raises ToolkitError."""
+    """Write a figure in the format that `path` ends in, and name it; raises ToolkitError."""
     kind = Path(path).suffix.removeprefix(".").lower()
     with writing(path, flag) as file:
         figure.savefig(file, format=kind, dpi=120)
+    print(f"Wrote {path}")

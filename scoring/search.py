@@ -44,19 +44,18 @@ def target_probs(
 ) -> Tensor:
     """The cache's probability of each of `words` at every window and theta, from the start on.
 
-    `outputs` (n, size) and `words` (n,) are as for ContinuousCache.target_prob. Returns
-    (windows, thetas, n); the first position, which has no history, has 0. `tick` gets the number of
-    positions of each block done.
+    `outputs` (n, size) and `words` (n,) are as for ContinuousCache.target_prob; `windows` ascend.
+    Returns (windows, thetas, n); the first position, which has no history, has 0. `tick` gets the
+    number of positions of each block done.
     """
     n, device = len(words), outputs.device
-    ascending = sorted(set(windows))
-    width = min(ascending[-1], max(1, n - 1))
+    width = min(windows[-1], max(1, n - 1))
     # Columns 0 to width - 1 hold a position's history, oldest first. Ring r is the columns from
     # starts[r] to starts[r - 1]: the ages in window r but not in window r - 1.
-    starts = [max(0, width - window) for window in ascending]
+    starts = [max(0, width - window) for window in windows]
     ends = [width, *starts[:-1]]
     edges = torch.tensor([width - start for start in starts], device=device)
-    result = outputs.new_zeros(len(ascending), len(thetas), n)
+    result = outputs.new_zeros(len(windows), len(thetas), n)
     column = torch.arange(width, device=device)
     # Before the stream's start there is a history that no query may see.
     past = functional.pad(outputs, (0, 0, width, 0))
@@ -75,7 +74,7 @@ def target_probs(
         band = (band - top).masked_fill_(outside, 0.0)  # any number that is finite at every theta
         matches = band[row, col]
         # The cell of a match: its row, and the smallest window that reaches back to it.
-        cell = row * len(ascending) + torch.bucketize(width - col, edges)
+        cell = row * len(windows) + torch.bucketize(width - col, edges)
         powers = torch.empty_like(band)
         for k, theta in enumerate(thetas):
             torch.mul(band, theta, out=powers).exp_()
@@ -83,9 +82,9 @@ def target_probs(
                 powers.masked_fill_(outside, 0.0)
             rings = [powers[:, a:b].sum(dim=1) for a, b in zip(starts, ends, strict=True)]
             total = torch.stack(rings).cumsum(dim=0)
-            hits = powers.new_zeros(rows * len(ascending))
+            hits = powers.new_zeros(rows * len(windows))
             hits.index_add_(0, cell, matches.mul(theta).exp_())
-            hits = hits.view(rows, len(ascending)).t().cumsum(dim=0)
+            hits = hits.view(rows, len(windows)).t().cumsum(dim=0)
             probs = torch.where(total > _TINY, hits / total, 0.0)
             for w, i in (total <= _TINY).nonzero().tolist():
                 # The largest score was outside this window and far larger: relative to it, those
@@ -95,8 +94,7 @@ def target_probs(
                 probs[w, i] = (theta * band[i, seen]).softmax(dim=0)[match].sum()
             result[:, k, queries] = probs
         tick(rows)
-    order = torch.tensor([ascending.index(window) for window in windows], device=device)
-    return result[order]
+    return result
 
 
 def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
@@ -108,30 +106,17 @@ def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
     # With r = p_cache / p - 1 the gain is the sum of log(1 + lambda r), which is concave.
     r = (p_cache.double() * logprob.double().clamp(min=-700).neg().exp()).sub_(1)
 
-    def slope(x: float) -> tuple[float, float]:
-        ratio = r / (r * x + 1)
-        return ratio.sum().item(), -ratio.square().sum().item()
+    def rises(x: float) -> bool:
+        return (r / (r * x + 1)).sum().item() > 0
 
-    if not len(r) or slope(0.0)[0] <= 0:
+    if not rises(0.0):
         return 0.0, 0.0
     low, high = 0.0, _MAX_LAMBDA
-    if slope(high)[0] >= 0:
-        low = high
-    x = 0.1
-    while high - low > 1e-9:
-        first, second = slope(x)
-        low, high = (x, high) if first > 0 else (low, x)
-        step = x - first / second if second else math.nan
-        nearer = low < step < high
-        if nearer and abs(step - x) < 1e-7:
-            low = high = step
-        x = step if nearer else (low + high) / 2
+    # Twenty halvings: to the sixth digit.
+    for _ in range(0 if rises(high) else 20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rises(middle) else (low, middle)
     return high, (r * high).log1p_().sum().item()
-
-
-def first_used(window: int, from_start: bool) -> int:
-    """The first position at which a cache of `window` is in use."""
-    return 1 if from_start else window + 1
 
 
 def grid(
@@ -147,7 +132,7 @@ def grid(
     total = piece.logprob.double().sum().item()
     settings = []
     for w, window in enumerate(windows):
-        start = first_used(window, from_start)
+        start = 1 if from_start else window + 1  # where the cache is first in use
         for k, theta in enumerate(thetas):
             lambdasm, gain = best_lambda(piece.logprob[start:], probs[w, k, start:])
             settings.append(Setting(window, theta, lambdasm, -(total + gain) / n))

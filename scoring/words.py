@@ -38,23 +38,27 @@ def extremes(found: Sequence[Change], n: int) -> tuple[list[Change], list[Change
     return helped[:n], hurt[:n]
 
 
-def print_words(found: Sequence[Change], n: int) -> None:
-    """Print the table of --by-word."""
+def print_words(found: Sequence[Change], n: int, part: str) -> None:
+    """Print the table of --by-word; `part` says which part of valid.txt is missing, if any."""
     for what, some in zip(("helps", "hurts"), extremes(found, n), strict=True):
-        print(f"| words of valid.txt that the cache {what} most: log p with it minus log p without")
+        print(
+            f"| words of valid.txt that the cache {what} most: log p with it minus log p "
+            f"without{part}"
+        )
         print("|        sum |     mean |   count | word")
         for word, total, count in some:
             print(f"| {total:10.2f} | {total / count:8.3f} | {count:7d} | {word}")
 
 
-def draw_words(found: Sequence[Change], n: int, path: str) -> None:
+def draw_words(found: Sequence[Change], n: int, part: str, path: str) -> None:
     """Draw the figure of --plot, after arXiv 1708.02182: hurt words left, helped words right.
 
-    Raises ToolkitError if it cannot be drawn.
+    `part` is that of `print_words`. Raises ToolkitError if it cannot be drawn.
     """
     helped, hurt = extremes(found, n)
     rows = max(len(helped), len(hurt), 1)
     figure = plotting.figure_class()(figsize=(9, 1.4 + 0.24 * rows), layout="constrained")
+    figure.suptitle(f"Words of valid.txt, with the continuous cache and without{part}")
     # One scale makes the two sides comparable.
     axes = figure.subplots(1, 2, sharex=True)
     for ax, some, colour, what, unit in (

@@ -309,8 +309,8 @@ def test_file_that_changes_between_hashing_and_encoding(tmp_path, monkeypatch):
     folder = write(tmp_path / "c")
     hash_files = encoded_files._hash_files
 
-    def hash_then_change(path):
-        key = hash_files(path)
+    def hash_then_change(path, names):
+        key = hash_files(path, names)
         (path / "train.txt").write_text("changed meanwhile\n")
         return key
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -138,7 +139,48 @@ def test_without_a_rate_and_a_pull_it_is_the_test_score(cell, models, script, co
     corpus = Corpus(corpus_dir, checkpoint.load(path).dictionary)
     network = checkpoint.rebuild(checkpoint.load(path), CPU)
     expected = math.exp(evaluate(TrainingLoss(*network), batchify(corpus.test, 1), 10))
-    assert call(script, *flags)[0][1] == pytest.approx(expected, abs=0.006)
+    ppl, out = call(script, *flags)
+    assert ppl[1] == pytest.approx(expected, abs=0.006)
+    alone = re.findall(r"txt without dynamic evaluation \| loss +\S+ \| ppl +(\S+)\n", out)
+    assert list(map(float, alone)) == pytest.approx(ppl, abs=0.011)
+
+
+def test_the_settings_the_models_own_loss_and_what_is_partial(models, script, corpus_dir, tmp_path):
+    path = copy_of(models, "LSTM", tmp_path)
+    flags = ["--data", corpus_dir, "--save", path, "--bptt", 7, "--max-batches", 9, "--cache"]
+    _, out = call(script, *flags, "--sgd", "--lr", 0.3, "--window", 30, "--grid")
+    assert (
+        "Dynamic evaluation: --batch_size 100 --bptt 7 --epsilon 2e-05 --grid --lamb 0.002 --lr "
+        "0.3 --sgd\nCache: --cache --lambdasm 0.12785920428335693 --theta 0.66"
+    ) in out
+    corpus = Corpus(corpus_dir, checkpoint.load(path).dictionary)
+    network = TrainingLoss(*checkpoint.rebuild(checkpoint.load(path), CPU))
+    line = r"without dynamic evaluation and the cache \| loss +\S+ \| ppl +(\S+) \| partial: (\S+)%"
+    for found, part in zip(re.findall(line, out), (corpus.valid, corpus.test), strict=True):
+        loss = evaluate(network, batchify(part, 1)[: 7 * 9 + 1], 5)
+        assert float(found[0]) == pytest.approx(math.exp(loss), abs=0.006)
+        assert float(found[1]) == pytest.approx(100 * 63 / (len(part) - 1), abs=0.06)
+    lines = [line for line in out.splitlines() if " ppl " in line]
+    assert len(lines) == 25 + 4
+    assert all("of the text" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("lr", "lamb", "edge"),
+    [(5e-5, 2e-3, False), (1e-4, 2e-3, True), (5e-5, 1e-3, True), (5e-5, 1.0, True)],
+)
+def test_a_best_setting_at_the_grids_edge_is_said(lr, lamb, edge, monkeypatch, capsys):
+    def lossy(network, optimizer, *_):
+        group = optimizer.param_groups[0]
+        return abs(math.log(group["lr"] / lr)) + abs(math.log(group["lamb"] / lamb)), 1
+
+    monkeypatch.setattr(dynamiceval, "run", lossy)
+    optimizer = DynamicEvaluation([torch.ones(2)], None, 5e-5, 1.0, 1.0)
+    args = Namespace(bptt=5, max_batches=None)
+    dynamiceval.tune(None, optimizer, torch.ones(9, 1), args)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+    assert optimizer.param_groups[0]["lamb"] == pytest.approx(lamb)
+    assert ("at the grid's edge" in capsys.readouterr().out) == edge
 
 
 def test_statistics_are_collected_once(models, script, corpus_dir, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A Python that cannot run the scripts gets a sentence."""
 
 import importlib
+import runpy
 import subprocess
 import sys
 
@@ -11,7 +12,11 @@ from run import interpreter
 
 
 @pytest.mark.parametrize(
-    "script", [p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()]
+    "script",
+    [
+        *(p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()),
+        *("tools/make_corpus.py", "tools/import_original.py", "bench/reproduce.py"),
+    ],
 )
 def test_without_the_virtual_environment(script):
     # -S leaves out the installed packages, as the system's Python would.
@@ -25,3 +30,6 @@ def test_windows_is_answered_with_wsl(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit, match="on Windows use WSL"):
         importlib.reload(interpreter)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(SystemExit, match="on Windows use WSL"):
+        runpy.run_path(str(ROOT / "tools" / "getdata.py"))

@@ -21,7 +21,7 @@ from checkpoint.network import plain_name
 from loss import TrainingLoss
 from run import metrics
 from run.rehearsal import differing_files
-from run.signals import Stopped
+from run.signals import Output, Stopped
 from training import TrainingStep
 
 BATCH = re.compile(
@@ -253,6 +253,35 @@ def test_another_log_interval_on_the_way(script, corpus_dir, middle_of_an_epoch,
     assert 3 < float(loss) < 5  # log(60) is 4.1
 
 
+def test_what_a_terminal_gets_what_is_partial_and_the_files_written(
+    script, corpus_dir, tmp_path, monkeypatch
+):
+    path = tmp_path / "m.pt"
+    flags = ["--data", corpus_dir, "--save", path, "--bptt", 10, "--max-batches", 2]
+    logged = ["--logdir", tmp_path, "--epochs", 3, "--when", 1, "--log-interval", 1]
+    monkeypatch.setattr(Output, "isatty", lambda output: True, raising=False)
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGTERM, 3)
+        _, out, _ = script("main", *TINY, *flags, *logged)
+    assert "Args: \n  options: --save-every 300.0\n  files: --data" in out
+    assert "\n  network: --emsize 12 --model LSTM --nhid 16 --nlayers 2\n" in out
+    assert "\n  text:" not in out  # --tokens-are is not given
+    assert re.findall(r"Wrote (\S+m\.pt[^,\n]*)", out) == [f"{path}.e1", str(path)]
+    _, resumed, _ = script("main", "--resume", path, *flags, *logged)
+    _, tuned, _ = script("finetune", *flags, "--keep", "--epochs", 1)
+    assert f"Wrote {path}.before-finetune\n" in tuned
+    _, scored, _ = script("pointer", *flags, "--window", 9, "--search", "--by-word", 2)
+    for text, count in ((resumed, 2), (tuned, 3), (scored, 9)):
+        lines = [
+            line for line in text.splitlines() if re.search("(val|test).* (loss|ppl|log p)", line)
+        ]
+        lines += re.findall(".* tokens of valid.*", text)
+        assert len(lines) == count
+        assert all(re.search(r"\| partial: \d+\.\d% of the text$", line) for line in lines)
+    epochs = [line for line in metrics.read(tmp_path / metrics.NAME) if line.get("kind") == "epoch"]
+    assert [line.get("resumed_at") for line in epochs] == [None, None, 2]
+
+
 @pytest.mark.parametrize("stage", ["main", "finetune"])
 def test_a_resumed_run_with_nothing_to_do_writes_its_file(stage, script, corpus_dir, tmp_path):
     path, other = tmp_path / "m.pt", tmp_path / "other.pt"
@@ -350,6 +379,9 @@ def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_p
     assert re.search(
         rf"Resuming {path}: epoch 3, batch \d+ of about \d+, best \S+ after epoch [12]", out
     )
+    assert re.findall(r"\| epoch (\d) was resumed at batch \d+: its time is that since", out) == [
+        "3"
+    ]
     assert_same_weights(whole, path)
 
     with monkeypatch.context() as patch:

@@ -6,10 +6,11 @@ import re
 import sys
 
 import pytest
+from conftest import ROOT
 
 import plot
 from run import metrics
-from run.log_lines import end_line, epoch_line
+from run.log_lines import batch_line, end_line, epoch_line
 
 LOSSES = [6.0, 5.0, 5.2, 4.8]
 
@@ -41,7 +42,7 @@ def run_dir(tmp_path, monkeypatch):
 def test_both_kinds_of_input_give_one_curve(run_dir, tmp_path):
     (tmp_path / "x.log").write_text(log_of(LOSSES))
     for run in (tmp_path / "x.log", run_dir, run_dir / "metrics.jsonl"):
-        curve = plot.read_run(str(run))
+        (curve,) = plot.read_curves([str(run)])
         assert curve.name == ("x" if run.suffix == ".log" else "a$b_run")
         assert list(curve.ppl) == [1, 2, 3, 4]
         assert list(curve.ppl.values()) == pytest.approx([math.exp(x) for x in LOSSES], abs=0.006)
@@ -51,12 +52,12 @@ def test_both_kinds_of_input_give_one_curve(run_dir, tmp_path):
 
 def test_a_resumed_log_and_numbers_that_are_not_finite():
     text = log_of([6.0, 5.0, 4.0], None) + log_of([5.5, math.nan, 999.0], 3, first=2)
-    curve = plot.from_log(text, "x")
+    curve = plot.Curve("x", plot.from_log(text))
     assert list(curve.ppl) == [1, 2, 3, 4]
     assert curve.ppl[2] == pytest.approx(math.exp(5.5), abs=0.006)
     assert curve.ppl[3] == curve.ppl[4] == math.inf
     assert curve.switch == 3
-    assert not plot.from_log("| end of epoch 1 | time: 1.2.3s | valid loss x", "x").ppl
+    assert not list(plot.from_log("| end of epoch 1 | time: 1.2.3s | valid loss x"))
 
 
 def test_finetuning_continues_the_curve_in_one_log_or_two(tmp_path, script, monkeypatch):
@@ -85,6 +86,73 @@ def test_finetuning_continues_the_curve_in_one_log_or_two(tmp_path, script, monk
     assert re.findall(r"\| (.*): 5 epochs", out) == ["a", "b"]
     _, out, _ = script("plot", "tuned.log", "main.log")
     assert re.findall(r"\| (.*): (.) epochs", out) == [("tuned", "3"), ("main", "2")]
+
+
+def test_a_resumed_run_in_one_log_or_several(tmp_path):
+    """Its epochs are joined, and the time before the stop, which no file has, is an estimate."""
+    first, tuned = log_of([4.0, 3.9, 3.8], 2), log_of([3.7, 3.6], None)
+    again = log_of([3.75, 3.5], None, first=3).replace("time: 36.00s", "time: 5.00s", 1)
+    again = again.split(end_line(5.0))[0].replace("-" * 89, "", 1)
+    middle = again.index("| end of epoch   4")
+    resumed = "Resuming m.pt: epoch 3, batch 7 of about 9, best 3.90 after epoch 2\n"
+    resumed += f"{again[:middle]}| epoch 3 was resumed at batch 7: its time is that since then\n"
+    resumed += again[middle:]
+    tuned = "| start of finetuning | valid loss  3.50\n" + tuned
+    later = "Resuming m.pt: epoch 3, batch 0 of about 9\n" + log_of([3.55], None, first=3)
+    parts = {"a.log": first, "b.log": resumed, "c.log": tuned, "d.log": later}
+    for name, text in parts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "all.log").write_text("".join(parts.values()))
+    for runs in (parts, ["all.log"]):
+        (curve,) = plot.read_curves([str(tmp_path / name) for name in runs])
+        losses = [4.0, 3.9, 3.75, 3.5, 3.7, 3.6, 3.55]
+        assert list(curve.ppl) == [1, 2, 3, 4, 5, 6, 7]
+        assert list(curve.ppl.values()) == pytest.approx([math.exp(x) for x in losses], abs=0.006)
+        assert (curve.resumed, curve.switch) == ({3}, 2)
+        assert curve.hours()[-1] == pytest.approx(0.07)
+        assert sum(curve.seconds.values()) == 6 * 36 + 5
+    # A run of its own is no continuation, and nothing is joined to nothing.
+    names = [str(tmp_path / name) for name in ("b.log", "a.log")]
+    assert [len(curve.ppl) for curve in plot.read_curves(names)] == [2, 3]
+
+
+def batches_of(epoch, *losses):
+    lines = [batch_line(epoch, 9 * i, 30, 30.0, 5.0, x) for i, x in enumerate(losses, start=1)]
+    return "\n".join([*lines, ""])
+
+
+def test_training_and_what_is_partial(run_dir, tmp_path, script):
+    pytest.importorskip("matplotlib")
+    log, out = tmp_path / "x.log", tmp_path / "x.svg"
+    text = log_of([4.0], None).replace("-" * 89, batches_of(1, 5.0, 4.5), 1)
+    log.write_text(text + batches_of(2, 4.25) + log_of([3.9, 3.8], None, first=2))
+    curves = plot.read_curves([str(log), str(run_dir)])
+    expected = [[math.exp(4.75), math.exp(4.25), math.nan], [math.exp(9.0)] * 4]
+    for curve, means in zip(curves, expected, strict=True):
+        assert curve.training() == pytest.approx(means, abs=0.01, nan_ok=True)
+    pictures = []
+    for flags in ([], ["--train"]):
+        status, said, err = script("plot", log, run_dir, "--out", out, *flags)
+        assert (status, err) == (0, "")
+        assert said.startswith(f"Wrote {out}\n| x: ")
+        assert "partial" not in said
+        pictures.append(out.read_text())
+    assert ["training, mean of an epoch" in picture for picture in pictures] == [False, True]
+    ends = re.sub("(end of epoch .*)", r"\1 | partial: 0.3% of the text", log_of([4.0], None))
+    log.write_text(ends)
+    status, said, err = script("plot", log, "--out", out, "--train")
+    assert (status, said) == (1, "")
+    assert "x has no log line within an epoch for --train" in err
+    _, said, _ = script("plot", log, "--out", out)
+    assert "after epoch 1 | partial validation\n" in said
+    assert "(best 54.60, partial)" in out.read_text()
+
+
+def test_the_stages_that_reproduce_puts_into_one_file():
+    (curve,) = plot.read_curves([str(ROOT / "results" / "ptb-qrnn-reduced.metrics.jsonl")])
+    assert list(curve.ppl) == [1, 2, 3, 4]
+    assert curve.ppl[2] == pytest.approx(508.93, abs=0.01)
+    assert curve.ppl[4] == pytest.approx(410.63, abs=0.01)
 
 
 def test_pictures(run_dir, tmp_path, script):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from argparse import Namespace
 
 import pytest
 import references
@@ -13,6 +14,7 @@ import pointer
 from continuous_cache import ContinuousCache
 from loss import TrainingLoss
 from model import RNNModel
+from scoring.search import Setting
 from splitcross import SplitCrossEntropyLoss
 
 
@@ -60,9 +62,10 @@ def test_evaluate(rnn_type, splits, from_start):
         expected = sum(losses) / len(losses)
         # Some chunks have one token, also at the end; the original fails on those.
         for bptt in (1, 2, 25, 75, 76, 5000):
-            cache = ContinuousCache(window, 3.0, from_start)
+            args = Namespace(bptt=bptt, max_batches=None, cache_from_start=from_start)
+            setting = Setting(window, 3.0, 0.3, math.nan)
             network = TrainingLoss(model, criterion)
-            loss = pointer.evaluate(network, source, cache, lambdasm=0.3, bptt=bptt)
+            loss = pointer.evaluate(network, source, setting, args, "the text")
             assert loss == pytest.approx(expected, abs=1e-5), (window, bptt)
 
 

@@ -212,3 +212,11 @@ def test_what_is_no_packed_corpus_is_refused(case, corpus_dir, tmp_path):
     with pytest.raises(ToolkitError, match="--pack"):
         reproduce.unpack(archive, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_the_trial_on_the_page_writes_into_a_folder_that_git_ignores():
+    page = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"^python bench/reproduce\.py (.*) -- ", page, re.MULTILINE)
+    args = reproduce.build_parser().parse_args(words.split())
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert {f"{args.work}/", f"{args.results}/"} <= set(ignored)

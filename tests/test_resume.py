@@ -110,7 +110,7 @@ def a_session(path, corpus_dir, cell, optimizer, *more):
         source, recorded = resumed_file(str(path), "main.py")
     parser = main.build_parser()
     args = parser.settle(parser.given(argv), recorded)
-    with open_session("main.py", args, ALONE) as session:
+    with open_session(parser, args, ALONE) as session:
         if source is None:
             corpus = read_corpus(args).sorted_by_frequency()
             sizes = {"ntoken": len(corpus.dictionary), "ninp": 12, "nhid": 16, "nlayers": 2}

@@ -9,6 +9,7 @@ import pytest
 import references
 import torch
 
+import pointer
 from continuous_cache import ContinuousCache
 from scoring import search as searching
 from scoring import words as words_of
@@ -32,7 +33,7 @@ def piece_of(outputs, words, table):
 def test_every_window_and_theta(n, block, monkeypatch):
     monkeypatch.setattr(searching, "_BLOCK", block)
     outputs, words, _ = stream(n)
-    windows, thetas = [30, 1, 5, 59, 60, 400], [0.0, 0.7, 3.0]
+    windows, thetas = [1, 5, 30, 59, 60, 400], [0.0, 0.7, 3.0]
     done = []
     probs = searching.target_probs(outputs, words, windows, thetas, done.append)
     assert probs.shape == (6, 3, n)
@@ -187,9 +188,25 @@ def test_by_word_and_plot(script, trained, corpus_dir, tmp_path):
     for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
         path = tmp_path / f"words.{kind}"
         status, out, err = script("pointer", *flags, "--max-batches", 1, "--plot", path)
-        assert (status, err) == (0, "")
+        assert (status, err, out.count(f"Wrote {path}\n")) == (0, "", 1)
+        assert "partial" not in out  # one chunk is all of it
         assert path.read_bytes().startswith(magic)
         assert "words of valid.txt" not in out
+
+
+@pytest.mark.parametrize(
+    ("window", "theta", "line"),
+    [
+        (20, 0.5, ""), (10, 1.0, ""), (5, 0.5, "outside the table"), (20, 2.0, "outside the table"),
+        (20, 0.2, "outside the table"), (40, 2.0, "--window 80 looks further back"),
+    ],
+)  # fmt: skip
+def test_a_best_setting_at_the_edge_is_said(window, theta, line, capsys):
+    table = [searching.Setting(w, t, 0.1, 5.0) for w in (10, 20, 40) for t in (0.5, 1.0)]
+    best = searching.Setting(window, theta, 0.1, 4.0)
+    pointer.print_search(table, best, table[0], 100, " | partial")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(" | partial") if not line else line in last
 
 
 BAD_INPUT = {

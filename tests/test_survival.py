@@ -84,6 +84,7 @@ def test_two_ranks_are_one(cell, corpus_dir, tmp_path, script):
 
     # Only one rank logs, with the loss over both ranks' columns.
     assert losses(out) == pytest.approx(losses(alone), abs=0.011)
+    assert [out.count(line) for line in ("From ", "Args:", "| start of finetuning")] == [1, 2, 1]
 
 
 def children(pid):

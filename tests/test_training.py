@@ -207,7 +207,7 @@ def test_log_line_format():
     assert log_lines.end_line(5.2725) == (
         "| End of training | test loss  5.27 | test ppl   194.90 | test bpc    7.607"
     )
-    line = log_lines.pointer_line("val", 4.00002)
+    line = log_lines.scored_line("pointer", "val", 4.00002)
     assert line == "| End of pointer | val loss  4.00 | val ppl    54.60"
     assert utils.perplexity(1e4) == math.inf
 

@@ -9,6 +9,7 @@ from conftest import TINY
 
 import checkpoint
 from data import Corpus, CorpusError, Dictionary
+from files import encoded
 
 TEXTS = {
     "train": "the cat sat on the mat\nthe dog sat\na cat ran\n",
@@ -92,7 +93,7 @@ def test_words_that_a_model_lacks_are_its_unk_or_an_error(tmp_path):
         Corpus(folder, Dictionary.from_words(["<eos>", "the", "cat"]))
 
 
-def test_split(tmp_path):
+def test_split(tmp_path, monkeypatch):
     lines = [f"line {i}\n" for i in range(10)]
     folder = folder_of(tmp_path / "c", {"train": "".join(lines)})
     corpus = Corpus(folder, split=(0.2, 0.1))
@@ -105,6 +106,11 @@ def test_split(tmp_path):
     assert other.dictionary.idx2word == corpus.dictionary.idx2word
     assert other.dictionary.counter == corpus.dictionary.counter
     assert all(torch.equal(getattr(other, k), getattr(corpus, k)) for k in three)
+    # It is cached, before it is split.
+    monkeypatch.setattr(encoded, "_encode", None)
+    again = Corpus(folder, split=(0.1, 0.2))
+    assert words(again, "valid") == "line 7 <eos>".split()
+    assert again.dictionary.counter == corpus.dictionary.counter
 
 
 @pytest.mark.parametrize(

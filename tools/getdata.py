@@ -6,7 +6,6 @@ Only complete and checked texts are moved to DATA_DIR/NAME.
 """
 
 import argparse
-import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +15,11 @@ import zipfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("getdata.py: error: it runs on Linux and macOS: on Windows use WSL")
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "valid", "test")

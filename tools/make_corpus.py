@@ -23,6 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import run.interpreter  # noqa: F401
+
 from checkpoint.model_file import in_short
 from cli import types
 from cli.parser import Parser
