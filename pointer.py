@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plotting.check(args.plot, "--plot")
     cache_flags = ("window", "theta", "lambdasm", "cache_from_start")
     print("Cache:", parser.spelled({name: getattr(args, name) for name in cache_flags}))
-    corpus = read_corpus(args, loaded.dictionary)
+    corpus = read_corpus(args, loaded.dictionary, train=False)
     network = network_of(loaded, args)
     parts = (corpus.valid, corpus.test)
     valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)
