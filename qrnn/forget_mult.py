@@ -102,7 +102,11 @@ def _agrees(way: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
     like = torch.empty(0, device=device, dtype=dtype)
     exact = like if dtype == torch.float64 else like.float()
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             # Both start from the same rounded numbers.
             apart = distance(_small_results(way, like), _small_results(definition, exact, like))
         problem = f"its results differ by {apart:.1e}" if apart > TOLERANCE[dtype] else ""

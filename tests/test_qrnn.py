@@ -336,3 +336,10 @@ def test_without_cupy_a_gpu_falls_back_with_one_warning(cupy, reason, monkeypatc
         warnings.simplefilter("error")
         assert forget_mult.way_for(OnGPU()) is fused
     forget_mult._agrees.cache_clear()
+
+
+def test_the_fast_way_is_checked_in_inference_mode_too():
+    forget_mult._agrees.cache_clear()
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("error")
+        assert forget_mult.way_for(torch.zeros(1)) is fused
