@@ -21,8 +21,8 @@ def read_corpus(
     """The corpus of --data in a model's vocabulary `dictionary`, or in its own.
 
     `unk` is the unknown word of its own vocabulary. On a terminal the `first` process shows a bar.
-    Without `train` a missing train.txt is an empty text. Prints how many tokens are read as unknown, and what is unusual. Raises CorpusError, also if
-    most tokens are unknown.
+    Without `train` a missing train.txt is an empty text. Prints how many tokens are read as
+    unknown, and what is unusual. Raises CorpusError, also if most tokens are unknown.
     """
     folder = Path(args.data)
     parts = [folder / f"{name}.txt" for name in SPLITS]
