@@ -45,12 +45,7 @@ def build_parser() -> Parser:
     add("--lines", either="texts", type=positive_int, help="lines to sample, each up to its <eos>")
     add("--temperature", type=non_negative, default=1.0, help="above 1 more varied, 0 likeliest")
     add("--top-k", type=positive_int, metavar="K", help="sample among the K likeliest words")
-    add(
-        "--top-p",
-        type=share_of_one,
-        metavar="P",
-        help="sample among the likeliest words, as few as reach a total probability of P",
-    )
+    add("--top-p", type=share_of_one, metavar="P", help="sample among the likeliest that reach P")
     add("--no-unk", action="store_true", help="never sample the unknown word")
     add("--samples", either="texts", type=positive_int, default=1, help="texts to sample at once")
     add(
@@ -61,12 +56,7 @@ def build_parser() -> Parser:
         "random word is continued, with --lines the start of a line",
     )
     add("--interactive", either="prompts", action="store_true", help="continue each line of input")
-    add(
-        "--next",
-        type=positive_int,
-        metavar="K",
-        help="print the K likeliest words after --prompt with their probabilities; sample nothing",
-    )
+    add("--next", type=positive_int, metavar="K", help="print the K likeliest words after --prompt")
     add("--log-interval", type=positive_int, default=100, help="words between progress lines")
     flags.add_tokens_are(parser)
     flags.add_seed(parser)

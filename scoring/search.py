@@ -108,24 +108,17 @@ def best_lambda(logprob: Tensor, p_cache: Tensor) -> tuple[float, float]:
     # With r = p_cache / p - 1 the gain is the sum of log(1 + lambda r), which is concave.
     r = (p_cache.double() * logprob.double().clamp(min=-700).neg().exp()).sub_(1)
 
-    def slope(x: float) -> tuple[float, float]:
-        ratio = r / (r * x + 1)
-        return ratio.sum().item(), -ratio.square().sum().item()
+    def slope(x: float) -> float:
+        return (r / (r * x + 1)).sum().item()
 
-    if not len(r) or slope(0.0)[0] <= 0:
+    if not len(r) or slope(0.0) <= 0:
         return 0.0, 0.0
     low, high = 0.0, _MAX_LAMBDA
-    if slope(high)[0] >= 0:
+    if slope(high) >= 0:
         low = high
-    x = 0.1
-    while high - low > 1e-9:
-        first, second = slope(x)
-        low, high = (x, high) if first > 0 else (low, x)
-        step = x - first / second if second else math.nan
-        nearer = low < step < high
-        if nearer and abs(step - x) < 1e-7:
-            low = high = step
-        x = step if nearer else (low + high) / 2
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
     return high, (r * high).log1p_().sum().item()
 
 
