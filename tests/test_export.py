@@ -34,7 +34,7 @@ def model_file(path, cell="LSTM", tie=True, splits=(), wdrop=0.5):
 
 
 def loaded(path):
-    """What was written as a function of tensors, run by another program than the tool's check."""
+    """What was written, as a function of tensors."""
     if path.suffix == ".ts":
         return torch.jit.load(path)
     session = pytest.importorskip("onnxruntime").InferenceSession(path)

@@ -12,6 +12,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,7 +47,6 @@ class Exported(nn.Module):
     def __init__(self, network: TrainingLoss) -> None:
         super().__init__()
         self.network = network
-        # torch.onnx.export leaves every part in the mode in which it found this module.
         self.requires_grad_(False).eval()
 
     def forward(self, words: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
@@ -65,17 +65,20 @@ def flat(hidden: Any) -> list[Tensor]:
     return parts
 
 
-def to_torchscript(exported: Exported, inputs: tuple[Tensor, ...]) -> tuple[bytes, Callable]:
-    """A file's content, traced with `inputs`, and a function that computes what it holds."""
-    content = torch.jit.trace(exported, inputs, check_trace=False).save_to_buffer()
-    return content, torch.jit.load(io.BytesIO(content))
+def check(exported: Exported, traced: Callable[..., tuple[Tensor, ...]], ntoken: int) -> None:
+    """Raise ValueError if the trace differs from the network at another length and batch."""
+    words = torch.arange(21).view(7, 3) % ntoken
+    own = flat(exported.network.init_hidden(3))
+    other = [torch.zeros_like(part) for part in own]
+    for part in words.split(5):
+        expected, *own = exported(part, *own)
+        found, *other = traced(part, *other)
+        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+            raise ValueError("another length or batch gives another log p")
 
 
-def to_onnx(exported: Exported, inputs: tuple[Tensor, ...]) -> tuple[bytes, Callable]:
-    """As `to_torchscript`; raises ImportError without the package onnx."""
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
+def to_onnx(traced: torch.jit.ScriptModule, inputs: tuple[Tensor, ...]) -> bytes:
+    """A trace as the content of an ONNX file."""
     state = [f"state_{number}" for number in range(1, len(inputs))]
     names, results = ["words", *state], ["logprob", *(f"new_{name}" for name in state)]
     axes = {name: {1: "batch"} for name in names + results}
@@ -83,49 +86,32 @@ def to_onnx(exported: Exported, inputs: tuple[Tensor, ...]) -> tuple[bytes, Call
     # The files of the newer exporter are for one length or batch (PyTorch 2.13).
     options = {"input_names": names, "output_names": results, "dynamic_axes": axes, "dynamo": False}
     buffer = io.BytesIO()
-    torch.onnx.export(exported, inputs, buffer, **options)
-    evaluator = ReferenceEvaluator(onnx.load_from_string(buffer.getvalue()))
-
-    def run(*given: Tensor) -> list[Tensor]:
-        named = {name: part.numpy() for name, part in zip(names, given, strict=True)}
-        return [torch.from_numpy(result) for result in evaluator.run(None, named)]
-
-    return buffer.getvalue(), run
-
-
-def check(network: Exported, run: Callable, ntoken: int) -> None:
-    """Raise ValueError if `run` differs from the network at another length and batch."""
-    words = torch.arange(21).view(7, 3) % ntoken
-    own = flat(network.network.init_hidden(3))
-    written = [torch.zeros_like(part) for part in own]
-    for part in words.split(5):
-        expected, *own = network(part, *own)
-        found, *written = run(part, *written)
-        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
-            raise ValueError("another length or batch gives another log p")
+    torch.onnx.export(traced, inputs, buffer, **options)
+    return buffer.getvalue()
 
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     """Export; raises ToolkitError for problems the user can fix."""
     args = build_parser().parse_args(argv)
+    if args.onnx and find_spec("onnx") is None:
+        raise ToolkitError("--onnx needs the package onnx: pip install onnx")
     vocabulary = f"{args.out}.vocab"
     for path in (args.out, vocabulary):
         check_writable(path, "file to write", args.model)
     network, dictionary = checkpoint.open_model(args.model)
     fast.choose(network, plain=True)
     exported, state = Exported(network), flat(network.init_hidden(2))
+    inputs = (torch.zeros(3, 2, dtype=torch.long), *state)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # A trace has as many steps of a loop as its example; a script has the loop.
             loop = torch.jit.script(definition.forget_mult)
             with mock.patch.object(definition, "forget_mult", loop):
-                inputs = (torch.zeros(3, 2, dtype=torch.long), *state)
-                content, run = (to_onnx if args.onnx else to_torchscript)(exported, inputs)
-            check(exported, run, len(dictionary))
-    except ImportError:
-        raise ToolkitError("--onnx needs the package onnx: pip install onnx") from None
+                traced = torch.jit.trace(exported, inputs, check_trace=False)
+            check(exported, traced, len(dictionary))
+            content = to_onnx(traced, inputs) if args.onnx else traced.save_to_buffer()
     except Exception as error:
         # PyTorch raises many kinds of error for what it cannot trace.
         raise ToolkitError(
