@@ -78,8 +78,8 @@ class Corpus:
 
     Words that `dictionary` lacks are read as its `<unk>`; `unknown` is the number of such tokens.
     With `split`, the fractions of lines for valid and test, the folder has only a train.txt: its
-    last lines become test, the lines before those valid. `tick` gets the number of bytes of each
-    read.
+    last lines become test, the lines before those valid. Without `train` a missing train.txt is an
+    empty `train`, and the corpus is not cached. `tick` gets the number of bytes of each read.
 
     Raises CorpusError if a file is missing, empty or not UTF-8, if the corpus has words that a
     `dictionary` without `<unk>` lacks, and if `split` leaves a part without lines; and OSError if a
@@ -93,9 +93,10 @@ class Corpus:
         cache: bool = True,
         split: Sequence[float] | None = None,
         tick: Callable[[int], object] = lambda size: None,
+        train: bool = True,
     ) -> None:
         folder = Path(path)
-        encoded = read(folder, split, cache, tick)
+        encoded = read(folder, split, cache, tick, train)
         self._ids = dict(zip(SPLITS, encoded.splits, strict=True))
         # The id in `dictionary` for each id in `_ids`; None if they are the same.
         self._new_ids: np.ndarray | None = None

@@ -134,25 +134,35 @@ def statistics(
 ) -> tuple[list[Tensor], int]:
     """Root mean squares of the gradients over train.txt, and the number of segments.
 
-    They are read from SAVE.rms if that file fits the weights, the text and the settings; otherwise
-    they are collected and written to it. Raises ToolkitError if train.txt is too short.
+    They are read from SAVE.rms if that file fits the weights, the settings and the text, if there
+    is one; otherwise they are collected and written to it. Raises ToolkitError if train.txt is too
+    short, or needed and missing.
     """
     path = f"{args.save}.rms"
-    digest = hashlib.blake2b(resume.fingerprint(corpus, "train").encode(), digest_size=16)
+    text = resume.fingerprint(corpus, "train") if len(corpus.part("train", 0, 1)) else None
+    digest = hashlib.blake2b(digest_size=16)
     for tensor in (*loaded.model.values(), *loaded.criterion.values()):
         digest.update(tensor.numpy().tobytes())
     digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
     params = [p for p in network.parameters() if p.requires_grad]
     optimizer = GradientStatistics(params)
-    kept = read_statistics(path, digest.hexdigest(), params)
+    kept = read_statistics(path, digest.hexdigest(), text, params)
+    if kept is None and text is None:
+        raise ToolkitError(
+            f"{args.data} has no train.txt to collect the gradients' statistics from, and {path} "
+            "has none for these weights and settings: bring train.txt, or pass --sgd"
+        )
     if kept is not None:
+        if text is None:
+            print(f"{args.data} has no train.txt: {path} is used, and its text is not compared")
         return kept
     source = corpus.columns("train", args.batch_size).to(params[0].device)
     cure = "lower --batch_size or bring a longer text"
     check_length(source, "train.txt", cure, args.batch_size)
     _, segments = run(network, optimizer, source, args, "gradients")
     rms = optimizer.rms(segments)
-    held = {"key": digest.hexdigest(), "rms": [part.cpu() for part in rms], "segments": segments}
+    held = {"key": digest.hexdigest(), "text": text, "segments": segments}
+    held["rms"] = [part.cpu() for part in rms]
     try:
         checkpoint.write(path, held, own=True)
         print(f"Wrote {path}")
@@ -162,15 +172,19 @@ def statistics(
 
 
 def read_statistics(
-    path: str, key: str, params: Sequence[Tensor]
+    path: str, key: str, text: str | None, params: Sequence[Tensor]
 ) -> tuple[list[Tensor], int] | None:
-    """The root mean squares and the number of segments in an intact file with this key, or None."""
+    """The root mean squares and the number of segments in an intact file with this key, or None.
+
+    `text` is the fingerprint of train.txt; it is not compared if it is None.
+    """
     try:
         held = checkpoint.read(path)
         rms = [part.to(p, copy=True) for part, p in zip(held["rms"], params, strict=True)]
         fit = [part.shape == p.shape for part, p in zip(rms, params, strict=True)]
         fit += [part.isfinite().all() for part in rms]
         good = all(fit) and held["key"] == key and held["segments"] > 0
+        good = good and text in (None, held["text"])
         return (rms, int(held["segments"])) if good else None
     except Exception:
         # torch raises many kinds of error; after any, the statistics are collected again.
@@ -207,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = given.get("save", parser.flags["save"].default)
     loaded = checkpoint.load(path)
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
-    corpus = read_corpus(args, loaded.dictionary)
+    corpus = read_corpus(args, loaded.dictionary, train=False)
     network = network_of(loaded, args)
     for title in ("dynamic evaluation", *(["cache"] if args.cache else [])):
         print(f"{title.capitalize()}: {parser.of_group(title, args)}")

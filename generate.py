@@ -45,12 +45,7 @@ def build_parser() -> Parser:
     add("--lines", either="texts", type=positive_int, help="lines to sample, each up to its <eos>")
     add("--temperature", 1.0, "above 1 more varied, 0 likeliest")
     add("--top-k", type=positive_int, metavar="K", help="sample among the K likeliest words")
-    add(
-        "--top-p",
-        type=share_of_one,
-        metavar="P",
-        help="sample among the likeliest words, as few as reach a total probability of P",
-    )
+    add("--top-p", type=share_of_one, metavar="P", help="sample among the likeliest that reach P")
     add("--no-unk", False, "never sample the unknown word")
     add("--samples", 1, "texts to sample at once", either="texts", type=positive_int)
     add(
@@ -61,12 +56,7 @@ def build_parser() -> Parser:
         either="prompts",
     )
     add("--interactive", False, "continue each line of input", either="prompts")
-    add(
-        "--next",
-        type=positive_int,
-        metavar="K",
-        help="print the K likeliest words after --prompt with their probabilities; sample nothing",
-    )
+    add("--next", type=positive_int, metavar="K", help="print the K likeliest words after --prompt")
     add("--log-interval", 100, "words between progress lines", type=positive_int)
     flags.add_tokens_are(parser)
     flags.add_seed(parser)

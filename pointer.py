@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot:
         plotting.check(args.plot, "--plot")
     print("Cache:", parser.of_group("cache", args))
-    corpus = read_corpus(args, loaded.dictionary)
+    corpus = read_corpus(args, loaded.dictionary, train=False)
     network = network_of(loaded, args)
     parts = (corpus.valid, corpus.test)
     valid_data, test_data = (batchify(part, 1).to(network.device) for part in parts)

@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -43,17 +43,27 @@ class Encoded:
 
 
 def read(
-    folder: Path, split: Sequence[float] | None, cache: bool, tick: Callable[[int], object]
+    folder: Path,
+    split: Sequence[float] | None,
+    cache: bool,
+    tick: Callable[[int], object],
+    train: bool = True,
 ) -> Encoded:
     """Encode the texts of a corpus folder; arguments and errors are those of `data.Corpus`."""
-    _check_files(folder, split is not None)
+    _check_files(folder, split is not None, train)
+    if split is None and not (folder / "train.txt").exists():
+        others = _encode(folder, tick, SPLITS[1:])
+        return replace(others, splits=[np.empty(0, np.int32), *others.splits])
     names = SPLITS if split is None else SPLITS[:1]
     encoded = (_encode_cached if cache else _encode)(folder, tick, names)
     return encoded if split is None else _split_lines(encoded, split, folder)
 
 
-def _check_files(folder: Path, split: bool = False) -> None:
-    """Raise CorpusError unless the folder has the three files, with `split` train.txt alone."""
+def _check_files(folder: Path, split: bool, train: bool) -> None:
+    """Raise CorpusError unless the folder has the three files, with `split` train.txt alone.
+
+    Without `train` and `split` train.txt may be missing.
+    """
     if folder.is_file():
         raise CorpusError(
             f"{folder} is a file: --data takes the folder that holds train.txt, valid.txt and "
@@ -78,6 +88,8 @@ def _check_files(folder: Path, split: bool = False) -> None:
             f"the corpus folder {folder} has a train.txt alone: cut valid and test off its end "
             "with --split 0.05 0.05, or bring valid.txt and test.txt"
         )
+    elif not train:
+        missing = [name for name in missing if name != "train.txt"]
     if missing:
         raise CorpusError(
             f"the corpus folder {folder} has no {' and no '.join(missing)}: fetch the corpus with "

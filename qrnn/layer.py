@@ -130,8 +130,8 @@ class QRNNLayer(nn.Module):
             shifts = range(self.window - 1, -1, -1)
         if self.save_prev_x:
             # A view instead of a copy would keep the full batch in memory.
-            self.prevX = padded[len(X) :].detach().clone()
-        return torch.cat([padded[s : s + len(X)] for s in shifts], dim=2)
+            self.prevX = padded[X.size(0) :].detach().clone()
+        return torch.cat([padded[s : s + X.size(0)] for s in shifts], dim=2)
 
 
 class QRNN(nn.Module):

@@ -16,18 +16,19 @@ def read_corpus(
     dictionary: Dictionary | None = None,
     unk: str = UNK,
     first: bool = True,
+    train: bool = True,
 ) -> Corpus:
     """The corpus of --data in a model's vocabulary `dictionary`, or in its own.
 
     `unk` is the unknown word of its own vocabulary. On a terminal the `first` process shows a bar.
-    Prints how many tokens are read as unknown, and what is unusual. Raises CorpusError, also if
-    most tokens are unknown.
+    Without `train` a missing train.txt is an empty text. Prints how many tokens are read as
+    unknown, and what is unusual. Raises CorpusError, also if most tokens are unknown.
     """
     folder = Path(args.data)
     parts = [folder / f"{name}.txt" for name in SPLITS]
     size = sum(part.stat().st_size for part in parts if part.is_file())
     with Bar(size, "reading", "B", wanted=first) as bar:
-        corpus = Corpus(folder, dictionary, split=args.split, tick=bar.update)
+        corpus = Corpus(folder, dictionary, split=args.split, tick=bar.update, train=train)
     for line in unusual(corpus, folder, unk, new=dictionary is None):
         print(f"| {line}")
     if dictionary is not None:
@@ -56,7 +57,8 @@ def read_corpus(
 
 def unusual(corpus: Corpus, folder: Path, unk: str, new: bool) -> Iterator[str]:
     """A line for each oddity of a corpus, which has a `new` vocabulary or a model's."""
-    with opened(folder / "train.txt") as file:
+    name = "train.txt" if len(corpus.part("train", 0, 1)) else "valid.txt"
+    with opened(folder / name) as file:
         lines = [line for line in file.read(1 << 16).splitlines() if line.strip()]
     if sum(line.rstrip().endswith(EOS.encode()) for line in lines) > len(lines) / 2:
         yield f"the lines of {folder} end in {EOS} already and get another: take them out"

@@ -212,22 +212,49 @@ def test_a_flipped_bit_in_the_statistics_is_refused_or_changes_nothing(
     call(script, "--data", corpus_dir, "--save", path, "--batch_size", 9, "--max-batches", 3)
     model, criterion = checkpoint.rebuild(checkpoint.load(path), CPU)
     params = list(TrainingLoss(model, criterion).parameters())
-    content, key = rms.read_bytes(), torch.load(rms)["key"]
-    expected, refused = dynamiceval.read_statistics(rms, key, params), []
+    content, held = rms.read_bytes(), torch.load(rms)
+    expected, refused = dynamiceval.read_statistics(rms, held["key"], held["text"], params), []
     for place in range(0, len(content), 97):
         flipped = content[place] ^ 1 << place % 8
         rms.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
-        found = dynamiceval.read_statistics(rms, key, params)
+        found = dynamiceval.read_statistics(rms, held["key"], held["text"], params)
         refused.append(found is None)
         assert found is None or found[1] == expected[1]
         assert found is None or all(map(torch.equal, found[0], expected[0]))
     assert 0.5 < sum(refused) / len(refused) < 1
     rms.write_bytes(content)
-    held = checkpoint.read(rms)
     wrong = [part.clone().fill_(math.nan) for part in held["rms"]]
-    for rest in ({"rms": wrong}, {"rms": held["rms"][:-1]}, {"segments": 0}, {"key": "other"}):
+    parts = {"rms": held["rms"][:-1], "segments": 0, "key": "other", "text": "other"}
+    for rest in ({"rms": wrong}, *({name: part} for name, part in parts.items())):
         torch.save({**held, **rest}, tmp_path / "wrong")
-        assert dynamiceval.read_statistics(tmp_path / "wrong", key, params) is None
+        found = dynamiceval.read_statistics(tmp_path / "wrong", held["key"], held["text"], params)
+        assert found is None
+
+
+def test_train_txt_is_needed_for_new_statistics_alone(models, script, corpus_dir, tmp_path):
+    path, folder = copy_of(models, "GRU", tmp_path), tmp_path / "held-out"
+    flags = ["--save", path, "--max-batches", 9]
+    pointer = [script("pointer", "--data", corpus_dir, *flags, "--bptt", 9, "--no-cuda")]
+    by_sgd, _ = call(script, "--data", corpus_dir, *flags, "--sgd")
+    shutil.copytree(corpus_dir, folder, ignore=shutil.ignore_patterns("train.txt", ".corpus*"))
+    flags += ["--data", folder]
+    pointer.append(script("pointer", *flags, "--bptt", 9, "--no-cuda"))
+    assert pointer[0] == pointer[1]
+    assert pointer[0][0] == 0
+    assert call(script, *flags, "--sgd")[0] == by_sgd
+    # No statistics, then those of other settings.
+    refusal = f"{folder} has no train.txt to collect .* and {path}.rms has none for these weights"
+    for _ in range(2):
+        status, _, err = script("dynamiceval", *flags, "--bptt", 6)
+        assert (status, re.search(refusal, err) is None) == (1, False)
+        expected, _ = call(script, *flags, "--data", corpus_dir)
+    found, out = call(script, *flags)
+    assert found == expected
+    assert f"{folder} has no train.txt: {path}.rms is used, and its text is not compared" in out
+    for stage in ("main", "finetune"):
+        status, _, err = script(stage, *flags, "--no-cuda")
+        assert (status, f"the corpus folder {folder} has no train.txt: fetch" in err) == (1, True)
+    assert not (folder / ".corpus-cache").exists()
 
 
 @pytest.mark.parametrize("case", ["full disk", "pipe"])

@@ -15,7 +15,8 @@ from run import interpreter
     "script",
     [
         *(p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()),
-        *("tools/make_corpus.py", "tools/import_original.py", "bench/reproduce.py"),
+        *("tools/make_corpus.py", "tools/import_original.py", "tools/export.py"),
+        "bench/reproduce.py",
     ],
 )
 def test_without_the_virtual_environment(script):
