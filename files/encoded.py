@@ -47,7 +47,7 @@ def read(
     split: Sequence[float] | None,
     cache: bool,
     tick: Callable[[int], object],
-    train: bool = True,
+    train: bool,
 ) -> Encoded:
     """Encode the texts of a corpus folder; arguments and errors are those of `data.Corpus`."""
     _check_files(folder, split is not None, train)
