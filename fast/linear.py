@@ -23,10 +23,13 @@ class FastLinear(nn.Linear):
     def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
         """From (..., in_features) to (..., out_features); `with_bias=False` omits the bias."""
         bias = self.bias if with_bias else None
-        if not _pays(input, bias):
+        if in_bfloat16(input):
+            kind = LowLinear
+        elif _pays(input, bias):
+            kind = _AlignedLinear
+        else:
             return functional.linear(input, self.weight, bias)
-        rows = input.reshape(-1, input.size(-1))
-        y = _AlignedLinear.apply(rows, self.weight, bias)
+        y = kind.apply(input.reshape(-1, input.size(-1)), self.weight, bias)
         return y.view(*input.shape[:-1], y.size(1))
 
 
@@ -44,6 +47,16 @@ def _pays(x: Tensor, bias: Tensor | None) -> bool:
         return bias is None
     narrow = x.dtype not in (torch.float32, torch.float64)
     return x.device.type == "cpu" and not narrow and not torch.is_autocast_enabled("cpu")
+
+
+def in_bfloat16(tensor: Tensor) -> bool:
+    """Whether products of `tensor` are in bfloat16 on a CPU, and not traced by torch.compile."""
+    return (
+        tensor.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+    )
 
 
 def row_stride(columns: int, like: Tensor, dtype: torch.dtype | None = None) -> int:
@@ -81,6 +94,17 @@ def _operand(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return empty(matrix.shape, matrix, dtype).copy_(matrix)
 
 
+def low_rows(matrix: Tensor) -> Tensor:
+    """`matrix` in bfloat16, for the left side of a product: its rows begin on cache lines.
+
+    oneDNN's product with AMX reads such rows beyond their ends, so the rest are zeros.
+    """
+    result = empty(matrix.shape, matrix, torch.bfloat16)
+    rest = row_stride(matrix.size(1), result) - matrix.size(1)
+    result.as_strided((len(matrix), rest), result.stride(), matrix.size(1)).zero_()
+    return result.copy_(matrix)
+
+
 def transposed(matrix: Tensor) -> Tensor:
     """`matrix.t()`, contiguous, on a CPU: copied block by block it takes a quarter of the time."""
     result = matrix.new_empty(matrix.size(1), matrix.size(0))
@@ -107,6 +131,29 @@ class _AlignedLinear(torch.autograd.Function):
         return (
             matmul(grad, weight) if need_x else None,
             matmul(grad.t(), x) if need_weight else None,
+            grad.sum(dim=0) if need_bias else None,
+        )
+
+
+class LowLinear(torch.autograd.Function):
+    """`functional.linear` of rows in bfloat16 on a CPU, with operands as its products read them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = low_rows(x), weight.to(torch.bfloat16)
+        ctx.save_for_backward(x, weight)
+        if bias is None:
+            return torch.mm(x, weight.t())
+        return torch.addmm(bias.to(torch.bfloat16), x, weight.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            grad @ weight if need_x else None,
+            transposed(grad) @ x if need_weight else None,
             grad.sum(dim=0) if need_bias else None,
         )
 

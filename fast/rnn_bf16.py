@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fast.linear import transposed
+from fast.linear import in_bfloat16, low_rows, transposed
 from model import GRU, LSTM
 from qrnn.check import numbers
 
@@ -25,8 +25,7 @@ class _InBfloat16(nn.RNNBase):
     steps: type[torch.autograd.Function]
 
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == _BF16
-        if not low or hx is None or input.dim() != 3:
+        if hx is None or input.dim() != 3 or not in_bfloat16(input):
             return super().forward(input, hx)
         states = [part[0].float() for part in (hx if isinstance(hx, tuple) else [hx])]
         weights = [getattr(self, name) for name in self._flat_weights_names]
@@ -50,30 +49,31 @@ class _LSTMSteps(torch.autograd.Function):
         h_0: Tensor,
         c_0: Tensor,
     ) -> tuple[Tensor, ...]:
-        x, w_ih, w_hh = x.to(_BF16), w_ih.to(_BF16), w_hh.to(_BF16)
+        steps, rows = len(x), low_rows(x.flatten(0, 1))
+        w_ih, w_hh = w_ih.to(_BF16), w_hh.to(_BF16)
         recurrent = _Recurrent(w_hh, len(h_0))
-        inputs = _from_inputs(x, w_ih, b_ih + b_hh)
+        inputs = torch.addmm((b_ih + b_hh).to(_BF16), rows, w_ih.t()).view(*x.shape[:2], -1)
         gates = torch.empty_like(inputs, dtype=torch.float32)
-        h, c = _sequence(h_0, len(x), _BF16), _sequence(c_0, len(x))
+        h, c = _sequence(h_0, steps, _BF16), _sequence(c_0, steps)
         tanh_c = torch.empty_like(c[1:])
-        for t in range(len(x)):
+        for t in range(steps):
             i, f, g, o = gates[t].copy_(recurrent(h[t], plus=inputs[t])).chunk(4, dim=1)
             for gate in (i, f, o):
                 gate.sigmoid_()
             torch.mul(f, c[t], out=c[t + 1]).addcmul_(i, g.tanh_())
             torch.mul(o, torch.tanh(c[t + 1], out=tanh_c[t]), out=h[t + 1])
-        ctx.save_for_backward(x, w_ih, w_hh, gates, h, c, tanh_c)
+        ctx.save_for_backward(rows, w_ih, w_hh, gates, h, c, tanh_c)
         return h[1:], h[-1].float(), c[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, d_h: Tensor, d_c: Tensor) -> tuple[Tensor, ...]:
-        x, w_ih, w_hh, gates, h, c, tanh_c = ctx.saved_tensors
+        rows, w_ih, w_hh, gates, h, c, tanh_c = ctx.saved_tensors
         recurrent, d_y = _Recurrent(transposed(w_hh), len(d_h)), d_y.float()
         d_gates, d_gate = torch.empty_like(gates, dtype=_BF16), torch.empty_like(gates[0])
         d_i, d_f, d_g, d_o = d_gate.chunk(4, dim=1)
         d_bias, d_c, part = torch.zeros_like(d_gate), d_c.clone(), torch.empty_like(d_c)
-        for t in reversed(range(len(x))):
+        for t in reversed(range(len(d_y))):
             i, f, g, o = gates[t].chunk(4, dim=1)
             d_h = d_y[t] + d_h
             _sigmoid_backward(torch.mul(d_h, tanh_c[t], out=part), o, grad_input=d_o)
@@ -84,8 +84,10 @@ class _LSTMSteps(torch.autograd.Function):
             d_c *= f
             d_bias += d_gate
             d_h = recurrent(d_gates[t].copy_(d_gate))
-        d_x, d_ih = _gradients(d_gates, x, w_ih)
-        _, d_hh = _gradients(d_gates, h[:-1])
+        d_rows = d_gates.flatten(0, 1)
+        columns = transposed(d_rows)
+        d_ih, d_hh = columns @ rows, columns @ h[:-1].flatten(0, 1)
+        d_x = (d_rows @ w_ih).view(*d_y.shape[:2], -1)
         d_bias = d_bias.sum(dim=0)
         return d_x, d_ih, d_hh, d_bias, d_bias, d_h.float(), d_c
 
@@ -103,33 +105,34 @@ class _GRUSteps(torch.autograd.Function):
         b_hh: Tensor,
         h_0: Tensor,
     ) -> tuple[Tensor, ...]:
-        x, w_ih, w_hh = x.to(_BF16), w_ih.to(_BF16), w_hh.to(_BF16)
+        steps, rows = len(x), low_rows(x.flatten(0, 1))
+        w_ih, w_hh = w_ih.to(_BF16), w_hh.to(_BF16)
         recurrent = _Recurrent(w_hh, len(h_0), b_hh.to(_BF16))
-        inputs = _from_inputs(x, w_ih, b_ih)
+        inputs = torch.addmm(b_ih.to(_BF16), rows, w_ih.t()).view(*x.shape[:2], -1)
         gates = inputs.float()
-        h, low_h = _sequence(h_0, len(x)), _sequence(h_0, len(x), _BF16)
+        h, low_h = _sequence(h_0, steps), _sequence(h_0, steps, _BF16)
         from_h = torch.empty_like(h[1:])  # the part of n that r multiplies
-        for t in range(len(x)):
+        for t in range(steps):
             r, z, n = gates[t].chunk(3, dim=1)
             to_r, to_z, to_n = recurrent(low_h[t]).chunk(3, dim=1)
             r.add_(to_r).sigmoid_()
             z.add_(to_z).sigmoid_()
             n.addcmul_(r, from_h[t].copy_(to_n)).tanh_()
             low_h[t + 1] = torch.lerp(n, h[t], z, out=h[t + 1])
-        ctx.save_for_backward(x, w_ih, w_hh, gates, h, low_h, from_h)
+        ctx.save_for_backward(rows, w_ih, w_hh, gates, h, low_h, from_h)
         return low_h[1:], h[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, d_h: Tensor) -> tuple[Tensor, ...]:
-        x, w_ih, w_hh, gates, h, low_h, from_h = ctx.saved_tensors
+        rows, w_ih, w_hh, gates, h, low_h, from_h = ctx.saved_tensors
         recurrent, d_y = _Recurrent(transposed(w_hh), len(d_h)), d_y.float()
         d_inputs = torch.empty_like(gates, dtype=_BF16)
         d_recurrent = torch.empty_like(d_inputs)
         d_gate, part = torch.empty_like(gates[0]), torch.empty_like(d_h)
         d_r, d_z, d_n = d_gate.chunk(3, dim=1)
         d_bias_ih, d_bias_hh = torch.zeros_like(d_gate), torch.zeros_like(d_gate)
-        for t in reversed(range(len(x))):
+        for t in reversed(range(len(d_y))):
             r, z, n = gates[t].chunk(3, dim=1)
             d_h = d_y[t] + d_h
             _sigmoid_backward(torch.sub(h[t], n, out=part).mul_(d_h), z, grad_input=d_z)
@@ -141,8 +144,10 @@ class _GRUSteps(torch.autograd.Function):
             d_n *= r
             d_bias_hh += d_gate
             d_h = kept.add_(recurrent(d_recurrent[t].copy_(d_gate)))
-        d_x, d_ih = _gradients(d_inputs, x, w_ih)
-        _, d_hh = _gradients(d_recurrent, low_h[:-1])
+        d_rows = d_inputs.flatten(0, 1)
+        d_ih = transposed(d_rows) @ rows
+        d_hh = transposed(d_recurrent.flatten(0, 1)) @ low_h[:-1].flatten(0, 1)
+        d_x = (d_rows @ w_ih).view(*d_y.shape[:2], -1)
         return d_x, d_ih, d_hh, d_bias_ih.sum(dim=0), d_bias_hh.sum(dim=0), d_h
 
 
@@ -173,24 +178,11 @@ class _Recurrent:
         return product.binary(rows, plus, self.weight, self.bias, "add")
 
 
-def _from_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x @ weight.t() + bias` for all steps at once."""
-    rows = torch.addmm(bias.to(_BF16), x.flatten(0, 1), weight.t())
-    return rows.unflatten(0, x.shape[:2])
-
-
 def _sequence(first: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
     """States (steps + 1, batch, n_out), of which the `first` is filled in."""
     states = first.new_empty(steps + 1, *first.shape, dtype=dtype)
     states[0] = first
     return states
-
-
-def _gradients(d_y: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Any, Tensor]:
-    """The gradients of `x` and of `weight` in `y = x @ weight.t()`; of `x` only with a `weight`."""
-    d_rows = d_y.flatten(0, 1)
-    d_weight = transposed(d_rows) @ x.flatten(0, 1)
-    return None if weight is None else (d_rows @ weight).view_as(x), d_weight.float()
 
 
 def compare(like: Tensor) -> Iterator[list[Tensor]]:
