@@ -2,7 +2,8 @@
 
 On a CPU a product takes up to a third longer if the result's rows do not begin on cache lines, as
 with 1150 or 1550 columns of float32 (`bench/parts.py alignment`). On a GPU the fastest products
-require rows of operands and results that begin at multiples of 16 bytes. Shapes stay unchanged:
+require rows of operands and results that begin at multiples of 16 bytes. In bfloat16 on a CPU it is
+the left operand whose rows matter, and that it lies in memory row by row. Shapes stay unchanged:
 only the row stride is rounded up.
 """
 
@@ -23,13 +24,10 @@ class FastLinear(nn.Linear):
     def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
         """From (..., in_features) to (..., out_features); `with_bias=False` omits the bias."""
         bias = self.bias if with_bias else None
-        if in_bfloat16(input):
-            kind = LowLinear
-        elif _pays(input, bias):
-            kind = _AlignedLinear
-        else:
+        if not _pays(input, bias):
             return functional.linear(input, self.weight, bias)
-        y = kind.apply(input.reshape(-1, input.size(-1)), self.weight, bias)
+        rows = input.reshape(-1, input.size(-1))
+        y = _AlignedLinear.apply(rows, self.weight, bias)
         return y.view(*input.shape[:-1], y.size(1))
 
 
@@ -46,7 +44,8 @@ def _pays(x: Tensor, bias: Tensor | None) -> bool:
         # PyTorch's own product adds the bias itself; an aligned one would need another pass.
         return bias is None
     narrow = x.dtype not in (torch.float32, torch.float64)
-    return x.device.type == "cpu" and not narrow and not torch.is_autocast_enabled("cpu")
+    full = x.device.type == "cpu" and not narrow and not torch.is_autocast_enabled("cpu")
+    return full or in_bfloat16(x)
 
 
 def in_bfloat16(tensor: Tensor) -> bool:
@@ -119,6 +118,11 @@ class _AlignedLinear(torch.autograd.Function):
         if _on_gpu(x):
             low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
             x, weight = _operand(x, low or None), _operand(weight, low or None)
+        elif in_bfloat16(x):
+            x, weight = low_rows(x), weight.to(torch.bfloat16)
+            if bias is not None:
+                ctx.save_for_backward(x, weight)
+                return torch.addmm(bias.to(torch.bfloat16), x, weight.t())
         ctx.save_for_backward(x, weight)
         y = matmul(x, weight.t())
         return y if bias is None else y.add_(bias)
@@ -128,32 +132,11 @@ class _AlignedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
+        low = grad.dtype == torch.bfloat16 and not grad.is_cuda
+        columns = transposed(grad) if low else grad.t()
         return (
             matmul(grad, weight) if need_x else None,
-            matmul(grad.t(), x) if need_weight else None,
-            grad.sum(dim=0) if need_bias else None,
-        )
-
-
-class LowLinear(torch.autograd.Function):
-    """`functional.linear` of rows in bfloat16 on a CPU, with operands as its products read them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x, weight = low_rows(x), weight.to(torch.bfloat16)
-        ctx.save_for_backward(x, weight)
-        if bias is None:
-            return torch.mm(x, weight.t())
-        return torch.addmm(bias.to(torch.bfloat16), x, weight.t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        return (
-            grad @ weight if need_x else None,
-            transposed(grad) @ x if need_weight else None,
+            matmul(columns, x) if need_weight else None,
             grad.sum(dim=0) if need_bias else None,
         )
 

@@ -135,7 +135,7 @@ def _operations(
 def _low_operations(
     inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_operations`, of inputs with fewer bits; the softmax is in float32, few rows at a time."""
+    """As `_operations`, of inputs with fewer bits; the softmax has those of `bias`, by few rows."""
     logits = inputs @ matrix.t()
     loss, sums = bias.new_zeros(()), torch.zeros_like(bias)
     for low, some in zip(logits.split(64), targets.split(64), strict=True):
