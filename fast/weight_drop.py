@@ -17,12 +17,13 @@ class FastWeightDrop(WeightDrop):
     """WeightDrop with the same share of dropped entries, from fewer random bits on a CPU."""
 
     def drop(self, raw: Tensor) -> Tensor:
-        if self.training and self.dropout and not self.variational:
+        # torch.compile cannot follow NumPy's generator.
+        traced = torch.compiler.is_compiling()
+        if self.training and self.dropout and not self.variational and not traced:
+            if linear.in_bfloat16(raw):
+                return _LowDropout.apply(raw, self.dropout)
             if raw.device.type == "cpu":
-                low = linear.in_bfloat16(raw)
-                return (
-                    _LowDropout.apply(raw, self.dropout) if low else raw * _mask(raw, self.dropout)
-                )
+                return raw * _mask(raw, self.dropout)
             if raw.is_cuda and isinstance(self.module, linear.FastLinear):
                 return _AlignedDropout.apply(raw, self.dropout)
         return super().drop(raw)
