@@ -38,6 +38,8 @@ GPU_FORMS = {
     "model.GRU": "fast.cudnn.FastGRU",
     "model.QRNN": "fast.qrnn.FastQRNN",
 }
+# On a CPU in bfloat16.
+BF16_FORMS = {"model.LSTM": "fast.rnn_bf16.FastLSTM", "model.GRU": "fast.rnn_bf16.FastGRU"}
 
 # By form: a digest of the source of all methods of the definition that it replaces.
 # tests/test_fast.py prints them anew after an edit of ours.
@@ -71,7 +73,7 @@ def choose(
     for part in (*network.modules(), *others):
         if isinstance(part, QRNNLayer):
             part.plain = plain
-        form = "" if plain else _form_of(type(part), like.device)
+        form = "" if plain else _form_of(type(part), like.device, bf16)
         if not form or form.split(".")[1] in leave_out:
             continue
         module, _, name = form.rpartition(".")
@@ -137,9 +139,10 @@ def replaced(form: type) -> tuple[str, str]:
     return ", ".join(names), digest
 
 
-def _form_of(kind: type, device: torch.device) -> str:
+def _form_of(kind: type, device: torch.device, bf16: bool) -> str:
     name = f"{kind.__module__}.{kind.__qualname__}"
-    return FORMS.get(name) or (GPU_FORMS.get(name, "") if device.type == "cuda" else "")
+    cells = GPU_FORMS if device.type == "cuda" else BF16_FORMS if bf16 else {}
+    return FORMS.get(name) or cells.get(name, "")
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 On a CPU a product takes up to a third longer if the result's rows do not begin on cache lines, as
 with 1150 or 1550 columns of float32 (`bench/parts.py alignment`). On a GPU the fastest products
-require rows of operands and results that begin at multiples of 16 bytes. Shapes stay unchanged:
+require rows of operands and results that begin at multiples of 16 bytes. In bfloat16 on a CPU it is
+the left operand whose rows matter, and that it lies in memory row by row. Shapes stay unchanged:
 only the row stride is rounded up.
 """
 
@@ -43,7 +44,18 @@ def _pays(x: Tensor, bias: Tensor | None) -> bool:
         # PyTorch's own product adds the bias itself; an aligned one would need another pass.
         return bias is None
     narrow = x.dtype not in (torch.float32, torch.float64)
-    return x.device.type == "cpu" and not narrow and not torch.is_autocast_enabled("cpu")
+    full = x.device.type == "cpu" and not narrow and not torch.is_autocast_enabled("cpu")
+    return full or in_bfloat16(x)
+
+
+def in_bfloat16(tensor: Tensor) -> bool:
+    """Whether products of `tensor` are in bfloat16 on a CPU, and not traced by torch.compile."""
+    return (
+        tensor.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.compiler.is_compiling()
+    )
 
 
 def row_stride(columns: int, like: Tensor, dtype: torch.dtype | None = None) -> int:
@@ -81,12 +93,36 @@ def _operand(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return empty(matrix.shape, matrix, dtype).copy_(matrix)
 
 
+def low_rows(matrix: Tensor) -> Tensor:
+    """`matrix` in bfloat16, for the left side of a product: its rows begin on cache lines.
+
+    oneDNN's product with AMX reads such rows beyond their ends, so the rest are zeros.
+    """
+    result = empty(matrix.shape, matrix, torch.bfloat16)
+    rest = row_stride(matrix.size(1), result) - matrix.size(1)
+    result.as_strided((len(matrix), rest), result.stride(), matrix.size(1)).zero_()
+    return result.copy_(matrix)
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """`matrix.t()`, contiguous, on a CPU: copied block by block it takes a quarter of the time."""
+    result = matrix.new_empty(matrix.size(1), matrix.size(0))
+    for rows, columns in zip(matrix.split(128), result.split(128, dim=1), strict=True):
+        columns.copy_(rows.t())
+    return result
+
+
 class _AlignedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _on_gpu(x):
             low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
             x, weight = _operand(x, low or None), _operand(weight, low or None)
+        elif in_bfloat16(x):
+            x, weight = low_rows(x), weight.to(torch.bfloat16)
+            if bias is not None:
+                ctx.save_for_backward(x, weight)
+                return torch.addmm(bias.to(torch.bfloat16), x, weight.t())
         ctx.save_for_backward(x, weight)
         y = matmul(x, weight.t())
         return y if bias is None else y.add_(bias)
@@ -96,9 +132,11 @@ class _AlignedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
+        low = grad.dtype == torch.bfloat16 and not grad.is_cuda
+        columns = transposed(grad) if low else grad.t()
         return (
             matmul(grad, weight) if need_x else None,
-            matmul(grad.t(), x) if need_weight else None,
+            matmul(columns, x) if need_weight else None,
             grad.sum(dim=0) if need_bias else None,
         )
 

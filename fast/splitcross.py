@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softmax = _one_kernel if cross_entropy.is_usable(hiddens.device, low) else _operations
         matrix = weight.to(low)
         total = bias.new_zeros(())
-        d_weight = torch.zeros_like(weight) if need_weight else None
+        d_weight = None
         d_bias = torch.zeros_like(bias) if need_bias else None
         d_hiddens = torch.empty_like(hiddens) if need_hiddens else None
         rows = max(1, MAX_LOGITS // weight.size(0))
@@ -77,11 +77,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_bias += sums
             if need_hiddens:
                 d_hiddens[block] = d_logits @ matrix
-            if need_weight:
-                if low == weight.dtype:
-                    d_weight.addmm_(d_logits.t(), inputs)
-                else:
-                    d_weight += d_logits.t() @ inputs
+            if need_weight and d_weight is None:
+                d_weight = (d_logits.t() @ inputs).to(weight.dtype)
+            elif need_weight and low == weight.dtype:
+                d_weight.addmm_(d_logits.t(), inputs)
+            elif need_weight:
+                d_weight += d_logits.t() @ inputs
         ctx.save_for_backward(d_weight, d_bias, d_hiddens)
         return total
 
@@ -120,25 +121,44 @@ def _operations(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `_one_kernel`, in PyTorch's operations."""
-    target = targets.unsqueeze(1)
     if inputs.dtype != bias.dtype:
-        logits = (inputs @ matrix.t()).to(bias.dtype).add_(bias)
-    elif inputs.device.type == "cpu":
+        return _low_operations(inputs, matrix, bias, targets, gradient)
+    if inputs.device.type == "cpu":
         # Not addmm: that copies the bias to every row first, at seven times the sum's time.
         logits = linear.matmul(inputs, matrix.t()).add_(bias)
     else:
         logits = torch.addmm(bias, inputs, matrix.t())
+    loss = _loss_and_gradient_(logits, targets, gradient)
+    return loss, logits, logits.sum(dim=0) if bias_gradient else None
+
+
+def _low_operations(
+    inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_operations`, of inputs with fewer bits; the softmax has those of `bias`, by few rows."""
+    logits = inputs @ matrix.t()
+    loss, sums = bias.new_zeros(()), torch.zeros_like(bias)
+    for low, some in zip(logits.split(64), targets.split(64), strict=True):
+        block = low + bias
+        loss += _loss_and_gradient_(block, some, gradient)
+        if gradient:
+            low.copy_(block)
+            sums += block.sum(dim=0)
+    return loss, logits, sums
+
+
+def _loss_and_gradient_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """Summed cross-entropy of `logits`, which become its gradient if `gradient` is set."""
+    target = targets.unsqueeze(1)
     top = logits.amax(dim=1, keepdim=True)
     # Read now: the exponentials replace the logits.
     chosen = logits.gather(1, target)
     mass = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-    loss = (mass.log() + top - chosen).sum()
-    if not gradient:
-        return loss, logits, None
-    d_logits = logits.div_(mass)
-    # Not scatter_add_, which need not give the same bits twice on a GPU.
-    d_logits.scatter_(1, target, d_logits.gather(1, target) - 1)
-    return loss, d_logits.to(inputs.dtype), d_logits.sum(dim=0) if bias_gradient else None
+    if gradient:
+        logits.div_(mass)
+        # Not scatter_add_, which need not give the same bits twice on a GPU.
+        logits.scatter_(1, target, logits.gather(1, target) - 1)
+    return (mass.log() + top - chosen).sum()
 
 
 def compare(like: Tensor) -> Iterator[list[Tensor]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -16,7 +17,11 @@ class FastWeightDrop(WeightDrop):
     """WeightDrop with the same share of dropped entries, from fewer random bits on a CPU."""
 
     def drop(self, raw: Tensor) -> Tensor:
-        if self.training and self.dropout and not self.variational:
+        # torch.compile cannot follow NumPy's generator.
+        traced = torch.compiler.is_compiling()
+        if self.training and self.dropout and not self.variational and not traced:
+            if linear.in_bfloat16(raw):
+                return _LowDropout.apply(raw, self.dropout)
             if raw.device.type == "cpu":
                 return raw * _mask(raw, self.dropout)
             if raw.is_cuda and isinstance(self.module, linear.FastLinear):
@@ -25,16 +30,40 @@ class FastWeightDrop(WeightDrop):
 
 
 def _mask(like: Tensor, dropout: float) -> Tensor:
-    """A dropout mask of the shape of `like`, on the CPU: 0, or 1 / (1 - dropout).
+    """A dropout mask of the shape of `like`, on the CPU: 0, or 1 / (1 - dropout)."""
+    return _kept(like, dropout, like.dtype).div_(1 - dropout)
+
+
+def _kept(like: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
+    """Ones for the entries that are kept and zeros for the others, on the CPU.
 
     PyTorch draws 64 random bits for each entry, one by one, which for a large matrix takes longer
-    than most operations on it; here two entries share 64 bits.
+    than most operations on it. Here PyTorch draws the seed of a faster generator, and four entries
+    share 64 bits: the share of dropped entries is a multiple of 1 / 65536.
     """
-    bits = torch.empty((like.numel() + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
-    words = bits.view(torch.int32)[: like.numel()].view(like.shape)
-    below = min(round((1 - dropout) * 2**32) - 2**31, 2**31 - 1)
-    mask = torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format)
-    return torch.lt(words, below, out=mask).div_(1 - dropout)
+    seed = int(torch.randint(2**62, ()))
+    bits = np.random.SFC64(seed).random_raw((like.numel() + 3) // 4).view(np.int16)
+    words = torch.from_numpy(bits)[: like.numel()].view(like.shape)
+    below = min(round((1 - dropout) * 2**16) - 2**15, 2**15 - 1)
+    return torch.lt(words, below, out=torch.empty(like.shape, dtype=dtype))
+
+
+class _LowDropout(torch.autograd.Function):
+    """`functional.dropout` of a matrix on the CPU, in training; the result is in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, p: float) -> Tensor:
+        ctx.kept, ctx.scale = _kept(weight, p, torch.int16), 1 / (1 - p)
+        out = torch.mul(weight, ctx.scale, out=weight.new_empty(weight.shape, dtype=torch.bfloat16))
+        # As integers: a product of two bytes by 0 or 1 is faster than one in bfloat16.
+        out.view(torch.int16).mul_(ctx.kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        kept = grad.view(torch.int16) * ctx.kept
+        return kept.view(torch.bfloat16).float().mul_(ctx.scale), None
 
 
 class _AlignedDropout(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from loss import TrainingLoss
 from model import CELLS, make_network
 from nt_asgd import NTASGD
 from run.corpus import read_corpus
+from run.device import has_bf16
 from run.ranks import ALONE
 from run.rehearsal import differing
 from run.session import open_session, resumed_file
@@ -164,6 +166,15 @@ def test_what_is_saved_is_resumed_exactly(cell, optimizer, ended, corpus_dir, tm
         train(session, 1 + ended, 2 if ended else 5)
         state = {**session._training_state(), "args": whole["args"]}
         assert list(differing(whole, state)) == []
+
+
+@pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this CPU has no bfloat16")
+@pytest.mark.parametrize("cell", CELLS)
+def test_bfloat16_is_resumed_exactly(cell, corpus_dir, tmp_path, monkeypatch, capsys):
+    low = functools.partial(TrainingLoss, bf16=True)
+    monkeypatch.setitem(globals(), "TrainingLoss", low)
+    test_what_is_saved_is_resumed_exactly(cell, "NT-ASGD", False, corpus_dir, tmp_path)
+    assert ("fast.rnn_bf16" in capsys.readouterr().out) == (cell != "QRNN")
 
 
 def test_a_changed_setting_takes_effect_and_the_others_continue(corpus_dir, tmp_path, monkeypatch):
