@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -157,16 +158,15 @@ def _encode(folder: Path, tick: Callable[[int], object], names: Sequence[str] = 
     splits = []
     for split in names:
         path = folder / f"{split}.txt"
-        pieces = []
+        ids = array("i")  # one that grows: pieces to be joined leave holes in the memory
         for text in _text_blocks(path, tick):
-            words = text.replace("\n", f" {EOS} ").split()
-            pieces.append(np.fromiter(map(word2idx.__getitem__, words), np.int32, len(words)))
-        if not any(map(len, pieces)):
+            ids.extend(map(word2idx.__getitem__, text.replace("\n", f" {EOS} ").split()))
+        if not ids:
             raise CorpusError(
                 f"{path} is empty: fetch the corpus again with ./getdata.sh NAME, or give another "
                 "folder with --data"
             )
-        splits.append(np.concatenate(pieces))
+        splits.append(np.frombuffer(ids, np.int32))
     return Encoded(list(word2idx), _count(splits, len(word2idx)), splits)
 
 
@@ -245,7 +245,7 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
             ids = np.memmap(file, np.int32, "r", file.tell())
     except (OSError, ValueError):
         return None
-    if first != _first_line(key, header, ids):
+    if first != _first_line(key, header, [ids]):
         return None
     content = json.loads(header)
     return Encoded(
@@ -259,13 +259,14 @@ def _write_cache(path: Path, key: str, encoded: Encoded) -> None:
     tokens = [len(ids) for ids in encoded.splits[:-1]]
     content = {"tokens": tokens, "counts": encoded.counts.tolist(), "words": encoded.words}
     header = json.dumps(content).encode() + b"\n"
-    ids = np.concatenate(encoded.splits)
     with replacing(path, own=True) as file:
-        file.write(_first_line(key, header, ids) + header)
-        file.write(ids.data)
+        file.write(_first_line(key, header, encoded.splits) + header)
+        for ids in encoded.splits:
+            file.write(ids.data)
 
 
-def _first_line(key: str, header: bytes, ids: np.ndarray) -> bytes:
+def _first_line(key: str, header: bytes, splits: Sequence[np.ndarray]) -> bytes:
     checksum = _new_digest(header)
-    checksum.update(ids.data)
+    for ids in splits:
+        checksum.update(ids.data)
     return f"{key} {checksum.hexdigest()}\n".encode()
