@@ -349,13 +349,6 @@ def test_no_damaged_cache_is_used_or_fatal(tmp_path):
     assert path.read_bytes() == intact, "rebuilt"
 
 
-@pytest.mark.parametrize("content", [b"", b"not a cache"])
-def test_file_of_another_kind_under_the_caches_name(tmp_path, content):
-    folder = write(tmp_path / "c")
-    (folder / encoded_files.CACHE_NAME).write_bytes(content)
-    assert_same(Corpus(folder), *by_double_loop(folder))
-
-
 def test_user_cache_folder_when_the_corpus_folder_cannot_be_written(
     tmp_path, user_cache, no_encoding
 ):
