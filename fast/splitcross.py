@@ -69,9 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hiddens), rows):
             block = slice(start, start + rows)
             inputs = hiddens[block].to(low)
-            loss, d_logits, sums = softmax(
-                inputs, matrix, bias, targets[block], gradient=any(needed), bias_gradient=need_bias
-            )
+            loss, d_logits, sums = softmax(inputs, matrix, bias, targets[block], any(needed))
             total += loss
             if need_bias:
                 d_bias += sums
@@ -92,32 +90,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _one_kernel(
-    inputs: Tensor,
-    matrix: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    *,
-    gradient: bool,
-    bias_gradient: bool,
+    inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Summed loss, gradient of the logits `inputs @ matrix.t() + bias`, and its sum over rows.
 
     `inputs` (n, hidden_size), `matrix` (ntoken, hidden_size) and the gradient (n, ntoken) have one
-    dtype; the loss and the sum (ntoken,) have the dtype of `bias`.
+    dtype; the loss and the sum (ntoken,) have the dtype of `bias`. Without `gradient` the loss
+    alone counts.
     """
     logits = linear.matmul(inputs, matrix.t())
-    losses, sums = cross_entropy.loss_and_gradient_(logits, targets, bias, gradient, bias_gradient)
+    losses, sums = cross_entropy.loss_and_gradient_(logits, targets, bias, gradient)
     return losses.sum(), logits, sums
 
 
 def _operations(
-    inputs: Tensor,
-    matrix: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    *,
-    gradient: bool,
-    bias_gradient: bool,
+    inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `_one_kernel`, in PyTorch's operations."""
     target = targets.unsqueeze(1)
@@ -138,7 +125,7 @@ def _operations(
     d_logits = logits.div_(mass)
     # Not scatter_add_, which need not give the same bits twice on a GPU.
     d_logits.scatter_(1, target, d_logits.gather(1, target) - 1)
-    return loss, d_logits.to(inputs.dtype), d_logits.sum(dim=0) if bias_gradient else None
+    return loss, d_logits.to(inputs.dtype), d_logits.sum(dim=0)
 
 
 def compare(like: Tensor) -> Iterator[list[Tensor]]:
