@@ -121,11 +121,14 @@ def time_recurrences(runs: int, bandwidth: float, device: torch.device) -> None:
             print_row(shape, way, *spread(times, 1e-6), f"{moved / 1e6:.0f}", share, ratio)
 
 
-def time_pools(runs: int, bandwidth: float, device: torch.device) -> None:
-    """Print the table of a layer's element-wise part, which follows its linear map.
+def unfused(y: Tensor) -> Tensor:
+    """A layer's element-wise part in separate operations, ForgetMult being one of them."""
+    z, f, o = y.chunk(3, dim=2)
+    return o.sigmoid() * forget_mult(f.sigmoid(), z.tanh())
 
-    It is one kernel, or separate operations with ForgetMult, another kernel, among them.
-    """
+
+def time_pools(runs: int, bandwidth: float, device: torch.device) -> None:
+    """Print the table of a layer's element-wise part, which follows its linear map."""
     columns = ["us", "fastest to slowest", "of the copy"]
     print_head("seq_len, batch, hidden", "element-wise part", *columns)
     for shape in LAYERS[device.type]:
@@ -135,11 +138,7 @@ def time_pools(runs: int, bandwidth: float, device: torch.device) -> None:
         for _ in case_numbers(4 * 4 * math.prod(shape), device):
             y = torch.randn(seq_len, batch, 3 * hidden, device=device, requires_grad=True)
             cases.append(((y,), torch.randn(shape, device=device)))
-        functions = {
-            "fused": lambda y: pool(y)[0],
-            "unfused": lambda y: definition.pool(y, recurrence=forget_mult)[0],
-        }
-        calls = agreeing(functions, cases)
+        calls = agreeing({"fused": lambda y: pool(y)[0], "unfused": unfused}, cases)
         moved = POOL_TENSORS * 4 * math.prod(shape)
         for way, times in common.measure(calls, device, runs, len(cases)).items():
             share = moved / statistics.median(times) / bandwidth
@@ -172,7 +171,7 @@ def time_layers(runs: int, device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the tables."""
+    """Print the three tables."""
     args = common.build_parser(__doc__).parse_args(argv)
     device = common.prepare(args)
     common.need_kernels(device)
@@ -186,8 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda" and fused_recurrent_hgrn is None:
         print("not beside flash-linear-attention's recurrence: the package fla-core is missing")
     time_recurrences(args.runs, bandwidth, device)
-    if device.type == "cuda":
-        time_pools(args.runs, bandwidth, device)
+    time_pools(args.runs, bandwidth, device)
     time_layers(args.runs, device)
 
 

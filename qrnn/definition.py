@@ -5,8 +5,6 @@
 "Quasi-Recurrent Neural Networks", arXiv 1611.01576, section 2.1; `f` is one minus the paper's.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -35,7 +33,6 @@ def pool(
     output_gate: bool = True,
     reverse: bool = False,
     lengths: Tensor | None = None,
-    recurrence: Callable[..., Tensor] = forget_mult,
 ) -> tuple[Tensor, Tensor]:
     """A QRNN layer after its linear map: the output (seq_len, batch, hidden) and the last state.
 
@@ -44,7 +41,6 @@ def pool(
     and `c = forget_mult(f, tanh(Z), c_init, reverse)` the output is `sigmoid(O) * c`. `c_init` and
     the last state are (batch, hidden). `lengths` (batch,), int64, ends columns early: a column's
     output is 0 beyond its length, and its last state is the state at its last valid step.
-    `recurrence` computes forget_mult.
     """
     z, f, *o = y.chunk(3 if output_gate else 2, dim=2)
     f = f.sigmoid()
@@ -53,7 +49,7 @@ def pool(
     if lengths is not None:
         # A forget gate of 0 keeps the state.
         f = f * valid_steps(lengths, f)
-    c = recurrence(f, z.tanh(), c_init, reverse)
+    c = forget_mult(f, z.tanh(), c_init, reverse)
     h = o[0].sigmoid() * c if output_gate else c
     if lengths is not None:
         h = h * valid_steps(lengths, h)

@@ -1,7 +1,7 @@
 """The recurrence and the layer of definition.py in the fastest of three ways that agrees with it.
 
-The ways are CUDA kernels (kernels.py), the recurrence with hand-written gradients (fused.py), and
-the definition. Each is compared with the definition on small tensors before its first use.
+The ways are CUDA kernels (kernels.py), PyTorch's operations with hand-written gradients (fused.py),
+and the definition. Each is compared with the definition on small tensors before its first use.
 """
 
 import functools
