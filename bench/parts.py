@@ -64,19 +64,6 @@ def load_by_double_loop(folder: Path) -> tuple[Dictionary, list[Tensor]]:
     return dictionary, splits
 
 
-def load_into_list(folder: Path) -> tuple[Dictionary, list[Tensor]]:
-    """Load in one pass, into a list, as assigning single items of a tensor is slow."""
-    dictionary = Dictionary()
-    splits = []
-    for split in SPLITS:
-        ids: list[int] = []
-        with (folder / f"{split}.txt").open(encoding="utf-8") as lines:
-            for line in lines:
-                ids.extend(dictionary.add_word(word) for word in [*line.split(), EOS])
-        splits.append(torch.tensor(ids))
-    return dictionary, splits
-
-
 def corpus(args: argparse.Namespace, device: torch.device) -> None:
     """Loading a corpus of usual size."""
     reference = Corpus(args.data, cache=False)
@@ -85,14 +72,12 @@ def corpus(args: argparse.Namespace, device: torch.device) -> None:
         folder = Path(scratch)
         for split in SPLITS:
             shutil.copy(args.data / f"{split}.txt", folder)
-        for load in (load_by_double_loop, load_into_list):
-            dictionary, splits = load(folder)
-            assert dictionary.idx2word == reference.dictionary.idx2word
-            for split, ids in zip(SPLITS, splits, strict=True):
-                assert torch.equal(ids.int(), reference.part(split))
+        dictionary, splits = load_by_double_loop(folder)
+        assert dictionary.idx2word == reference.dictionary.idx2word
+        for split, ids in zip(SPLITS, splits, strict=True):
+            assert torch.equal(ids.int(), reference.part(split))
         ways = {
             "classic double loop": lambda k: load_by_double_loop(folder),
-            "single loop into a list": lambda k: load_into_list(folder),
             "ours, no cache": lambda k: Corpus(folder, cache=False),
             "ours, from the cache": lambda k: Corpus(folder),
         }
@@ -213,19 +198,6 @@ def pointer(args: argparse.Namespace, device: torch.device) -> None:
         print_row(way, *spread(seconds[way], 1e-6 * tokens), f"{ratio:.0f}")
 
 
-@torch.no_grad()
-def update_all(optimizer: DynamicEvaluation) -> None:
-    """The update of dynamic evaluation with operations on all parameters at once."""
-    (group,) = optimizer.param_groups
-    params = group["params"]
-    starts, rms = ([optimizer.state[p][name] for p in params] for name in ("start", "rms"))
-    pulls = torch._foreach_mul(rms, group["lamb"] / optimizer.mean)
-    torch._foreach_clamp_max_(pulls, 1.0)
-    torch._foreach_lerp_(params, starts, pulls)
-    divisors = torch._foreach_add(rms, group["epsilon"])
-    torch._foreach_addcdiv_(params, [p.grad for p in params], divisors, value=-group["lr"])
-
-
 def dynamic(args: argparse.Namespace, device: torch.device) -> None:
     """The update of dynamic evaluation."""
     model = RNNModel("LSTM", 10_000, 400, 1150, 3, tie_weights=True).to(device)
@@ -238,7 +210,6 @@ def dynamic(args: argparse.Namespace, device: torch.device) -> None:
     definition = DynamicEvaluation(params, rms, **rates)
     ways = {
         "DynamicEvaluation, one pass": lambda k: ours.step(),
-        "all parameters at once": lambda k: update_all(definition),
         "a loop over parameters": lambda k: definition.step(),
     }
     count = sum(p.numel() for p in params)

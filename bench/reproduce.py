@@ -12,13 +12,10 @@ logs stay in the work folder: copy that folder to continue on another machine.
 import argparse
 import contextlib
 import json
-import lzma
 import math
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +41,6 @@ from tools.getdata import SPECS, wrong_files
 from utils import ToolkitError, bits, perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("train.txt", "valid.txt", "test.txt")
 
 
 class Work:
@@ -309,32 +305,6 @@ def _portable(words: list[str], work: Work, data: Path) -> str:
     return " ".join(names.get(word, word) for word in words)
 
 
-def pack(data: Path, target: Path) -> None:
-    """Write the three texts of a corpus as one .tar.xz."""
-    with replacing(target) as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
-        for name in FILES:
-            # A link is packed as the file it points to.
-            archive.add((data / name).resolve(), arcname=name)
-
-
-def unpack(archive_path: Path, target: Path) -> None:
-    """Unpack a file of `pack`; raises ToolkitError, with nothing unpacked, for any other file."""
-    try:
-        with tarfile.open(archive_path, "r:xz") as archive:
-            # The first look-up reads the archive to its end.
-            members = [archive.getmember(name) for name in FILES]
-            if not all(member.isfile() for member in members):
-                raise tarfile.TarError("a text is no plain file")
-            target.mkdir(parents=True, exist_ok=True)
-            for member in members:
-                with replacing(target / member.name) as file:
-                    shutil.copyfileobj(archive.extractfile(member), file)
-    except (KeyError, OSError, tarfile.TarError, EOFError, lzma.LZMAError) as error:
-        raise ToolkitError(
-            f"cannot unpack {archive_path} ({error}): make it with --pack"
-        ) from error
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -348,10 +318,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop cleanly after so long; pointer.py, once begun, runs to its end",
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the corpus, if elsewhere")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="the corpus, written by --pack")
-    parser.add_argument(
-        "--pack", type=Path, metavar="FILE", help="write the corpus as a .tar.xz and run nothing"
-    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="default: reproduce/ROW")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
     parser.add_argument("--no-cuda", action="store_true", help="stay on the CPU")
@@ -366,15 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     preset = presets.COMMANDS[args.row]["main"].split()
     named = preset[preset.index("--data") + 1] if "--data" in preset else "data/penn"
     data = args.data or ROOT / named
-    if args.pack:
-        pack(data, args.pack)
-        print(f"Wrote {args.pack}")
-        return 0
     stop = Stop(args.minutes)
     work = Work(args.work or ROOT / "reproduce" / args.row)
-    if args.corpus:
-        data = work.folder / "corpus"
-        unpack(args.corpus, data)
     begun = work.state.setdefault("flags", extra)
     if begun != extra:
         raise ToolkitError(

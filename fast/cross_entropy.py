@@ -36,13 +36,13 @@ def compile_options(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def loss_and_gradient_(
-    logits: Tensor, targets: Tensor, bias: Tensor, gradient: bool, bias_gradient: bool
+    logits: Tensor, targets: Tensor, bias: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of each row of `logits + bias`; with `gradient` that overwrites `logits`.
 
     `logits` are (n, ntoken) in rows that begin at multiples of 16 bytes, `targets` (n,) int64,
     `bias` (ntoken,). Returns the losses (n,) in nats, in float64 for float64 logits and else
-    float32, and with `bias_gradient` the gradient's sum over rows (ntoken,). Raises ValueError for
+    float32, and with `gradient` the gradient's sum over rows (ntoken,). Raises ValueError for
     other rows.
     """
     rows, columns = logits.shape
@@ -59,7 +59,7 @@ def loss_and_gradient_(
     shared = 4 * (THREADS // 32) * wide.itemsize
     with_sums = shared + -(-columns // per_vector) * per_vector * wide.itemsize
     sums = None
-    if bias_gradient and with_sums <= MOST_SHARED:
+    if gradient and with_sums <= MOST_SHARED:
         shared, sums = with_sums, logits.new_empty(blocks, columns, dtype=wide)
     cuda.launch(
         SOURCE,
@@ -74,6 +74,6 @@ def loss_and_gradient_(
         ),
         shared=shared,
     )
-    if not bias_gradient:
+    if not gradient:
         return losses, None
     return losses, (logits if sums is None else sums).sum(dim=0, dtype=wide)

@@ -69,9 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hiddens), rows):
             block = slice(start, start + rows)
             inputs = hiddens[block].to(low)
-            loss, d_logits, sums = softmax(
-                inputs, matrix, bias, targets[block], gradient=any(needed), bias_gradient=need_bias
-            )
+            loss, d_logits, sums = softmax(inputs, matrix, bias, targets[block], any(needed))
             total += loss
             if need_bias:
                 d_bias += sums
@@ -93,32 +91,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _one_kernel(
-    inputs: Tensor,
-    matrix: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    *,
-    gradient: bool,
-    bias_gradient: bool,
+    inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Summed loss, gradient of the logits `inputs @ matrix.t() + bias`, and its sum over rows.
 
     `inputs` (n, hidden_size), `matrix` (ntoken, hidden_size) and the gradient (n, ntoken) have one
-    dtype; the loss and the sum (ntoken,) have the dtype of `bias`.
+    dtype; the loss and the sum (ntoken,) have the dtype of `bias`. Without `gradient` the loss
+    alone counts.
     """
     logits = linear.matmul(inputs, matrix.t())
-    losses, sums = cross_entropy.loss_and_gradient_(logits, targets, bias, gradient, bias_gradient)
+    losses, sums = cross_entropy.loss_and_gradient_(logits, targets, bias, gradient)
     return losses.sum(), logits, sums
 
 
 def _operations(
-    inputs: Tensor,
-    matrix: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    *,
-    gradient: bool,
-    bias_gradient: bool,
+    inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `_one_kernel`, in PyTorch's operations."""
     if inputs.dtype != bias.dtype:
@@ -129,16 +116,18 @@ def _operations(
     else:
         logits = torch.addmm(bias, inputs, matrix.t())
     loss = _loss_and_gradient_(logits, targets, gradient)
-    return loss, logits, logits.sum(dim=0) if bias_gradient else None
+    return loss, logits, logits.sum(dim=0) if gradient else None
 
 
 def _low_operations(
     inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_operations`, of inputs with fewer bits; the softmax has those of `bias`, by few rows."""
+    """As `_operations`, of inputs with fewer bits than `bias` has, and the softmax."""
     logits = inputs @ matrix.t()
     loss, sums = bias.new_zeros(()), torch.zeros_like(bias)
-    for low, some in zip(logits.split(64), targets.split(64), strict=True):
+    # Few rows stay in a CPU's cache.
+    rows = 64 if logits.device.type == "cpu" else len(logits)
+    for low, some in zip(logits.split(rows), targets.split(rows), strict=True):
         block = low + bias
         loss += _loss_and_gradient_(block, some, gradient)
         if gradient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.reading import opened
+from files.reading import not_utf8, opened
 from files.writing import replacing
 from utils import ToolkitError
 
@@ -23,7 +24,7 @@ SPLITS = ("train", "valid", "test")
 
 # Text is read in blocks of this size, so that no corpus fills the memory. A block's words stay in
 # the processor's cache, which is a fifth faster than blocks of 4 MiB.
-BLOCK_BYTES = 1 << 17
+BLOCK_CHARS = 1 << 17
 
 CACHE_NAME = ".corpus-cache"
 CACHE_FORMAT = b"awd-lstm-lm corpus cache 2"
@@ -122,44 +123,22 @@ def _text_blocks(path: Path, tick: Callable[[int], object]) -> Iterator[str]:
     `tick` gets the number of bytes of each read. Raises OSError, and CorpusError if the file cannot
     be decoded.
     """
-    line = 1
-    encoding = "utf-8-sig"  # a byte order mark is dropped, at the file's start only
-    rest = bytearray()
-    last_char = "\n"
-    at_end = False
+    rest: list[str] = []
+    last_char, place = "\n", 0
     try:
-        with opened(path) as file:
-            while not at_end:
-                chunk = file.read(BLOCK_BYTES)
-                tick(len(chunk))
-                at_end = not chunk
-                # A space, "\n" or "\t" never stands within a word or a UTF-8 sequence and always
-                # ends a "\r\n", so a block may end there.
-                cut = max(map(chunk.rfind, (b" ", b"\n", b"\t"))) + 1
-                rest += chunk[:cut] or chunk
-                if not cut and not (at_end and rest):
-                    continue
-                block, rest = rest, bytearray(chunk[cut:])
-                text = block.decode(encoding)
-                encoding = "utf-8"
-                text = _universal_newlines(text)
-                line += text.count("\n")
-                last_char = text[-1:] or last_char
-                yield text
-    except UnicodeDecodeError as error:
-        good = error.object[: error.start].decode("utf-8")
-        line += _universal_newlines(good).count("\n")
-        raise CorpusError(
-            f"line {line} of {path} is not UTF-8: convert the file to UTF-8 (iconv does it)"
-        ) from None
+        with opened(path, "r", encoding="utf-8-sig") as file:  # without a byte order mark
+            while block := file.read(BLOCK_CHARS):
+                last_char, before, place = block[-1], place, file.buffer.tell()
+                tick(place - before)
+                cut = max(map(block.rfind, " \n\t")) + 1
+                if cut:
+                    yield "".join([*rest, block[:cut]])
+                    rest = []
+                rest.append(block[cut:])
+    except UnicodeDecodeError:
+        raise CorpusError(not_utf8(path)) from None
     if last_char != "\n":
-        yield "\n"
-
-
-def _universal_newlines(text: str) -> str:
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text
+        yield "".join([*rest, "\n"])
 
 
 def _encode(folder: Path, tick: Callable[[int], object], names: Sequence[str]) -> Encoded:
@@ -169,16 +148,15 @@ def _encode(folder: Path, tick: Callable[[int], object], names: Sequence[str]) -
     splits = []
     for split in names:
         path = folder / f"{split}.txt"
-        pieces = []
+        ids = array("i")  # one that grows: pieces to be joined leave holes in the memory
         for text in _text_blocks(path, tick):
-            words = text.replace("\n", f" {EOS} ").split()
-            pieces.append(np.fromiter(map(word2idx.__getitem__, words), np.int32, len(words)))
-        if not any(map(len, pieces)):
+            ids.extend(map(word2idx.__getitem__, text.replace("\n", f" {EOS} ").split()))
+        if not ids:
             raise CorpusError(
                 f"{path} is empty: fetch the corpus again with ./getdata.sh NAME, or give another "
                 "folder with --data"
             )
-        splits.append(np.concatenate(pieces))
+        splits.append(np.frombuffer(ids, np.int32))
     return Encoded(list(word2idx), _count(splits, len(word2idx)), splits)
 
 
@@ -257,7 +235,7 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
             ids = np.memmap(file, np.int32, "r", file.tell())
     except (OSError, ValueError):
         return None
-    if first != _first_line(key, header, ids):
+    if first != _first_line(key, header, [ids]):
         return None
     content = json.loads(header)
     return Encoded(
@@ -271,13 +249,14 @@ def _write_cache(path: Path, key: str, encoded: Encoded) -> None:
     tokens = [len(ids) for ids in encoded.splits[:-1]]
     content = {"tokens": tokens, "counts": encoded.counts.tolist(), "words": encoded.words}
     header = json.dumps(content).encode() + b"\n"
-    ids = np.concatenate(encoded.splits)
     with replacing(path, own=True) as file:
-        file.write(_first_line(key, header, ids) + header)
-        file.write(ids.data)
+        file.write(_first_line(key, header, encoded.splits) + header)
+        for ids in encoded.splits:
+            file.write(ids.data)
 
 
-def _first_line(key: str, header: bytes, ids: np.ndarray) -> bytes:
+def _first_line(key: str, header: bytes, splits: Sequence[np.ndarray]) -> bytes:
     checksum = _new_digest(header)
-    checksum.update(ids.data)
+    for ids in splits:
+        checksum.update(ids.data)
     return f"{key} {checksum.hexdigest()}\n".encode()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 from typing import IO, Any
 
@@ -25,3 +26,10 @@ def opened(
         file.close()
         raise OSError(errno.EINVAL, "it is no plain file", path)
     return file
+
+
+def not_utf8(path: str | os.PathLike[str]) -> str:
+    """What is wrong with a text that cannot be decoded as UTF-8, and what to do."""
+    with opened(path, "r", encoding="utf-8-sig", errors="surrogateescape") as file:
+        line = next(n for n, text in enumerate(file, start=1) if re.search("[\udc80-\udcff]", text))
+    return f"line {line} of {path} is not UTF-8: convert the file to UTF-8 (iconv does it)"

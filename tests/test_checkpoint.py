@@ -13,7 +13,7 @@ from conftest import ORIGINAL_CELLS, full_disk, put
 import checkpoint
 from checkpoint import Checkpoint, CheckpointError, model_file
 from data import Dictionary
-from files.writing import check_writable, previous, replacing, writing
+from files.writing import check_writable, replacing, writing
 from model import RNNModel, make_network
 from run.rehearsal import differing
 from splitcross import SplitCrossEntropyLoss
@@ -422,16 +422,3 @@ def test_two_processes_cannot_write_one_file_at_once(tmp_path):
         file.write(b"second")
     assert path.read_bytes() == b"second"
     assert os.listdir(tmp_path) == ["m.pt"]
-
-
-def test_a_kill_between_keeping_and_replacing_leaves_a_file_of_its_name(tmp_path, monkeypatch):
-    path = tmp_path / "m.pt"
-    path.write_bytes(b"old")
-    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), replacing(path, keep=True) as file:
-        file.write(b"new")
-    assert path.read_bytes() == previous(path).read_bytes() == b"old"
-    monkeypatch.undo()
-    with replacing(path, keep=True) as file:
-        file.write(b"new")
-    assert (path.read_bytes(), previous(path).read_bytes()) == (b"new", b"old")

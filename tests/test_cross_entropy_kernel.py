@@ -18,7 +18,7 @@ def softmax(logits, targets, gradient=True):
     buffer = logits.new_zeros(rows, -(-columns // 16) * 16)
     given = buffer[:, :columns].copy_(logits)
     bias = logits.new_zeros(columns)
-    losses, sums = cross_entropy.loss_and_gradient_(given, targets, bias, gradient, gradient)
+    losses, sums = cross_entropy.loss_and_gradient_(given, targets, bias, gradient)
     return losses, given, sums
 
 
@@ -133,7 +133,7 @@ def test_rows_that_a_vector_cannot_read_are_refused(logits):
     with pytest.raises(ValueError, match="must begin at multiples of 16 bytes"):
         cross_entropy.loss_and_gradient_(
             logits.view(3, 4) if logits.dim() == 1 else logits,
-            torch.zeros(3).long(), torch.zeros(4), gradient=True, bias_gradient=True,
+            torch.zeros(3).long(), torch.zeros(4), gradient=True,
         )  # fmt: skip
 
 

@@ -95,10 +95,10 @@ NASTY = [
 ENDS = ["a", " ", "\n", "a\r", "\r\n", "\n ", "\x85"]  # so that no file is empty
 
 
-@pytest.mark.parametrize("block_bytes", [1, 2, 3, 5, 16, 1 << 17])
-def test_same_as_the_double_loop_on_nasty_text(tmp_path, monkeypatch, block_bytes):
-    monkeypatch.setattr(encoded_files, "BLOCK_BYTES", block_bytes)
-    rng = random.Random(block_bytes)
+@pytest.mark.parametrize("block_chars", [1, 2, 3, 5, 16, 1 << 17])
+def test_same_as_the_double_loop_on_nasty_text(tmp_path, monkeypatch, block_chars):
+    monkeypatch.setattr(encoded_files, "BLOCK_CHARS", block_chars)
+    rng = random.Random(block_chars)
     for trial in range(60):
         texts = [
             "".join(rng.choices(NASTY, k=rng.randint(0, 40))) + rng.choice(ENDS) for _ in TEXTS
@@ -133,7 +133,7 @@ def test_lines_and_words(tmp_path, text, tokens):
 @pytest.mark.parametrize("space", ["\t", " ", "\n"])
 def test_a_text_is_read_in_small_blocks(tmp_path, monkeypatch, space):
     # A block that grew with the text took quadratic time.
-    monkeypatch.setattr(encoded_files, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(encoded_files, "BLOCK_CHARS", 64)
     (tmp_path / "text").write_text(f"ab{space}" * 1000)
     blocks = list(encoded_files._text_blocks(tmp_path / "text", tick=lambda size: None))
     assert "".join(blocks).split() == ["ab"] * 1000
@@ -229,7 +229,7 @@ def test_empty_file(tmp_path, nothing):
     assert re.search(r"test\.txt is empty", message(write(tmp_path / "c", (TRAIN, VALID, nothing))))
 
 
-@pytest.mark.parametrize("block_bytes", [1, 4, 1 << 17])
+@pytest.mark.parametrize("block_chars", [1, 4, 1 << 17])
 @pytest.mark.parametrize(
     ("raw", "line"),
     [
@@ -240,8 +240,8 @@ def test_empty_file(tmp_path, nothing):
         ("a\n".encode("utf-16"), 1),
     ],
 )
-def test_not_utf8_names_the_line(tmp_path, monkeypatch, raw, line, block_bytes):
-    monkeypatch.setattr(encoded_files, "BLOCK_BYTES", block_bytes)
+def test_not_utf8_names_the_line(tmp_path, monkeypatch, raw, line, block_chars):
+    monkeypatch.setattr(encoded_files, "BLOCK_CHARS", block_chars)
     folder = write(tmp_path / "c", (TRAIN, raw, TEST))
     assert re.search(rf"line {line} of .*valid\.txt is not UTF-8", message(folder))
 
@@ -347,13 +347,6 @@ def test_no_damaged_cache_is_used_or_fatal(tmp_path):
         assert encoded_files._read_cache(path, key) is None
     assert_same(Corpus(folder), *reference)
     assert path.read_bytes() == intact, "rebuilt"
-
-
-@pytest.mark.parametrize("content", [b"", b"not a cache"])
-def test_file_of_another_kind_under_the_caches_name(tmp_path, content):
-    folder = write(tmp_path / "c")
-    (folder / encoded_files.CACHE_NAME).write_bytes(content)
-    assert_same(Corpus(folder), *by_double_loop(folder))
 
 
 def test_user_cache_folder_when_the_corpus_folder_cannot_be_written(

@@ -251,11 +251,6 @@ def test_help_names_every_flag_and_its_default(name, script):
     for flag in CLASSIC[name]:
         assert flag in out
     assert str(DEFAULTS[name].get("nhid", "model.pt")) in out
-
-
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_help_is_for_people(name, script):
-    _, out, _ = script(name, "--help")
     for silly in ("default: None", "default: )", "default: False", "default: [-1]"):
         assert silly not in out
     if name in ("main", "finetune"):

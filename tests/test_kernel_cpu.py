@@ -85,26 +85,6 @@ class TestAgainstTheDefinition:
 
 @needs_compiler
 class TestGradients:
-    @pytest.mark.parametrize("reverse", [False, True])
-    @pytest.mark.parametrize("gate", [False, True])
-    @pytest.mark.parametrize("zoneout", [None, "mask", 0.7])
-    def test_against_finite_differences(self, shim, gate, zoneout, reverse):
-        torch.manual_seed(0)
-        factory = {"dtype": torch.float64, "requires_grad": True}
-        y, c0 = torch.randn(5, 3, 6 if gate else 4, **factory), torch.randn(3, 2, **factory)
-        bias = torch.randn(y.size(2), **factory)
-        if zoneout == "mask":
-            zoneout = torch.rand(5, 3, 2).lt(0.6).double()
-        for lengths in (None, torch.tensor([5, 3, 0])):
-            options = {"output_gate": gate, "reverse": reverse, "lengths": lengths}
-
-            def layer(y, c0, bias, options=options):
-                return kernels.pool(y, c0, zoneout, bias=bias, **options)
-
-            assert torch.autograd.gradcheck(layer, (y, c0, bias))
-        f, x = torch.rand(5, 3, 2, **factory), torch.randn(5, 3, 2, **factory)
-        assert torch.autograd.gradcheck(lambda *t: kernels.forget_mult(*t, reverse), (f, x, c0))
-
     @pytest.mark.parametrize("gate", [False, True])
     @pytest.mark.parametrize("result", [0, 1])
     def test_either_result_alone(self, shim, gate, result):

@@ -147,7 +147,7 @@ def test_cross_entropy_in_a_graph():
 
     def step():
         logits.copy_(source)
-        return *cross_entropy.loss_and_gradient_(logits, targets, bias, True, True), logits
+        return *cross_entropy.loss_and_gradient_(logits, targets, bias, True), logits
 
     def renew():
         source.normal_()

@@ -36,22 +36,6 @@ def test_update_and_average_in_plain_numbers(kind):
             torch.testing.assert_close(p.detach(), raw)
 
 
-def test_matches_torch_sgd_before_the_switch(kind):
-    torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = kind(ours, 30.0, 1.2e-6)
-    b = torch.optim.SGD(theirs, 30.0, weight_decay=1.2e-6)
-    for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p) * 0.01
-            q.grad = p.grad.clone()
-        a.step()
-        b.step()
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q)
-
-
 def test_before_the_switch_averaged_has_the_raw_weights(kind):
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = kind([p], 1.0)

@@ -209,9 +209,6 @@ def test_stack_of_given_layers_and_dropout_between():
         QRNN(4, 3, layers=[QRNNLayer(4, 8), QRNNLayer(8, 3)])
 
 
-LENGTHS = [7, 1, 4, 6]
-
-
 def flipped(x, lengths):
     """`x` with each column's valid part reversed and the rest zero."""
     result = torch.zeros_like(x)

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 
 import pytest
 import torch
@@ -174,44 +173,6 @@ def test_two_at_once_are_refused(tmp_path):
 def test_a_stage_that_fails_is_said_in_a_line(corpus_dir, tmp_path, row):
     with pytest.raises(ToolkitError, match=r"main.py ended with exit status 2 .*--dropout"):
         reproduce.main([*command(corpus_dir, tmp_path)[2:], "--dropout", "2"])
-
-
-def test_a_corpus_travels(corpus_dir, tmp_path, capsys):
-    archive = tmp_path / "tiny.tar.xz"
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for name in reproduce.FILES:
-        (linked / name).symlink_to(corpus_dir / name)
-    flags = ["ptb-lstm", "--data", str(linked)]
-    assert reproduce.main([*flags, "--pack", str(archive)]) == 0
-    reproduce.unpack(archive, tmp_path / "corpus")
-    for name in reproduce.FILES:
-        assert (tmp_path / "corpus" / name).read_bytes() == (corpus_dir / name).read_bytes()
-
-
-@pytest.mark.parametrize("case", ["path", "link", "missing", "text", "damaged"])
-def test_what_is_no_packed_corpus_is_refused(case, corpus_dir, tmp_path):
-    archive = tmp_path / "bad.tar.xz"
-    if case == "text":
-        archive.write_text("no archive")
-    elif case == "damaged":
-        reproduce.pack(corpus_dir, archive)
-        data = bytearray(archive.read_bytes())
-        data[len(data) // 2] ^= 255
-        archive.write_bytes(data)
-    else:
-        with tarfile.open(archive, "w:xz") as tar:
-            for name in reproduce.FILES[case == "missing" :]:
-                renamed = f"../{name}" if case == "path" else name
-                if case == "link":
-                    info = tarfile.TarInfo(name)
-                    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-                    tar.addfile(info)
-                else:
-                    tar.add(corpus_dir / name, arcname=renamed)
-    with pytest.raises(ToolkitError, match="--pack"):
-        reproduce.unpack(archive, tmp_path / "out")
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_the_trial_on_the_page_writes_into_a_folder_that_git_ignores():

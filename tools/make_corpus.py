@@ -29,7 +29,7 @@ from checkpoint.model_file import in_short
 from cli import types
 from cli.parser import Parser
 from files.encoded import SPLITS, UNK
-from files.reading import opened
+from files.reading import not_utf8, opened
 from run import program
 from utils import ToolkitError
 
@@ -67,16 +67,13 @@ def lines_of(texts: Sequence[str], lower: bool) -> Iterator[str]:
     """
     for path in texts:
         try:
-            with opened(path) as file:
-                for number, raw in enumerate(file, start=1):
-                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            with opened(path, "r", encoding="utf-8-sig", newline="\n") as file:
+                for text in file:
                     line = " ".join((text.lower() if lower else text).split())
                     if line:
                         yield line
         except UnicodeDecodeError:
-            raise ToolkitError(
-                f"line {number} of {path} is not UTF-8: convert the file to UTF-8 (iconv does it)"
-            ) from None
+            raise ToolkitError(not_utf8(path)) from None
 
 
 def words(line: str) -> list[str]:
