@@ -2,9 +2,9 @@
 
 On a CPU a product takes up to a third longer if the result's rows do not begin on cache lines, as
 with 1150 or 1550 columns of float32 (`bench/parts.py alignment`). On a GPU the fastest products
-require rows of operands and results that begin at multiples of 16 bytes. In bfloat16 on a CPU it is
-the left operand whose rows matter, and that it lies in memory row by row. Shapes stay unchanged:
-only the row stride is rounded up.
+require rows of operands and results that begin at multiples of 16 bytes. In bfloat16 on a CPU the
+left operand must be row-major, with rows that begin on cache lines. Shapes stay unchanged: only the
+row stride is rounded up.
 """
 
 from collections.abc import Iterator
@@ -54,6 +54,7 @@ def in_bfloat16(tensor: Tensor) -> bool:
         tensor.device.type == "cpu"
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and tensor.dtype != torch.float64
         and not torch.compiler.is_compiling()
     )
 
@@ -76,9 +77,14 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of two matrices, with aligned rows; on a GPU unaligned operands are copied first."""
+    """`a @ b` of two matrices, with aligned rows; on a GPU unaligned operands are copied first.
+
+    In bfloat16 on a CPU the rows are not aligned: see `low_rows`.
+    """
     if _on_gpu(a):
         a, b = _operand(a), _operand(b)
+    elif a.dtype == torch.bfloat16:
+        return a @ b
     return torch.mm(a, b, out=empty((a.size(0), b.size(1)), a))
 
 
@@ -96,7 +102,8 @@ def _operand(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def low_rows(matrix: Tensor) -> Tensor:
     """`matrix` in bfloat16, for the left side of a product: its rows begin on cache lines.
 
-    oneDNN's product with AMX reads such rows beyond their ends, so the rest are zeros.
+    oneDNN's product with AMX reads such rows beyond their ends, so the rest must be zeros: memory
+    may hold nan.
     """
     result = empty(matrix.shape, matrix, torch.bfloat16)
     rest = row_stride(matrix.size(1), result) - matrix.size(1)
@@ -132,11 +139,11 @@ class _AlignedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        low = grad.dtype == torch.bfloat16 and not grad.is_cuda
-        columns = transposed(grad) if low else grad.t()
+        low = grad.dtype == torch.bfloat16 and not _on_gpu(grad)
+        columns = transposed if low else torch.t
         return (
             matmul(grad, weight) if need_x else None,
-            matmul(columns, x) if need_weight else None,
+            matmul(columns(grad), x) if need_weight else None,
             grad.sum(dim=0) if need_bias else None,
         )
 

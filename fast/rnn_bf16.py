@@ -1,6 +1,6 @@
 """The LSTM and the GRU in bfloat16 on a CPU: products step by step, gates and states in float32.
 
-PyTorch's own LSTM takes three times as long as its products for the gradient in bfloat16
+PyTorch's own LSTM takes over three times as long as its products in bfloat16
 (results/train-step.md). Here the inputs of all steps are one product, and so is each weight's
 gradient; a step has one product with the recurrent weight, in oneDNN's own layout.
 """
@@ -27,6 +27,7 @@ class _InBfloat16(nn.RNNBase):
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         if hx is None or input.dim() != 3 or not in_bfloat16(input):
             return super().forward(input, hx)
+        self.check_forward_args(input, hx, None)
         states = [part[0].float() for part in (hx if isinstance(hx, tuple) else [hx])]
         weights = [getattr(self, name) for name in self._flat_weights_names]
         with torch.autocast("cpu", enabled=False):
@@ -89,7 +90,7 @@ class _LSTMSteps(torch.autograd.Function):
         d_ih, d_hh = columns @ rows, columns @ h[:-1].flatten(0, 1)
         d_x = (d_rows @ w_ih).view(*d_y.shape[:2], -1)
         d_bias = d_bias.sum(dim=0)
-        return d_x, d_ih, d_hh, d_bias, d_bias, d_h.float(), d_c
+        return d_x, d_ih, d_hh, d_bias, d_bias.clone(), d_h.float(), d_c
 
 
 class _GRUSteps(torch.autograd.Function):

@@ -96,8 +96,8 @@ def _one_kernel(
     """Summed loss, gradient of the logits `inputs @ matrix.t() + bias`, and its sum over rows.
 
     `inputs` (n, hidden_size), `matrix` (ntoken, hidden_size) and the gradient (n, ntoken) have one
-    dtype; the loss and the sum (ntoken,) have the dtype of `bias`. Without `gradient` the loss
-    alone counts.
+    dtype; the loss and the sum (ntoken,) have the dtype of `bias`. Without `gradient` only the loss
+    is meaningful.
     """
     logits = linear.matmul(inputs, matrix.t())
     losses, sums = cross_entropy.loss_and_gradient_(logits, targets, bias, gradient)

@@ -53,17 +53,19 @@ class _LowDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, p: float) -> Tensor:
-        ctx.kept, ctx.scale = _kept(weight, p, torch.int16), 1 / (1 - p)
+        kept, ctx.scale = _kept(weight, p, torch.int16), 1 / (1 - p)
+        ctx.save_for_backward(kept)
         out = torch.mul(weight, ctx.scale, out=weight.new_empty(weight.shape, dtype=torch.bfloat16))
         # As integers: a product of two bytes by 0 or 1 is faster than one in bfloat16.
-        out.view(torch.int16).mul_(ctx.kept)
+        out.view(torch.int16).mul_(kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        kept = grad.view(torch.int16) * ctx.kept
-        return kept.view(torch.bfloat16).float().mul_(ctx.scale), None
+        (kept,) = ctx.saved_tensors
+        d_weight = (grad.view(torch.int16) * kept).view(torch.bfloat16)
+        return d_weight.float().mul_(ctx.scale), None
 
 
 class _AlignedDropout(torch.autograd.Function):

@@ -49,15 +49,25 @@ def test_cells_against_float32(kind, form, steps, batch, n_in, n_out):
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (60, 33, 50), (300, 50, 129)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_map_against_float32(size, bias):
+def test_linear_maps_against_float32(size, bias, monkeypatch):
+    """Two in a row: a result is the next one's left operand, and its gradient the other way."""
     rows, n_in, n_out = size
     torch.manual_seed(2)
-    layer = nn.Linear(n_in, n_out, bias)
-    expected = results(layer, [torch.randn(rows, n_in)], low=False)
-    layer.__class__ = linear.FastLinear
-    torch.manual_seed(2)
-    nn.Linear(n_in, n_out, bias)
-    assert distance(results(layer, [torch.randn(rows, n_in)], low=True), expected) < 8e-3
+    maps = nn.Sequential(nn.Linear(n_in, n_out, bias), nn.Linear(n_out, n_in, bias))
+    x = torch.randn(rows, n_in)
+    expected = results(maps, [x], low=False)
+    for part in maps:
+        part.__class__ = linear.FastLinear
+    # Memory that was used before may hold anything.
+    empty = linear.empty
+
+    def used(shape, like, dtype=None):
+        result = empty(shape, like, dtype)
+        result.as_strided((shape[0], result.stride(0)), result.stride()).fill_(torch.nan)
+        return result
+
+    monkeypatch.setattr(linear, "empty", used)
+    assert distance(results(maps, [x], low=True), expected) < 1.2e-2
 
 
 def test_what_lies_between_aligned_rows_is_zero():
@@ -80,6 +90,16 @@ def test_a_softmax_over_several_blocks_against_float32():
 
     expected = grads(SplitCrossEntropyLoss, low=False)
     assert distance(grads(FastSplitCrossEntropyLoss, low=True), expected) < 8e-3
+
+
+@pytest.mark.parametrize("form", [rnn_bf16.FastLSTM, rnn_bf16.FastGRU])
+def test_a_state_of_another_batch_size_is_an_error_and_float64_stays(form):
+    cell = form(3, 4, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="Expected hidden"):
+            cell(torch.randn(5, 3, 3), cell.initial_state(1))
+        double = linear.FastLinear(3, 4).double()
+        assert double(torch.randn(2, 3).double()).dtype == torch.float64
 
 
 def test_the_cells_of_this_file_are_for_bfloat16_on_a_cpu_alone():
