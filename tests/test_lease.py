@@ -65,9 +65,9 @@ def test_the_parts_run_in_order_each_with_its_limit(lease, tmp_path):
     assert [line.split(":")[0] for line in out.splitlines()[1:]] == names
     assert all(f"{name}: status 0" in out for name in names)
     assert files.keys() == {"parts.txt", *(f"{name}.txt" for name in names)}
-    assert sorted(line.split()[-1] for line in files["compile.txt"].splitlines()[2::3]) == sorted(
-        ["float32", "bfloat16", "float16", "float64"]
-    )
+    # Four processes write at once: their lines come in any order.
+    words = files["compile.txt"].split()
+    assert [words.count(t) for t in ("float32", "bfloat16", "float16", "float64")] == [1] * 4
     assert "pytest -q -m gpu" in files["tests.txt"]
     signals, limits = zip(
         *(call.split()[:2] for call in calls if call[:3] in "TERMINT"), strict=True
