@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model import GRU, LSTM
-from qrnn.check import numbers
+from qrnn.check import cell_results
 from weight_drop import WeightDrop
 
 
@@ -77,15 +77,6 @@ def _run_from_one_buffer(module: nn.RNNBase, input: Tensor, hidden: Any) -> tupl
 def compare(like: Tensor) -> Iterator[list[Tensor]]:
     """Outputs, states and gradients of FastLSTM and FastGRU, then of LSTM and GRU."""
     for kinds in ((FastLSTM, FastGRU), (LSTM, GRU)):
-        results = []
-        for kind in kinds:
-            cell = WeightDrop(kind(8, 16, 0).to(like), ["weight_hh_l0"])
-            with torch.no_grad():
-                for p in cell.parameters():
-                    p.copy_(numbers(*p.shape, like=p))
-            x = numbers(5, 3, 8, like=like).requires_grad_()
-            y, state = cell(x, cell.module.initial_state(3))
-            states = state if isinstance(state, tuple) else (state,)
-            loss = y.square().sum() + sum(part.sum() for part in states)
-            results += [y, *states, *torch.autograd.grad(loss, [x, *cell.parameters()])]
-        yield results
+        cells = [WeightDrop(kind(8, 16, 0).to(like), ["weight_hh_l0"]) for kind in kinds]
+        results = (cell_results(cell, cell.module.initial_state(3), like) for cell in cells)
+        yield [part for parts in results for part in parts]

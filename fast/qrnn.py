@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from fast.linear import FastLinear
 from model import QRNN
 from qrnn import kernels
-from qrnn.check import numbers
+from qrnn.check import cell_results
 from qrnn.forget_mult import way_for
 
 
@@ -29,10 +28,4 @@ def compare(like: Tensor) -> Iterator[list[Tensor]]:
         cell = kind(8, 16, 0).to(like)
         if kind is FastQRNN:
             cell.linear.__class__ = FastLinear
-        with torch.no_grad():
-            for p in cell.parameters():
-                p.copy_(numbers(*p.shape, like=p))
-        x = numbers(5, 3, 8, like=like).requires_grad_()
-        y, states = cell(x, cell.initial_state(3))
-        wanted = torch.autograd.grad(y.square().sum(), [x, *cell.parameters()])
-        yield [y, *states, *wanted]
+        yield cell_results(cell, cell.initial_state(3), like)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fast.linear import in_bfloat16, low_rows, transposed
 from model import GRU, LSTM
-from qrnn.check import numbers
+from qrnn.check import cell_results
 
 _BF16 = torch.bfloat16
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -50,10 +50,9 @@ class _LSTMSteps(torch.autograd.Function):
         h_0: Tensor,
         c_0: Tensor,
     ) -> tuple[Tensor, ...]:
-        steps, rows = len(x), low_rows(x.flatten(0, 1))
-        w_ih, w_hh = w_ih.to(_BF16), w_hh.to(_BF16)
+        steps, w_ih, w_hh = len(x), w_ih.to(_BF16), w_hh.to(_BF16)
         recurrent = _Recurrent(w_hh, len(h_0))
-        inputs = torch.addmm((b_ih + b_hh).to(_BF16), rows, w_ih.t()).view(*x.shape[:2], -1)
+        rows, inputs = _from_inputs(x, w_ih, b_ih + b_hh)
         gates = torch.empty_like(inputs, dtype=torch.float32)
         h, c = _sequence(h_0, steps, _BF16), _sequence(c_0, steps)
         tanh_c = torch.empty_like(c[1:])
@@ -106,10 +105,9 @@ class _GRUSteps(torch.autograd.Function):
         b_hh: Tensor,
         h_0: Tensor,
     ) -> tuple[Tensor, ...]:
-        steps, rows = len(x), low_rows(x.flatten(0, 1))
-        w_ih, w_hh = w_ih.to(_BF16), w_hh.to(_BF16)
+        steps, w_ih, w_hh = len(x), w_ih.to(_BF16), w_hh.to(_BF16)
         recurrent = _Recurrent(w_hh, len(h_0), b_hh.to(_BF16))
-        inputs = torch.addmm(b_ih.to(_BF16), rows, w_ih.t()).view(*x.shape[:2], -1)
+        rows, inputs = _from_inputs(x, w_ih, b_ih)
         gates = inputs.float()
         h, low_h = _sequence(h_0, steps), _sequence(h_0, steps, _BF16)
         from_h = torch.empty_like(h[1:])  # the part of n that r multiplies
@@ -179,6 +177,12 @@ class _Recurrent:
         return product.binary(rows, plus, self.weight, self.bias, "add")
 
 
+def _from_inputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (steps, batch, n_in) as rows of a product, and `x @ weight.t() + bias` of all steps."""
+    rows = low_rows(x.flatten(0, 1))
+    return rows, torch.addmm(bias.to(_BF16), rows, weight.t()).view(*x.shape[:2], -1)
+
+
 def _sequence(first: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
     """States (steps + 1, batch, n_out), of which the `first` is filled in."""
     states = first.new_empty(steps + 1, *first.shape, dtype=dtype)
@@ -189,16 +193,7 @@ def _sequence(first: Tensor, steps: int, dtype: torch.dtype | None = None) -> Te
 def compare(like: Tensor) -> Iterator[list[Tensor]]:
     """Outputs, states and gradients of FastLSTM and FastGRU, then of LSTM and GRU in float32."""
     for low, kinds in ((True, (FastLSTM, FastGRU)), (False, (LSTM, GRU))):
-        results = []
-        for kind in kinds:
-            cell = kind(8, 16, 0).to(like)
-            with torch.no_grad():
-                for p in cell.parameters():
-                    p.copy_(numbers(*p.shape, like=p) / 4)
-            x = numbers(5, 3, 8, like=like).requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16, low):
-                y, state = cell(x, cell.initial_state(3))
-            states = state if isinstance(state, tuple) else (state,)
-            loss = y.float().square().sum() + sum(part.sum() for part in states)
-            results += [y, *states, *torch.autograd.grad(loss, [x, *cell.parameters()])]
-        yield results
+        cells = [kind(8, 16, 0).to(like) for kind in kinds]
+        with torch.autocast("cpu", torch.bfloat16, low):
+            results = [cell_results(c, c.initial_state(3), like, scale=0.25) for c in cells]
+        yield [part for parts in results for part in parts]
