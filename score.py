@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         blocks = reader.blocks(lines, math.inf if args.independent else BLOCK_TOKENS)
         done = map(scorer.independent, blocks) if args.independent else scorer.stream(blocks)
         for tokens in done:
-            check_known(reader.outside.total() / reader.tokens, "the text")
+            check_known(reader.outside.total() / reader.tokens, dictionary, "the text")
             start = start or tokens[0]
             total.add(tokens)
             if args.lines or args.tokens or args.tsv:

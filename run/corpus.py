@@ -22,7 +22,7 @@ def read_corpus(
 
     `unk` is the unknown word of its own vocabulary. On a terminal the `first` process shows a bar.
     Without `train` a missing train.txt is an empty text. Prints how many tokens are read as
-    unknown, and what is unusual. Raises CorpusError, also if most tokens are unknown.
+    unknown, and what is unusual. Raises CorpusError, also if too many tokens are unknown.
     """
     folder = Path(args.data)
     parts = [folder / f"{name}.txt" for name in SPLITS]
@@ -34,7 +34,7 @@ def read_corpus(
     if dictionary is not None:
         if corpus.unknown:
             unknown = corpus.unknown / len(corpus)
-            check_known(unknown, f"the corpus {args.data}")
+            check_known(unknown, dictionary, f"the corpus {args.data}")
             print(
                 f"| {corpus.unknown} of the {len(corpus)} tokens of {args.data} ({unknown:.2%}) "
                 f"are not in the model's vocabulary: read as {dictionary.unk}"
@@ -83,9 +83,14 @@ def unusual(corpus: Corpus, folder: Path, unk: str, new: bool) -> Iterator[str]:
         )
 
 
-def check_known(unknown: float, what: str) -> None:
-    """Raise CorpusError if more than half of a text's tokens, the fraction `unknown`, are <unk>."""
-    if unknown > 0.5:
+def check_known(unknown: float, dictionary: Dictionary, what: str) -> None:
+    """Raise CorpusError if too many of a text's tokens, the fraction `unknown`, are <unk>.
+
+    The text must have half as many known words as the text of the vocabulary, much of which may be
+    <unk> too: a run on a small vocabulary could otherwise not be resumed.
+    """
+    own = dictionary.counter[dictionary.word2idx.get(dictionary.unk, -1)]
+    if 1 - unknown < (1 - own / max(1, dictionary.total)) / 2:
         raise CorpusError(
             f"{unknown:.0%} of the tokens of {what} are not in the model's vocabulary: use a text "
             "in the language and spelling of the corpus that the model was trained on"

@@ -169,6 +169,20 @@ def test_all_stages_on_one_text_with_a_small_vocabulary(script, long_texts, tmp_
         assert f"{flag[0]} makes a vocabulary" in err
 
 
+def test_a_model_of_a_text_that_is_mostly_unknown_words(script, corpus_dir, tmp_path):
+    model, test = tmp_path / "m.pt", corpus_dir / "test.txt"
+    flags = ["--data", corpus_dir, "--save", model, *TINY, "--lr", 5, "--epochs", 1]
+    script("main", *flags, "--vocab-size", 10)
+    for argv in (
+        ["main", "--resume", model, "--epochs", 2],
+        ["finetune", *flags],
+        ["score", "--checkpoint", model, test],
+    ):
+        status, out, _ = script(*argv)
+        assert status == 0, argv
+        assert re.search(r"\([67].\...%\) are not in the model's|: 223 of 324 tokens", out), argv
+
+
 def test_how_many_words_are_left_out_where_unk_is_new(script, tmp_path):
     text = "a a b b c d e f\n"
     texts = {"train": text + "a b\n" * 60, "valid": "a b\n" * 60, "test": "a b\n" * 60}
