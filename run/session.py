@@ -263,7 +263,8 @@ class Session:
             f"{self._batches()}, {best if source.epoch else 'no epoch has ended yet'}"
         )
         if source.epoch and self.best is None:
-            self.best = checkpoint.in_memory(dataclasses.replace(source, args=self.flags))
+            source = dataclasses.replace(source, args=self.flags, vocabulary=self.vocabulary)
+            self.best = checkpoint.in_memory(source)
 
     @property
     def rate(self) -> float:

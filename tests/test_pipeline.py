@@ -642,6 +642,10 @@ def test_the_corpus_s_own_unknown_word(script, corpus_dir, tmp_path):
 
     out = script("main", *argv, "--unk", "<UNK>", "--tokens-are", "joined", "--min-count", 2)[1]
     assert "like any other" not in out
+    # A resumed run that finds no better model writes what it was told too.
+    other = tmp_path / "other.pt"
+    assert script("main", "--resume", path, "--save", other, "--tokens-are", "words")[0] == 0
+    assert checkpoint.load(other).dictionary.tokens_are == "words"
     assert script("finetune", *argv, "--batch_size", 8, "--bptt", 10)[0] == 0
     dictionary = checkpoint.load(path).dictionary
     assert (dictionary.unk, dictionary.tokens_are) == ("<UNK>", "joined")
