@@ -205,7 +205,9 @@ def tune(
         ppl = f"{perplexity(loss):8.2f}{partial(args, source)}"
         print(f"| lr {lr:.3g} | lamb {lamb:.3g} | val ppl {ppl}")
     lr, lamb = min(losses, key=losses.get)
-    print(f"| best: --lr {lr:.4g} --lamb {lamb:.4g}")
+    # --oldhyper would scale them once more.
+    old = f" --epsilon {group['epsilon']:.4g}, without --oldhyper" if args.oldhyper else ""
+    print(f"| best: --lr {lr:.4g} --lamb {lamb:.4g}{old}")
     if not (rates[0] < lr < rates[-1] and lambdas[0] < lamb < lambdas[-1]):
         print("| it is at the grid's edge or beyond: another --lr or --lamb may be better")
     group.update(lr=lr, lamb=lamb)

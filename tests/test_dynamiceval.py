@@ -176,11 +176,15 @@ def test_a_best_setting_at_the_grids_edge_is_said(lr, lamb, edge, monkeypatch, c
 
     monkeypatch.setattr(dynamiceval, "run", lossy)
     optimizer = DynamicEvaluation([torch.ones(2)], None, 5e-5, 1.0, 1.0)
-    args = Namespace(bptt=5, max_batches=None)
+    # Its numbers are those that --oldhyper has scaled, if it was given.
+    args = Namespace(bptt=5, max_batches=None, oldhyper=edge)
     dynamiceval.tune(None, optimizer, torch.ones(9, 1), args)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
     assert optimizer.param_groups[0]["lamb"] == pytest.approx(lamb)
-    assert ("at the grid's edge" in capsys.readouterr().out) == edge
+    out = capsys.readouterr().out
+    assert ("at the grid's edge" in out) == edge
+    rest = " --epsilon 1, without --oldhyper" if edge else ""
+    assert f"| best: --lr {lr:.4g} --lamb {lamb:.4g}{rest}\n" in out
 
 
 def test_statistics_are_collected_once(models, script, corpus_dir, tmp_path, monkeypatch):
