@@ -89,11 +89,12 @@ class Scorer:
     def independent(self, tokens: list[Token]) -> list[Token]:
         """The tokens, each line scored on its own: lines of one length together, equal ones once.
 
-        `first` must be a word.
+        With the cache every line is scored alone. `first` must be a word.
         """
         texts = [tuple(token.id for token in line) for line in by_line(tokens)]
         by_length = defaultdict(list)
-        for text in dict.fromkeys(texts):
+        # Each line counts where the cache was in use.
+        for text in texts if self.new_cache else dict.fromkeys(texts):
             by_length[len(text)].append(text)
         results = {}
         for length, group in by_length.items():

@@ -138,6 +138,12 @@ def test_cache(window, from_start, as_corpus, script, trained, corpus_dir):
     assert f"used at {used} of {len(expected)} tokens" in objects[-1]["notes"]["cache"]
 
 
+def test_the_cache_is_counted_in_equal_lines_too(script, trained):
+    argv = ["--independent", "--cache", "--window", 1, "--text", "w1 w3 w9\nw1\nw1 w3 w9"]
+    total = scored(script, trained["LSTM"], *argv)[-1]
+    assert total["notes"]["cache"] == "used at 4 of 10 tokens"
+
+
 def test_a_cache_that_is_never_used_says_so(script, trained):
     total = scored(script, trained["LSTM"], "--text", "w1 w3", "--cache")[-1]
     assert "--cache-from-start" in total["notes"]["cache"]
