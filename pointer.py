@@ -95,8 +95,9 @@ def print_alone(
 ) -> None:
     """Print the loss of the network alone, and whether the text is too short for the cache."""
     rows = predicted(source, args.bptt, args.max_batches)
-    if not args.cache_from_start and rows <= setting.window:
-        print(f"| {what} is no longer than --window: the cache is used with a smaller one only")
+    # The cache's first use is after `window` + 1 positions.
+    if not args.cache_from_start and rows <= setting.window + 1:
+        print(f"| {what} is too short for --window: the cache is used with a smaller one only")
     print(alone_line(what, "the cache", loss) + partial(args, source))
 
 
