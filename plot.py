@@ -136,10 +136,10 @@ def from_metrics(path: Path) -> Iterator[Line]:
             kind = line.get("kind")
             if "command" in line:
                 flags = line["flags"]
-                if flags.get("max_batches"):
-                    yield "partial", []
                 starts = line["command"][0].endswith("finetune.py")
-                kind = "resuming" if flags.get("resume") else "finetuning" if starts else ""
+                kind = "resuming" if flags.get("resume") else "finetuning" if starts else "new"
+                yield kind, []
+                kind = "partial" if flags.get("max_batches") else ""
             # bench/reproduce.py puts the stages into one file.
             elif line.get("stage", stage) != stage:
                 stage = line["stage"]
@@ -162,6 +162,9 @@ def read_run(run: str) -> tuple[str, list[Line]]:
         path = path / metrics.NAME
     if path.suffix == ".jsonl":
         name, lines = path.parent.name or run, list(from_metrics(path))
+        # Of several runs in one folder the last is drawn.
+        new = [place for place, (kind, _) in enumerate(lines) if kind == "new"]
+        lines = lines[max(new, default=0) :]
     else:
         with opened(path, "r", encoding="utf-8", errors="replace") as file:
             name, lines = path.stem, list(from_log(file.read()))

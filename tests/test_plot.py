@@ -50,6 +50,15 @@ def test_both_kinds_of_input_give_one_curve(run_dir, tmp_path):
         assert curve.switch == 2
 
 
+def test_of_two_runs_in_one_folder_the_last_is_drawn(run_dir):
+    flags = {"max_batches": 9}
+    with metrics.MetricsWriter(run_dir, command=["main.py"], flags=flags, device="cpu") as writer:
+        writer.write("epoch", step=1, epoch=1, time=36.0, valid_loss=7.0)
+    (curve,) = plot.read_curves([str(run_dir)])
+    assert curve.ppl == {1: pytest.approx(math.exp(7.0))}
+    assert (curve.switch, curve.batches, curve.partial) == (None, {}, True)
+
+
 def test_a_resumed_log_and_numbers_that_are_not_finite():
     text = log_of([6.0, 5.0, 4.0], None) + log_of([5.5, math.nan, 999.0], 3, first=2)
     curve = plot.Curve("x", plot.from_log(text))
