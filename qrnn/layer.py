@@ -196,9 +196,15 @@ class QRNN(nn.Module):
         `hidden`, or None for zeros, and the returned state are (num_layers * directions, batch,
         hidden_size), a layer's two directions next to each other. The output is (seq_len, batch,
         directions * hidden_size). For columns of several lengths `input` is a PackedSequence, and
-        so is the output, or `lengths` (batch,) is given, as in QRNNLayer.
+        so is the output, or `lengths` (batch,) is given, as in QRNNLayer. Raises ValueError for
+        `lengths` beside a PackedSequence, and for another number of states.
         """
+        states = self.num_layers * (2 if self.bidirectional else 1)
+        if hidden is not None and len(hidden) != states:
+            raise ValueError(f"hidden must have {states} states, not {len(hidden)}")
         if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths cannot be combined with a PackedSequence")
             padded, on_cpu = pad_packed_sequence(input)
             output, last = self._stack(padded, hidden, on_cpu.to(padded.device))
             return _packed_like(input, output, on_cpu), last

@@ -274,6 +274,12 @@ def test_what_does_not_go_together():
     layer = QRNNLayer(5, 3, save_prev_x=True)
     with pytest.raises(ValueError, match="lengths"):
         layer(torch.randn(7, 4, 5), lengths=torch.tensor(LENGTHS))
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(2, 5)])
+    with pytest.raises(ValueError, match="PackedSequence"):
+        QRNN(5, 3)(packed, lengths=torch.tensor([1]))
+    for states in (1, 3):
+        with pytest.raises(ValueError, match=f"2 states, not {states}"):
+            QRNN(5, 3, num_layers=2)(torch.randn(7, 4, 5), torch.zeros(states, 4, 3))
 
 
 def test_under_autocast_the_carried_state_fits():
