@@ -234,6 +234,8 @@ def check_flags(parser: Parser, given: Given) -> None:
         parser.error(f"--next samples nothing: leave out --{idle[0].replace('_', '-')}")
     if given.get("next") and not given.get("prompt", "").split():
         parser.error("--next predicts the word after --prompt: give a --prompt")
+    if given.get("tokens_are") and not given.get("lines"):
+        parser.error("--tokens-are puts the words of --lines together: give --lines")
     if given.get("interactive") and given.get("outf"):
         parser.error("--interactive prints its texts: leave out --outf")
 

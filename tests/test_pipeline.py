@@ -546,6 +546,7 @@ def test_lines_as_text(kind, script, trained, tmp_path):
         ("--next 2", "give a --prompt"),
         ("--next 2 --prompt w1 --top-k 3", "leave out --top-k"),
         ("--interactive --outf t.txt", "leave out --outf"),
+        ("--words 9 --tokens-are characters", "give --lines"),
         ("--interactive --prompt w1", "not allowed with argument"),
         ("--lines 2 --samples 3", "not allowed with argument"),
     ],
