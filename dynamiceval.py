@@ -220,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.given(argv)
     if given.get("sgd") and given.get("oldhyper"):
         parser.error("--oldhyper rescales by the statistics, which --sgd does not use: give one")
+    flags.check_cache(parser, given)
     path = given.get("save", parser.flags["save"].default)
     loaded = checkpoint.load(path)
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))

@@ -14,7 +14,7 @@ import run.interpreter  # noqa: F401
 import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from scoring.spelling import Spelling
 from scoring.tokens import Reader, Summary, Token, by_line, split_lines
 from utils import ToolkitError
 
-CACHE_FLAGS = ("window", "theta", "lambdasm", "cache_from_start")
 # Whole lines of about so many tokens are read, scored and written at a time.
 BLOCK_TOKENS = 10_000
 
@@ -75,15 +74,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def check_flags(parser: Parser, args: Any, given: Mapping[str, Any]) -> None:
+def check_flags(parser: Parser, args: Any) -> None:
     """End with an error for flags that contradict each other or would have no effect."""
     if len(args.file) + (args.text is not None) > 1:
         parser.error("give one text, a FILE or --text, not both, and the model with --checkpoint")
     if args.as_corpus and args.independent:
         parser.error("--as-corpus scores one stream and --independent many: give one")
-    idle = [flag for flag in CACHE_FLAGS if flag in given and not args.cache]
-    if idle:
-        parser.error(f"--{idle[0].replace('_', '-')} is for the cache: add --cache")
     if args.tsv == "-" and (args.json or args.tokens):
         parser.error("--tsv - is the whole output: name a file, or leave out --json and --tokens")
     of_tokens = (args.tsv and not args.lines) or (args.json and args.tokens)
@@ -161,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     given = parser.given(argv)
     args = parser.settle(given)
-    check_flags(parser, args, given.line)
+    check_flags(parser, args)
+    flags.check_cache(parser, given)
     file = args.file[0] if args.file else None
     loaded = checkpoint.load(args.checkpoint)
     for flag in ("html", "tsv", "states"):

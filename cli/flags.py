@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cli import types
-from cli.parser import Parser
+from cli.parser import Given, Parser
 from model import CELLS, find_cell
 from scoring.spelling import KINDS
 
@@ -282,6 +282,14 @@ def add_cache(parser: Parser) -> None:
         False,
         "use the cache from the second token on, not only once the window is full",
     )
+
+
+def check_cache(parser: Parser, given: Given) -> None:
+    """End with an error if a flag of the cache is given, but not --cache."""
+    own = {name: flag for name, flag in parser.flags.items() if flag.group == "cache"}
+    idle = [flag.name for name, flag in own.items() if name in given.line]
+    if idle and "cache" not in given.line:
+        parser.error(f"{idle[0]} is for the cache: add --cache")
 
 
 def add_save(parser: Parser, help: str) -> None:

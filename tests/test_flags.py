@@ -225,7 +225,8 @@ BAD_FLAGS = {
         --top-p 1.5; --samples 0; --next 3
     """,
     "dynamiceval": """
-        --lr -1; --lamb x; --epsilon -1; --bptt 0; --batch_size 0; --sgd --oldhyper; --preset ptbc
+        --lr -1; --lamb x; --epsilon -1; --bptt 0; --batch_size 0; --sgd --oldhyper; --preset ptbc;
+        --window 9; --cache-from-start --sgd
     """,
 }
 
