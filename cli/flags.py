@@ -31,7 +31,7 @@ def default_rate(flags: Mapping[str, Any]) -> float:
     return getattr(find_cell(flags["model"])[0], "sgd_rate", 30.0)
 
 
-def add_data(parser: Parser, default: str) -> None:
+def add_data(parser: Parser, default: str, either: str = "") -> None:
     """--data."""
     parser.flag(
         "files",
@@ -39,6 +39,7 @@ def add_data(parser: Parser, default: str) -> None:
         default,
         "the corpus: train.txt, valid.txt and test.txt, tokens separated by white space",
         belongs="run",
+        either=either,
         metavar="FOLDER",
     )
 

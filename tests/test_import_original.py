@@ -83,7 +83,8 @@ class WordLanguageModel(torch.nn.Module):
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
 def test_word_language_model(rnn_type, tied, nhid, nlayers, importer, script, corpus_dir, tmp_path):
     words = [word for word in Corpus(corpus_dir).dictionary.idx2word if word != "w7"]
-    (tmp_path / "words").write_text("\n".join(["<unk>", *words]) + "\n")
+    # A byte order mark is no part of a word.
+    (tmp_path / "words").write_text("\n".join(["<unk>", *words]) + "\n", encoding="utf-8-sig")
     torch.manual_seed(0)
     model = WordLanguageModel(rnn_type, 61, 6, nhid, nlayers, tied).eval()
     torch.save(model.state_dict(), tmp_path / "exported")
@@ -155,7 +156,8 @@ def test_a_split_softmax_comes_with_its_criterion(importer, corpus_dir, tmp_path
 
 
 @pytest.mark.parametrize(
-    "case", ["missing", "pickle", "names", "words", "nan", "list", "flipped", "twice", "old"]
+    "case",
+    ["missing", "pickle", "names", "words", "nan", "list", "flipped", "twice", "both", "old"],
 )
 def test_what_is_refused(case, importer, corpus_dir, tmp_path):
     path = tmp_path / "exported"
@@ -182,8 +184,9 @@ def test_what_is_refused(case, importer, corpus_dir, tmp_path):
     elif case == "list":
         torch.save([1, 2], path)
     (tmp_path / "words").write_text("a b a\n")
-    vocab = ["--vocab", tmp_path / "words"] if case == "twice" else []
-    status, _, err = importer(path, "--data", corpus_dir, "--save", tmp_path / "m.pt", *vocab)
-    assert status == 1
+    words = ["--data", corpus_dir] if case != "twice" else []
+    words += ["--vocab", tmp_path / "words"] if case in ("twice", "both") else []
+    status, _, err = importer(path, "--save", tmp_path / "m.pt", *words)
+    assert status == 1 + (case == "both")
     assert len(err.splitlines()) == 1
     assert "error: " in err

@@ -40,8 +40,10 @@ def build_parser() -> Parser:
     """The command line of import_original.py."""
     parser = Parser("", __doc__)
     parser.flag("", "exported", help="file of tensors exported from the original")
-    flags.add_data(parser, "data/penn/")
-    parser.flag("", "--vocab", metavar="FILE", help="the words by id, one a line, without --data")
+    flags.add_data(parser, "data/penn/", either="words")
+    parser.flag(
+        "", "--vocab", either="words", metavar="FILE", help="words by id, one a line, for --data"
+    )
     flags.add_save(parser, "model file to write")
     return parser
 
@@ -64,7 +66,7 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def read_vocabulary(path: str) -> Dictionary:
     """The vocabulary of --vocab; raises ToolkitError."""
     try:
-        words = Path(path).read_text(encoding="utf-8").split()
+        words = Path(path).read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ToolkitError(
             f"cannot read {path} ({in_short(error)}): --vocab is a file of words, in UTF-8"
