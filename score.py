@@ -80,8 +80,11 @@ def check_flags(parser: Parser, args: Any) -> None:
         parser.error("give one text, a FILE or --text, not both, and the model with --checkpoint")
     if args.as_corpus and args.independent:
         parser.error("--as-corpus scores one stream and --independent many: give one")
-    if args.tsv == "-" and (args.json or args.tokens):
-        parser.error("--tsv - is the whole output: name a file, or leave out --json and --tokens")
+    if args.tsv == "-" and (args.json or args.tokens or args.chars or args.words):
+        parser.error(
+            "--tsv - is the whole output: name a file, or leave out --json, --tokens, --chars and "
+            "--words"
+        )
     of_tokens = (args.tsv and not args.lines) or (args.json and args.tokens)
     if args.entropy and (args.cache or not of_tokens):
         parser.error(

@@ -616,6 +616,7 @@ BAD_INPUT = {
     "model as text": (["m.pt"], 1, r"m\.pt is no text but .* --checkpoint"),
     "model and text": (["m.pt", "t.txt"], 2, "the model with --checkpoint"),
     "table and JSON": (["t.txt", "--tsv", "-", "--json"], 2, "--tsv - is the whole output"),
+    "table and words": (["t.txt", "--tsv", "-", "--words", "9"], 2, "--tsv - is the whole output"),
     "entropy of a cache": (
         ["t.txt", "--tsv", "-", "--cache", "--entropy"],
         2,
