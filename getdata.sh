@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fetch corpora: ./getdata.sh NAME...   (penn pennchar wikitext-2 wikitext-103 enwik8 sample all)
+# Fetch corpora: ./getdata.sh NAME...   (penn pennchar wikitext-2 wikitext-103 enwik8 all)
 # PYTHON=... picks the interpreter; ./getdata.sh --help explains DATA_DIR and BASE_URL
 set -eu
 

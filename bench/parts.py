@@ -13,7 +13,6 @@ The last two run on the GPU if there is one.
 
 import argparse
 import multiprocessing
-import shutil
 import statistics
 import sys
 import tempfile
@@ -37,7 +36,6 @@ from fast.dynamic_evaluation import FastDynamicEvaluation
 from model import RNNModel
 from run.device import set_precision
 from run.ranks import Ranks
-from tools.make_sample import SAMPLE
 
 
 def load_by_double_loop(folder: Path) -> tuple[Dictionary, list[Tensor]]:
@@ -67,21 +65,16 @@ def load_by_double_loop(folder: Path) -> tuple[Dictionary, list[Tensor]]:
 def corpus(args: argparse.Namespace, device: torch.device) -> None:
     """Loading a corpus of usual size."""
     reference = Corpus(args.data, cache=False)
-    # In a copy, so that no cache is written into the corpus's own folder.
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for split in SPLITS:
-            shutil.copy(args.data / f"{split}.txt", folder)
-        dictionary, splits = load_by_double_loop(folder)
-        assert dictionary.idx2word == reference.dictionary.idx2word
-        for split, ids in zip(SPLITS, splits, strict=True):
-            assert torch.equal(ids.int(), reference.part(split))
-        ways = {
-            "classic double loop": lambda k: load_by_double_loop(folder),
-            "ours, no cache": lambda k: Corpus(folder, cache=False),
-            "ours, from the cache": lambda k: Corpus(folder),
-        }
-        seconds = measure(ways, torch.device("cpu"), args.runs)
+    dictionary, splits = load_by_double_loop(args.data)
+    assert dictionary.idx2word == reference.dictionary.idx2word
+    for split, ids in zip(SPLITS, splits, strict=True):
+        assert torch.equal(ids.int(), reference.part(split))
+    ways = {
+        "classic double loop": lambda k: load_by_double_loop(args.data),
+        "ours, no cache": lambda k: Corpus(args.data, cache=False),
+        "ours, from the cache": lambda k: Corpus(args.data),
+    }
+    seconds = measure(ways, torch.device("cpu"), args.runs)
     print_heading(
         f"corpus {args.data.name}: {len(reference):,} tokens in three files, vocabulary "
         f"{len(reference.dictionary):,}; median of {args.runs} interleaved runs, files in memory"
@@ -259,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table of a part."""
     parser = common.build_parser(__doc__)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--data", type=Path, default=SAMPLE, help="folder of a corpus to load")
+    parser.add_argument("--data", type=Path, default="data/sample", help="corpus folder to load")
     parser.add_argument("--tokens", type=int, default=100_000_000, help="of the synthetic corpus")
     args = parser.parse_args(argv)
     torch.manual_seed(0)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bench import common
 from bench.common import print_head, print_row, spread
-from qrnn import QRNNLayer, definition
-from qrnn.forget_mult import forget_mult, pool
+from qrnn import ForgetMult, QRNNLayer, definition
+from qrnn.forget_mult import pool
 from run.device import set_precision
 
 try:  # flash-linear-attention, the package fla-core
@@ -29,6 +29,7 @@ try:  # flash-linear-attention, the package fla-core
 except ImportError:
     fused_recurrent_hgrn = None
 
+forget_mult = ForgetMult()
 # (seq_len, batch, hidden)
 RECURRENCES = [(70, 20, 1550), (140, 60, 2500), (200, 128, 1840), (4096, 1, 1550)]
 LAYERS = {

@@ -10,14 +10,12 @@ logs stay in the work folder: copy that folder to continue on another machine.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import run.interpreter
 
-import fcntl
-
 import torch
 
 import checkpoint
 from bench.common import cpu_name, read_stage, table_head, table_row
 from bench.published import BITS, ROWS, shown
-from checkpoint import CheckpointError
 from cli import presets
 from cli.types import positive
 from files.writing import replacing
+from main import build_parser as training_parser
 from run import metrics
 from tools.getdata import SPECS, wrong_files
 from utils import ToolkitError, bits, perplexity
@@ -46,21 +42,12 @@ ROOT = Path(__file__).resolve().parent.parent
 class Work:
     """The work folder of a row: `main.pt` and so on, each stage's numbers and output, `state.json`.
 
-    `state.json` holds each stage's seconds, commits, devices, commands and figures. Only one
-    process at a time may use the folder; raises ToolkitError if another process does.
+    `state.json` holds each stage's seconds, commits, devices, commands and figures.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        # The stage inherits the lock, so an orphaned stage still holds it.
-        self.lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ToolkitError(
-                f"another run is at work in {folder}: wait for it, or pass another --work"
-            ) from None
         path = folder / "state.json"
         self.state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -92,18 +79,13 @@ class Stop:
     def _note(self, signum: int, frame: object) -> None:
         self.signum = self.signum or signum
         if self.process is not None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.terminate()
 
-    @contextlib.contextmanager
-    def watching(self, process: subprocess.Popen) -> Iterator[None]:
-        """Within this context a signal, or an earlier one, makes `process` save and end."""
+    def watch(self, process: subprocess.Popen) -> None:
+        """From now on a signal makes `process` save and end; at once after an earlier signal."""
         self.process = process
         if self.signum:
-            process.send_signal(signal.SIGTERM)
-        try:
-            yield
-        finally:
-            self.process = None
+            process.terminate()
 
 
 def device_name(no_cuda: bool) -> str:
@@ -129,7 +111,7 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
     work.save()
     before, start, last = known["seconds"], time.monotonic(), "no output"
     with (
-        open(work.folder / f"{name}.log", "a", encoding="utf-8") as log,
+        open(work.folder / f"{name}.log", "a", encoding="utf-8", buffering=1) as log,
         # A session of its own: after Ctrl-C main.py would end early and look finished.
         subprocess.Popen(
             [sys.executable, str(ROOT / f"{name}.py"), *flags],
@@ -138,16 +120,15 @@ def run(work: Work, name: str, flags: list[str], data: Path, stop: Stop, no_cuda
             text=True,
             encoding="utf-8",
             start_new_session=True,
-            pass_fds=[work.lock.fileno()],
         ) as process,
-        # pointer.py saves no state and takes minutes, so it runs to its end.
-        stop.watching(process) if name != "pointer" else contextlib.nullcontext(),
     ):
+        # pointer.py saves no state and takes minutes, so it runs to its end.
+        if name != "pointer":
+            stop.watch(process)
         for line in process.stdout:
             last = line.strip()
-            for stream in (log, sys.stdout):
-                stream.write(line)
-                stream.flush()
+            log.write(line)
+            print(line, end="", flush=True)
             if line.startswith("Model total parameters:"):
                 known["parameters"] = int(line.split()[-1])
             if line.startswith("| end of epoch"):
@@ -189,12 +170,8 @@ def stage_flags(work: Work, row: str, name: str, data: Path, extra: list[str]) -
 
 def cut_short(extra: list[str]) -> list[str]:
     """`--max-batches N` among the flags, if given: every call of a stage needs it again."""
-    for at, word in enumerate(extra):
-        flag, equals, value = word.partition("=")
-        # Unambiguous abbreviations count, too.
-        if flag.startswith("--max-b") and "--max-batches".startswith(flag):
-            return ["--max-batches", *([value] if equals else extra[at + 1 : at + 2])]
-    return []
+    batches = training_parser().given(extra).get("max_batches")
+    return [] if batches is None else ["--max-batches", str(batches)]
 
 
 def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
@@ -212,18 +189,14 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
             lines, epochs = read_stage(work.folder / name)
             tests = [line["test_loss"] for line in lines if line.get("kind") == "test"]
             flags = next((line["flags"] for line in reversed(lines) if "flags" in line), {})
-            losses = [line["valid_loss"] for line in epochs.values()]
-            with contextlib.suppress(CheckpointError):
-                saved = checkpoint.load(work.folder / f"{name}.pt").valid_loss
-                # Of a finished stage: the validation loss of the model that was tested.
-                losses = [saved] if known["done"] else [*losses, saved]
-            finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+            model = work.folder / f"{name}.pt"
+            best = checkpoint.load(model).valid_loss if model.exists() else math.inf
             found |= {
                 "epochs": max(epochs, default=0),
                 "of": flags.get("epochs"),
                 "seed": flags.get("seed"),
                 "parameters": known.get("parameters"),
-                "valid": convert(min(finite)) if finite else None,
+                "valid": convert(best) if math.isfinite(best) else None,
                 "test": convert(tests[-1]) if known["done"] and tests else None,
             }
         result[name] = found
@@ -238,7 +211,6 @@ def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Pat
         "row": row,
         "reduced": reduced,
         "unit": ROWS[row].unit,
-        "another_text": work.state["another_text"],
         "versions": metrics.versions(),
         "stages": found,
         "commands": {name: work.state[name]["commands"] for name in found},
@@ -263,8 +235,6 @@ def page(head: dict[str, Any]) -> str:
     """The text of ROW.md: commands, progress, and our figures beside the published ones."""
     published = ROWS[head["row"]]
     lines = [f"# {published.title}, {head['unit']}", ""]
-    if head["another_text"]:
-        lines += ["**Another text than the row's.**", ""]
     if head["reduced"]:
         lines += [
             f"**A run of reduced size (`{' '.join(head['reduced'])}`): it shows that the stages "
@@ -290,9 +260,6 @@ def page(head: dict[str, Any]) -> str:
         epochs = f"{known['epochs']} of {known['of']}" if "epochs" in known else ""
         minutes = f"{known['seconds'] / 60:.1f} min"
         lines.append(table_row(stage, epochs, minutes, known.get("seed", ""), *cells))
-    missing = [f"{name}.py" for name in published.figures if name not in head["stages"]]
-    if missing:
-        lines += ["", f"Not begun: {', '.join(missing)}."]
     lines += ["", "```", *(c for words in head["commands"].values() for c in words), "```", ""]
     return "\n".join(lines)
 
@@ -329,9 +296,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
     args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
-    preset = presets.COMMANDS[args.row]["main"].split()
-    named = preset[preset.index("--data") + 1] if "--data" in preset else "data/penn"
-    data = args.data or ROOT / named
+    published = presets.COMMANDS[args.row]["main"].split()
+    corpus = Path(training_parser().parse_args(published).data)
+    data = args.data or ROOT / corpus
     stop = Stop(args.minutes)
     work = Work(args.work or ROOT / "reproduce" / args.row)
     begun = work.state.setdefault("flags", extra)
@@ -341,13 +308,12 @@ def main(argv: list[str] | None = None) -> int:
             "the same, or another --work"
         )
     # Checked at every call, as a new stage, unlike --resume, would accept a changed text.
-    wrong = wrong_files(SPECS[Path(named).name], data)
-    if wrong and not extra:
+    wrong = [] if extra else wrong_files(SPECS[corpus.name], data)
+    if wrong:
         raise ToolkitError(
             f"{data} is not the row's corpus ({'; '.join(wrong)}): fetch it with ./getdata.sh, or "
             "give flags after -- for a run that is not the row's"
         )
-    work.state["another_text"] = bool(wrong)
     try:
         for name in ROWS[args.row].figures:
             if work.stage(name)["done"]:

@@ -2,9 +2,9 @@
 
 `python bench/study.py DATA WORK` runs the missing runs, two at a time. `WORK` keeps the models and
 numbers, so that an interrupted study continues where it stopped. Each run is six epochs of main.py
-and two of finetune.py, which averages from its first step. A "raw" run is two more epochs of
-main.py instead, without averaging. At the end, or with `--report` at once, the numbers go to
-results/study.jsonl and docs/curves.png; tools/results_table.py makes the tables from them.
+and two of finetune.py, which averages from its first step. A "raw" run has two more epochs of
+main.py, without averaging, besides. At the end the numbers go to results/study.jsonl and
+docs/curves.png; tools/results_table.py makes the tables from them.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
 from bench.common import read_stage, table_head, table_row
 from bench.published import ABLATIONS as PUBLISHED_ABLATIONS
 from files.writing import replacing
@@ -36,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = "--batch_size 20 --emsize 100 --nhid 200 --nlayers 2".split()
 RATES = "--dropout 0.2 --dropouth 0.1 --dropouti 0.1 --dropoute 0.05 --wdrop 0.2".split()
 MAIN_EPOCHS, FINETUNE_EPOCHS = 6, 2
+ALL_EPOCHS = MAIN_EPOCHS + FINETUNE_EPOCHS
 
 # At the LSTM's rate of 30 a GRU diverges within the first hundred batches.
 LEARNING_RATE = {"GRU": "--lr 5"}
@@ -76,52 +76,54 @@ RUNS = [
 ]
 
 
-def stage(folder: Path, name: str, script: str, flags: list[str]) -> None:
-    """Run a stage to its end unless it is done; numbers and output go to FOLDER/NAME."""
-    done = folder / name / "done"
-    if done.exists():
+def ended(folder: Path, epochs: int) -> bool:
+    """Whether the stage in `folder` has trained for `epochs` and then scored the test set.
+
+    After Ctrl-C a script scores the test set too, but after fewer epochs.
+    """
+    lines, found = read_stage(folder)
+    return max(found, default=0) >= epochs and lines[-1].get("kind") == "test"
+
+
+def stage(folder: Path, script: str, flags: list[str], epochs: int) -> None:
+    """Run a stage to its end unless it has ended; numbers and output go to `folder`."""
+    if ended(folder, epochs):
         return
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    flags = [*flags, "--logdir", str(folder / name)]
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*flags, "--epochs", str(epochs), "--logdir", str(folder)]
     print("$ python", script, *flags, flush=True)
-    with open(folder / name / "output.log", "a", encoding="utf-8") as log:
+    with open(folder / "output.log", "a", encoding="utf-8") as log:
         command = [sys.executable, str(ROOT / script), *flags]
         # Two runs with one thread each are faster than one run with two threads.
         alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, env=alone)
-    # Ctrl-C reaches the stage too, which then ends early with exit status 0.
-    epochs = read_stage(folder / name)[1]
-    if max(epochs, default=0) < int(flags[flags.index("--epochs") + 1]):
-        raise ToolkitError(f"{folder / name} was interrupted: the same command continues it")
-    done.touch()
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=alone)
+    if not ended(folder, epochs):
+        raise ToolkitError(
+            f"the stage in {folder} has not ended: output.log there says why, and the same command "
+            "continues it"
+        )
 
 
 def train(run: Run, data: Path, work: Path) -> None:
-    """Run all stages; finished stages are skipped, an interrupted main.py is resumed."""
+    """Run the stages that have not ended; an interrupted main.py is resumed."""
     folder = work / run.name
+    model, raw, finetuned = (folder / f"{name}.pt" for name in ("main", "raw", "finetune"))
     where = ["--data", str(data)]
-    model = folder / "main.pt"
     start = ["--resume", str(model)] if model.exists() else [*run.flags(), "--save", str(model)]
-    stage(folder, "main", "main.py", [*start, *where, "--epochs", str(MAIN_EPOCHS)])
+    stage(folder / "main", "main.py", [*start, *where], MAIN_EPOCHS)
     if run.raw:
-        raw = folder / "raw.pt"
-        if not raw.exists():
-            checkpoint.copy(model, raw)
-        start = ["--resume", str(raw)]
-        epochs = ["--epochs", str(MAIN_EPOCHS + FINETUNE_EPOCHS)]
-        stage(folder, "raw", "main.py", [*start, *where, *epochs])
-    if not (folder / "finetune" / "done").exists():
+        start = ["--resume", str(raw if raw.exists() else model), "--save", str(raw)]
+        stage(folder / "raw", "main.py", [*start, *where], ALL_EPOCHS)
+    if not ended(folder / "finetune", FINETUNE_EPOCHS):
         # Two short epochs, which start again after an interruption.
         shutil.rmtree(folder / "finetune", ignore_errors=True)
-        finetuned = folder / "finetune.pt"
-        checkpoint.copy(model, finetuned)
+        shutil.copyfile(model, finetuned)
         start = [*run.flags(), "--save", str(finetuned)]
-        epochs = ["--epochs", str(FINETUNE_EPOCHS)]
-        stage(folder, "finetune", "finetune.py", [*start, *where, *epochs])
+        stage(folder / "finetune", "finetune.py", [*start, *where], FINETUNE_EPOCHS)
 
 
-def record(run: Run, second: str, folder: Path) -> dict[str, Any] | None:
-    """A run whose stages are "main" and `second`, as plain values; None without an epoch of it."""
+def record(run: Run, second: str, folder: Path) -> dict[str, Any]:
+    """A run whose stages are "main" and `second`, as plain values."""
     epochs, tests, heads = [], {}, []
     for name in ("main", second):
         lines, found = read_stage(folder / name)
@@ -130,13 +132,9 @@ def record(run: Run, second: str, folder: Path) -> dict[str, Any] | None:
             loss = math.inf if line["valid_loss"] is None else line["valid_loss"]
             epochs.append({"epoch": before + epoch, "loss": loss, "stage": name})
         heads += [line for line in lines if "versions" in line]
-        losses = [line["test_loss"] for line in lines if line.get("kind") == "test"]
-        tests |= {name: losses[-1]} if losses else {}
-    if not epochs or (second == "raw" and not found):
-        return None
-    log = folder / "main" / "output.log"
-    text = log.read_text(encoding="utf-8") if log.exists() else ""
-    size = re.search(r"^Model total parameters: (\d+)$", text, re.MULTILINE)
+        tests[name] = lines[-1]["test_loss"]
+    log = (folder / "main" / "output.log").read_text(encoding="utf-8")
+    size = re.search(r"^Model total parameters: (\d+)$", log, re.MULTILINE)
     commits = [head["commit"] for head in heads if head["commit"]]
     return {
         "name": run.name,
@@ -145,7 +143,7 @@ def record(run: Run, second: str, folder: Path) -> dict[str, Any] | None:
         "without": "no averaging" if second == "raw" else run.without,
         "epochs": epochs,
         "tests": tests,
-        "parameters": int(size[1]) if size else None,
+        "parameters": int(size[1]),
         # A trailing + marks uncommitted changes.
         "commits": list(dict.fromkeys(c[:7] + "+" * c.endswith("+") for c in commits)),
         "versions": heads[0]["versions"],
@@ -155,63 +153,48 @@ def record(run: Run, second: str, folder: Path) -> dict[str, Any] | None:
 
 
 def collected(work: Path) -> list[dict[str, Any]]:
-    """The record of every run with an epoch in `work`."""
+    """The records of all runs, which have ended, in `work`."""
     stages = [(run, second) for run in RUNS for second in ["finetune"] + ["raw"] * run.raw]
-    records = [record(run, second, work / run.name) for run, second in stages]
-    return [found for found in records if found]
+    return [record(run, second, work / run.name) for run, second in stages]
 
 
-def after(run: dict[str, Any] | None, epoch: int) -> float | None:
-    """Validation perplexity after an epoch, None if it was not run."""
-    epochs = [] if run is None else run["epochs"]
-    return next((perplexity(e["loss"]) for e in epochs if e["epoch"] == epoch), None)
+def after(run: dict[str, Any], epoch: int) -> float:
+    """Validation perplexity after an epoch."""
+    return next(perplexity(e["loss"]) for e in run["epochs"] if e["epoch"] == epoch)
 
 
-def tested(run: dict[str, Any] | None) -> float | None:
-    """Test perplexity of the last stage's best model, None if that stage is not finished."""
-    tests = {} if run is None else run["tests"]
-    loss = tests.get("finetune", tests.get("raw"))
-    return None if loss is None else perplexity(loss)
+def tested(run: dict[str, Any]) -> float:
+    """Test perplexity of the last stage's best model."""
+    *_, loss = run["tests"].values()
+    return perplexity(loss)
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
     """Both tables: the cells side by side, and the ablations beside the paper's."""
-    if not runs:
-        return "Not run yet."
     found = {(run["cell"], run["seed"], run["without"]): run for run in runs}
-    last = MAIN_EPOCHS + FINETUNE_EPOCHS
     columns = ["cell", "parameters", "seed", f"valid after {MAIN_EPOCHS} epochs"]
-    lines = table_head(*columns, f"after {last}, averaged", "test")
+    lines = table_head(*columns, f"after {ALL_EPOCHS}, averaged", "test")
     for cell, seed in itertools.product(("LSTM", "GRU", "QRNN"), (1, 2)):
-        run = found.get((cell, seed, ""))
-        size = f"{run['parameters']:,}" if run and run["parameters"] else ""
-        values = [after(run, MAIN_EPOCHS), after(run, last), tested(run)]
-        lines.append(table_row(cell, size, seed, *map(_shown, values)))
-    columns = ["LSTM, seed 1", f"valid after {last} epochs", "test", "change"]
+        run = found[cell, seed, ""]
+        values = [after(run, MAIN_EPOCHS), after(run, ALL_EPOCHS), tested(run)]
+        figures = [f"{value:.2f}" for value in values]
+        lines.append(table_row(cell, f"{run['parameters']:,}", seed, *figures))
+    columns = ["LSTM, seed 1", f"valid after {ALL_EPOCHS} epochs", "test", "change"]
     lines += ["", *table_head(*columns, "published, full size: valid / test", "change")]
-    base, published_base = after(found.get(("LSTM", 1, "")), last), PUBLISHED_ABLATIONS[""][0]
+    base = after(found["LSTM", 1, ""], ALL_EPOCHS)
+    published_base, _ = PUBLISHED_ABLATIONS[""]
     for without, (published, published_test) in PUBLISHED_ABLATIONS.items():
-        run = found.get(("LSTM", 1, without))
-        valid = after(run, last)
-        lines.append(
-            table_row(
-                without or "everything",
-                _shown(valid),
-                _shown(tested(run)),
-                _change(valid, base) if without else "",
-                "" if published is None else f"{published:.1f} / {published_test:.1f}",
-                _change(published, published_base) if without else "",
-            )
-        )
+        run = found["LSTM", 1, without]
+        valid = after(run, ALL_EPOCHS)
+        cells = [without or "everything", f"{valid:.2f}", f"{tested(run):.2f}"]
+        cells.append(f"{valid - base:+.1f}" if without else "")
+        if published is None:
+            cells += ["", ""]
+        else:
+            cells.append(f"{published:.1f} / {published_test:.1f}")
+            cells.append(f"{published - published_base:+.1f}" if without else "")
+        lines.append(table_row(*cells))
     return "\n".join(lines)
-
-
-def _shown(value: float | None) -> str:
-    return "not run" if value is None else f"{value:.2f}"
-
-
-def _change(value: float | None, base: float | None) -> str:
-    return "" if value is None or base is None else f"{value - base:+.1f}"
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
@@ -248,33 +231,24 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     plotting.save(figure, path, "the picture")
 
 
-def write(work: Path) -> None:
-    """Write results/study.jsonl from `work`, and docs/curves.png from it."""
-    runs = collected(work)
-    if not runs:
-        raise ToolkitError(f"{work} holds no finished epoch: run the study first")
+def main() -> None:
+    """Run the missing stages, and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="the folder of the PTB corpus")
+    parser.add_argument("work", type=Path, help="where models and numbers are kept")
+    args = parser.parse_args()
+    if wrong_files(SPECS["penn"], args.data):
+        raise ToolkitError(f"{args.data} is not PTB: fetch it with ./getdata.sh penn")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda run: train(run, args.data, args.work), RUNS))
+    runs = collected(args.work)
     with replacing(ROOT / "results" / "study.jsonl") as file:
         file.write("".join(json.dumps(run) + "\n" for run in runs).encode())
     draw(runs, ROOT / "docs" / "curves.png")
     print(
-        f"Wrote results/study.jsonl and docs/curves.png from {len(runs)} runs: "
-        "`python tools/results_table.py` makes the tables"
+        "Wrote results/study.jsonl and docs/curves.png: `python tools/results_table.py` makes the "
+        "tables"
     )
-
-
-def main() -> None:
-    """Run the missing runs, and write the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="the folder of the PTB corpus")
-    parser.add_argument("work", type=Path, help="where models and numbers are kept")
-    parser.add_argument("--report", action="store_true", help="run nothing, only write the numbers")
-    args = parser.parse_args()
-    if not args.report:
-        if wrong_files(SPECS["penn"], args.data):
-            raise ToolkitError(f"{args.data} is not PTB: fetch it with ./getdata.sh penn")
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda run: train(run, args.data, args.work), RUNS))
-    write(args.work)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,18 @@
 import os
 import random
 import re
-import resource
-import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import CORPORA, ROOT, full_disk
 
 from data import Corpus, CorpusError, Dictionary, partial_shuffle
 from files import encoded as encoded_files
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
-CORPORA = ROOT.parent / "shared" / "data"
 
 TRAIN, VALID, TEST = "the cat sat\non the mat\n", "the dog\n\n", "a cat\n"
 TEXTS = (TRAIN, VALID, TEST)
@@ -62,6 +56,7 @@ def assert_same(corpus, dictionary, splits):
     assert corpus.dictionary.counter == dictionary.counter
     assert corpus.dictionary.total == dictionary.total
     for split, ids in zip(encoded_files.SPLITS, splits, strict=True):
+        assert getattr(corpus, split).dtype == torch.int32
         assert getattr(corpus, split).tolist() == ids
 
 
@@ -69,22 +64,12 @@ def words(corpus, split):
     return [corpus.dictionary.idx2word[idx] for idx in getattr(corpus, split).tolist()]
 
 
+def leftovers(folder):
+    """The names of all files in a corpus folder except its texts."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")
+
+
 # Encoding
-
-
-def test_ids_by_first_appearance_over_train_valid_test(tmp_path):
-    corpus = Corpus(write(tmp_path / "c"))
-    assert corpus.dictionary.idx2word == ["the", "cat", "sat", "<eos>", "on", "mat", "dog", "a"]
-    assert corpus.train.tolist() == [0, 1, 2, 3, 4, 0, 5, 3]
-    assert corpus.valid.tolist() == [0, 6, 3, 3]
-    assert corpus.test.tolist() == [7, 1, 3]
-    for split in encoded_files.SPLITS:
-        ids = getattr(corpus, split)
-        assert isinstance(ids, torch.Tensor)
-        assert ids.dtype == torch.int32
-        assert ids.dim() == 1
-    assert corpus.dictionary.counter[3] == 5
-    assert corpus.dictionary.total == 15
 
 
 # Everything that str.split or a text file's line iteration treats specially, and lookalikes.
@@ -107,27 +92,7 @@ def test_same_as_the_double_loop_on_nasty_text(tmp_path, monkeypatch, block_char
         raw = [mark + text.encode("utf-8") for mark, text in zip(marks, texts, strict=True)]
         folder = write(tmp_path / str(trial), raw)
         assert_same(Corpus(folder, cache=False), *by_double_loop(folder))
-
-
-@pytest.mark.parametrize(
-    ("text", "tokens"),
-    [
-        ("a b", ["a", "b", "<eos>"]),
-        ("a b\n", ["a", "b", "<eos>"]),
-        ("\n", ["<eos>"]),
-        (" ", ["<eos>"]),
-        ("a\r\nb\rc\n", ["a", "<eos>", "b", "<eos>", "c", "<eos>"]),
-        ("a\n\n\nb", ["a", "<eos>", "<eos>", "<eos>", "b", "<eos>"]),
-        ("a\x85b\u2028c\x1cd", ["a", "b", "c", "d", "<eos>"]),
-        ("a _ b \n ", ["a", "_", "b", "<eos>", "<eos>"]),
-        (b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", ["a", "<eos>", "\ufeffb", "<eos>"]),
-    ],
-)
-def test_lines_and_words(tmp_path, text, tokens):
-    assert words(Corpus(write(tmp_path / "c", (text, "x", "y"))), "train") == tokens
-
-
-# The vocabulary
+        assert leftovers(folder) == []
 
 
 @pytest.mark.parametrize("space", ["\t", " ", "\n"])
@@ -138,6 +103,9 @@ def test_a_text_is_read_in_small_blocks(tmp_path, monkeypatch, space):
     blocks = list(encoded_files._text_blocks(tmp_path / "text", tick=lambda size: None))
     assert "".join(blocks).split() == ["ab"] * 1000
     assert max(map(len, blocks)) < 128
+
+
+# The vocabulary
 
 
 def test_dictionary_from_words_counts_as_add_word_does():
@@ -168,37 +136,24 @@ def test_a_given_vocabulary_decides_the_ids(tmp_path):
     assert_same(Corpus(folder), *by_double_loop(folder))
 
 
-def test_unknown_words_are_an_error_that_names_some(tmp_path):
-    folder = write(tmp_path / "c")
-    vocabulary = Dictionary.from_words(["the", "cat", "<eos>", "dog"])
-    with pytest.raises(CorpusError, match=r"4 distinct words .*'sat', 'on', 'mat', .* train"):
-        Corpus(folder, dictionary=vocabulary)
-
-
 def test_sorted_by_frequency(tmp_path):
-    corpus = Corpus(write(tmp_path / "c", ("c b a b\n", "a d\n", "d b\n")))
-    assert corpus.dictionary.idx2word == ["c", "b", "a", "<eos>", "d"]
-    by_count = corpus.sorted_by_frequency()
-    # b and <eos> 3 times, a and d twice, c once; equal counts stay in order of first appearance.
-    assert by_count.dictionary.idx2word == ["b", "<eos>", "a", "d", "c"]
-    assert [by_count.dictionary.counter[idx] for idx in range(5)] == [3, 3, 2, 2, 1]
-    assert by_count.dictionary.total == corpus.dictionary.total
-    for split in encoded_files.SPLITS:
-        assert words(by_count, split) == words(corpus, split)
-        assert getattr(by_count, split).dtype == torch.int32
-    assert corpus.dictionary.idx2word[0] == "c", "the corpus it was made from stays as it was"
-    assert words(corpus, "train") == ["c", "b", "a", "b", "<eos>"]
-
-
-def test_sorting_keeps_the_order_of_equal_counts(tmp_path):
     rng = random.Random(0)
     often = {f"w{n}": rng.randint(1, 3) for n in range(300)}  # too many to be in order by chance
     text = "".join(f"{word} " * times for word, times in often.items())
-    by_count = Corpus(write(tmp_path / "c", (text, "w0", "w0"))).sorted_by_frequency()
+    corpus = Corpus(write(tmp_path / "c", (text, "w0", "w0")))
+    before = list(corpus.dictionary.idx2word)
+    by_count = corpus.sorted_by_frequency()
     often["w0"] += 2
     often["<eos>"] = 3
+    # Equal counts stay in order of first appearance.
     expected = sorted(often, key=lambda word: -often[word])
     assert by_count.dictionary.idx2word == expected
+    assert by_count.dictionary.counter == Counter(dict(enumerate(map(often.get, expected))))
+    assert by_count.dictionary.total == sum(often.values())
+    for split in encoded_files.SPLITS:
+        assert words(by_count, split) == words(corpus, split)
+        assert getattr(by_count, split).dtype == torch.int32
+    assert corpus.dictionary.idx2word == before, "the corpus it was made from stays as it was"
 
 
 # Errors: one sentence each
@@ -262,11 +217,6 @@ def no_encoding(monkeypatch):
     return forbid
 
 
-def leftovers(folder):
-    """The names of all files in a corpus folder except its texts."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")
-
-
 def test_cache_gives_the_same_corpus(tmp_path, no_encoding):
     folder = write(tmp_path / "c", ("é \u200b\n", VALID, "\0 x\n"))
     reference = by_double_loop(folder)
@@ -276,13 +226,6 @@ def test_cache_gives_the_same_corpus(tmp_path, no_encoding):
     cached = Corpus(folder)
     assert_same(cached, *reference)
     cached.train[0] = 1  # is writable, like a fresh corpus; torch warns about read-only tensors
-
-
-def test_no_cache_when_not_asked(tmp_path, user_cache):
-    folder = write(tmp_path / "c")
-    Corpus(folder, cache=False)
-    assert leftovers(folder) == []
-    assert not user_cache.exists()
 
 
 def test_cache_is_keyed_on_content_not_on_size_time_or_path(tmp_path, no_encoding):
@@ -321,15 +264,6 @@ def test_file_that_changes_between_hashing_and_encoding(tmp_path, monkeypatch):
     assert_same(Corpus(folder), *by_double_loop(folder))
 
 
-def test_a_link_in_the_caches_place_is_replaced_not_followed(tmp_path):
-    folder = write(tmp_path / "c")
-    (tmp_path / "thesis.tex").write_text("years of work")
-    (folder / encoded_files.CACHE_NAME).symlink_to(tmp_path / "thesis.tex")
-    assert_same(Corpus(folder), *by_double_loop(folder))
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    assert not (folder / encoded_files.CACHE_NAME).is_symlink()
-
-
 def test_no_damaged_cache_is_used_or_fatal(tmp_path):
     folder = write(tmp_path / "c")
     reference = by_double_loop(folder)
@@ -361,29 +295,16 @@ def test_user_cache_folder_when_the_corpus_folder_cannot_be_written(
     assert words(Corpus(folder), "valid") == ["the", "dog", "<eos>", "<eos>"]
 
 
-def test_no_place_for_a_cache_is_no_error(tmp_path, user_cache):
-    folder = write(tmp_path / "c")
-    (folder / encoded_files.CACHE_NAME).mkdir()  # no file can replace a folder
-    user_cache.write_text("a file where the folder should be")
-    for _ in range(2):
-        assert_same(Corpus(folder), *by_double_loop(folder))
-    assert leftovers(folder) == [encoded_files.CACHE_NAME]
-
-
 def test_full_disk_leaves_no_half_made_file(tmp_path, user_cache):
     folder = write(tmp_path / "c")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # larger files fail
-    try:
+    with full_disk(100):
         corpus = Corpus(folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_same(corpus, *by_double_loop(folder))
     assert leftovers(folder) == []
     assert not [path for path in user_cache.rglob("*") if path.is_file()]
 
 
-def test_many_at_once(tmp_path):
+def test_many_at_once(tmp_path, user_cache):
     folder = write(tmp_path / "c", ("a b c\n" * 2000, VALID, TEST))
     reference = by_double_loop(folder)
     results = []
@@ -402,6 +323,7 @@ def test_many_at_once(tmp_path):
     for corpus in results:
         assert_same(corpus, *reference)
     assert leftovers(folder) == [encoded_files.CACHE_NAME]
+    assert not user_cache.exists()
 
 
 # The corpora themselves
@@ -447,23 +369,6 @@ def test_published_counts(name, tokens, vocabulary):
         assert_same(corpus, *by_double_loop(folder))
 
 
-def test_sample_can_be_made_again(tmp_path):
-    if shutil.which("bible") is None:
-        pytest.skip("the text's source, Debian's package bible-kjv, is not installed")
-    text = subprocess.run(
-        ["bible", "-f", "gen1:1-rev22:21"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-    ).stdout
-    command = [sys.executable, ROOT / "tools" / "make_sample.py", "--out", tmp_path]
-    made = subprocess.run(command, input=text, check=True, stdout=subprocess.PIPE).stdout.decode()
-    readme = (SAMPLE / "README.md").read_text(encoding="utf-8")
-    *rows, vocabulary = made.splitlines()
-    for line in rows:
-        assert f"\n{line}\n" in readme
-    assert vocabulary in readme
-    for split in encoded_files.SPLITS:
-        assert (tmp_path / f"{split}.txt").read_bytes() == (SAMPLE / f"{split}.txt").read_bytes()
-
-
 def test_partial_shuffle_rotates_every_column_by_its_own_offset():
     text = torch.arange(300).view(3, 100).t().contiguous().int()
     columns = [column.tolist() for column in text.t()]
@@ -474,14 +379,3 @@ def test_partial_shuffle_rotates_every_column_by_its_own_offset():
     assert len(set(offsets)) == 3
     for column, before, offset in zip(text.t(), columns, offsets, strict=True):
         assert column.tolist() == before[-offset:] + before[:-offset]
-
-
-@pytest.mark.parametrize(("limits", "dropped"), [((None, 1), 0), ((61, 0), 1), ((62, 0), 0)])
-def test_a_smaller_vocabulary_always_has_an_unknown_word(limits, dropped, corpus_dir):
-    corpus = Corpus(corpus_dir)
-    assert len(corpus.dictionary) == 61
-    fewer = corpus.with_fewer_words(*limits)
-    words = fewer.dictionary.idx2word
-    assert "<unk>" in words
-    assert len(set(corpus.dictionary.idx2word) - set(words)) == dropped
-    assert (fewer.dictionary.counter[fewer.dictionary.word2idx["<unk>"]] > 0) == (dropped > 0)

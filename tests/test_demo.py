@@ -25,7 +25,8 @@ def test_the_model_is_kept_and_the_last_commands_use_it(script, tmp_path, monkey
     for _ in range(2):  # the second replaces the first's model
         with pytest.raises(SystemExit, match="no better than word frequencies"):
             demo.main([])
-        _, _, printed = capfd.readouterr()[0].partition(". .venv/bin/activate\n")
+        table, _, printed = capfd.readouterr()[0].partition(". .venv/bin/activate\n")
+        assert "word frequencies        237.32    239.79\n" in table
     assert [path.name for path in kept.parent.iterdir()] == ["model.pt"]
     commands = [shlex.split(line) for line in printed.splitlines()]
     assert len(commands) == 3

@@ -24,6 +24,7 @@ TEXTS = {
     "valid": b"valid words\n \n",
     "test": b"no newline at the end",
 }
+NAMES = "penn pennchar wikitext-2 wikitext-103 enwik8 all".split()
 PAGE = b"<html><head><title>301 Moved Permanently</title></head></html>"
 
 
@@ -174,18 +175,13 @@ def test_no_source_works(server, run, tmp_path, capsys):
         assert f"{tmp_path / 'toy' / split}.txt  {checksum}" in error
 
 
-def test_archive_with_other_texts(server, run, tmp_path, capsys):
-    specs = {"toy": Spec("toy", {**TOY_TEXTS, "test": "0"}, (f"{server.url}/toy.zip",))}
-    assert run(specs=specs) == 1
+def test_a_corpus_that_fails_does_not_stop_the_others(server, run, tmp_path, capsys):
+    url = (f"{server.url}/toy.zip",)
+    bad = Spec("bad", {**TOY_TEXTS, "test": "0"}, url)
+    assert run(specs={"bad": bad, "toy": Spec("toy", TOY_TEXTS, url)}, names=["all"]) == 1
     assert "test.txt is missing or does not have the checksum 0" in capsys.readouterr().err
-    assert not (tmp_path / "toy").exists()
-
-
-def test_one_failure_does_not_stop_the_others(server, run, tmp_path):
-    bad = Spec("bad", TOY_TEXTS, (f"{server.url}/gone/toy.zip",))
-    good = Spec("toy", TOY_TEXTS, (f"{server.url}/toy.zip",))
-    assert run(specs={"bad": bad, "toy": good}, names=["all"]) == 1
-    assert (tmp_path / "toy").exists()
+    assert not (tmp_path / "bad").exists()
+    assert contents(tmp_path / "toy").keys() == {f"{split}.txt" for split in SPLITS}
 
 
 def test_base_url_is_the_only_place_asked(server, run, tmp_path, tmp_path_factory):
@@ -280,53 +276,30 @@ def command(*names, cwd, **environ):
     return subprocess.run(argv, cwd=cwd, env=environ, capture_output=True, text=True)
 
 
-def test_unknown_name_lists_the_known_ones(tmp_path):
-    done = command("penn", "nonesuch", cwd=tmp_path, DATA_DIR=str(tmp_path / "data"))
-    assert done.returncode == 2
-    for name in ("penn", "pennchar", "wikitext-2", "wikitext-103", "enwik8", "sample", "all"):
-        assert f"'{name}'" in done.stderr
-    assert not (tmp_path / "data").exists(), "nothing was begun"
-    assert command(cwd=tmp_path).returncode == 2
-
-
-def test_sample_is_there(run, tmp_path, capsys, monkeypatch):
-    done = command("sample", cwd=tmp_path, DATA_DIR=str(tmp_path))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"sample: already in {ROOT / 'data' / 'sample'}, checksums right\n"
-    monkeypatch.setattr(getdata, "ROOT", tmp_path)
-    assert run(specs=SPECS, names=["sample"]) == 1
-    assert "git checkout -- data/sample" in capsys.readouterr().err
-
-
-def test_no_such_python_or_data_dir(tmp_path):
-    done = command("sample", cwd=tmp_path, PYTHON="no-such-python")
-    assert (done.returncode, "there is no no-such-python" in done.stderr) == (1, True)
-    done = command("sample", cwd=tmp_path, DATA_DIR=str(ROOT / "getdata.sh"))
-    assert (done.returncode, "name another folder in DATA_DIR" in done.stderr) == (1, True)
-
-
-def real(name):
-    if not (CORPORA / name).is_dir():
-        pytest.skip(f"{CORPORA / name} is not there")
-    return {split: (CORPORA / name / f"{split}.txt").read_bytes() for split in SPLITS}
-
-
-def assert_is(name, folder):
-    assert getdata.wrong_files(SPECS[name], folder) == []
+@pytest.mark.parametrize(
+    ("names", "environ", "status", "words"),
+    [
+        (["penn", "nonesuch"], {}, 2, [f"'{name}'" for name in NAMES]),
+        ([], {}, 2, ["required: NAME"]),
+        (["penn"], {"PYTHON": "no-such-python"}, 1, ["there is no no-such-python"]),
+        (["penn"], {"DATA_DIR": str(ROOT / "getdata.sh")}, 1, ["name another folder in DATA_DIR"]),
+    ],
+)
+def test_what_cannot_be_done(tmp_path, names, environ, status, words):
+    done = command(*names, cwd=tmp_path, **{"DATA_DIR": str(tmp_path / "data"), **environ})
+    assert done.returncode == status
+    assert [word for word in words if word not in done.stderr] == []
+    assert list(tmp_path.iterdir()) == [], "nothing was begun"
 
 
 @pytest.mark.corpora
-def test_real_penn_and_pennchar(server, tmp_path):
-    server.files = {f"ptb.{split}.txt": raw for split, raw in real("penn").items()}
+def test_the_real_corpora(server, tmp_path):
+    if not CORPORA.is_dir():
+        pytest.skip(f"the full corpora are not in {CORPORA}")
+    for name in ("penn", "pennchar", "wikitext-2"):
+        assert getdata.wrong_files(SPECS[name], CORPORA / name) == []
+    server.files = {f"ptb.{path.name}": path.read_bytes() for path in CORPORA.glob("penn/*.txt")}
     done = command("pennchar", cwd=tmp_path, DATA_DIR="here", BASE_URL=server.url)
     assert (done.returncode, done.stderr) == (0, "")
-    assert_is("penn", tmp_path / "here" / "penn")
-    assert_is("pennchar", tmp_path / "here" / "pennchar")
-
-
-@pytest.mark.corpora
-def test_real_wikitext_2_from_its_second_source(server, run, tmp_path):
-    server.files = {f"{split}.txt": raw for split, raw in real("wikitext-2").items()}
-    server.files["wikitext-2-v1.zip"] = PAGE
-    assert run(specs=SPECS, names=["wikitext-2"], base_url=server.url) == 0
-    assert_is("wikitext-2", tmp_path / "wikitext-2")
+    for name in ("penn", "pennchar"):
+        assert getdata.wrong_files(SPECS[name], tmp_path / "here" / name) == []

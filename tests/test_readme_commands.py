@@ -63,25 +63,17 @@ def test_what_is_excluded_is_in_the_pages():
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A new working directory, with small corpora where the README's commands look for them."""
-    sample = {
-        name: (ROOT / "data" / "sample" / f"{name}.txt").read_text(encoding="utf-8")
-        for name in ("train", "valid", "test")
-    }
-    for corpus in ("penn", "pennchar", "wikitext-2", "wikitext-103", "enwik8"):
-        folder = tmp_path / "data" / corpus
-        folder.mkdir(parents=True)
-        for name, text in sample.items():
-            head = "".join(text.splitlines(keepends=True)[:100])
-            (folder / f"{name}.txt").write_text(SPOKEN + head, encoding="utf-8")
-    own = tmp_path / "data" / "own"
-    own.mkdir()
-    shutil.copy(tmp_path / "data" / "penn" / "train.txt", own)
-    shutil.copy(tmp_path / "data" / "penn" / "train.txt", tmp_path / "book.txt")
-    shutil.copytree(
-        ROOT / "data" / "sample",
-        tmp_path / "data" / "sample",
-        ignore=lambda _, names: {name for name in names if not name.endswith(".txt")},
-    )
+    penn = tmp_path / "data" / "penn"
+    penn.mkdir(parents=True)
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        text = (ROOT / "data" / "sample" / name).read_text(encoding="utf-8")
+        head = "".join(text.splitlines(keepends=True)[:100])
+        (penn / name).write_text(SPOKEN + head, encoding="utf-8")
+    for corpus in ("pennchar", "wikitext-2", "wikitext-103", "enwik8", "sample"):
+        shutil.copytree(penn, penn.parent / corpus)
+    (penn.parent / "own").mkdir()
+    shutil.copy(penn / "train.txt", penn.parent / "own")
+    shutil.copy(penn / "train.txt", tmp_path / "book.txt")
     (tmp_path / "nbest.txt").write_text(SPOKEN, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import re
 import signal
 import subprocess
@@ -25,13 +24,9 @@ def command(corpus, folder, *more):
     return [sys.executable, script, "ptb-lstm", "--no-cuda", *where, *more, "--", *REDUCED]
 
 
-def start(corpus, folder, *more):
-    return subprocess.Popen(
-        command(corpus, folder, *more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(corpus, folder):
+    argv = command(corpus, folder)
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture
@@ -58,11 +53,6 @@ def until(process, text):
     raise AssertionError(f"no {text!r} in\n{''.join(lines)}")
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
-
-
 @pytest.mark.slow
 def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path, row):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -72,13 +62,12 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     process = start(corpus_dir, cut)
     until(process, "end of epoch   1")
     process.send_signal(signal.SIGTERM)
-    status, output = finish(process)
-    assert status == 128 + signal.SIGTERM
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM
     assert "Stopped before the end of main.py" in output
     page = (cut / "ptb-lstm-reduced.md").read_text()
     assert "main.py (not finished) | 1 of 3" in page or "(not finished) | 2 of 3" in page
     assert "A run of reduced size" in page
-    assert "Not begun: finetune.py, pointer.py" in page
 
     # Killed within finetune.py, then stopped by a very short --minutes.
     process = start(corpus_dir, cut)
@@ -87,7 +76,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     process.kill()
     process.stdout.close()
     process.wait()
-    with open(cut / "work" / "lock") as lock:
+    with open(cut / "work" / ".finetune.pt.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # wait for the end of the orphaned stage
     status, output = row(corpus_dir, cut, "--minutes", "0.001")
     assert status == 0
@@ -101,22 +90,21 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
         assert (ours.epoch, ours.valid_loss) == (theirs.epoch, theirs.valid_loss)
         for key, tensor in ours.model.items():
             assert torch.equal(tensor, theirs.model[key]), key
-    heads = []
+    results = []
     for folder in (cut, whole):
-        lines = (folder / "ptb-lstm-reduced.metrics.jsonl").read_text().splitlines()
-        heads.append(json.loads(lines[0])["stages"])
-        epochs = {(e["stage"], e["epoch"]): e["valid_loss"] for e in map(json.loads, lines[1:])
-                  if e["kind"] == "epoch"}  # fmt: skip
-        assert {epoch for stage, epoch in epochs if stage == "main"} == {1, 2, 3}
-        heads[-1]["curve"] = epochs
-    assert all(heads[0][name]["done"] for name in ("main", "finetune", "pointer"))
-    for name in ("main", "finetune", "pointer"):
-        for kind in ("valid", "test"):
-            assert heads[0][name][kind] == heads[1][name][kind] > 1
-    assert heads[0]["curve"] == heads[1]["curve"]
+        text = (folder / "ptb-lstm-reduced.metrics.jsonl").read_text()
+        head, *lines = map(json.loads, text.splitlines())
+        curve = {(e["stage"], e["epoch"]): e["valid_loss"] for e in lines if e["kind"] == "epoch"}
+        assert {epoch for stage, epoch in curve if stage == "main"} == {1, 2, 3}
+        assert head["stages"].keys() == {"main", "finetune", "pointer"}
+        assert all(stage["done"] for stage in head["stages"].values())
+        results.append([curve, *((s["valid"], s["test"]) for s in head["stages"].values())])
+    assert results[0] == results[1]
     page = (cut / "ptb-lstm-reduced.md").read_text()
     assert str(tmp_path) not in page
-    assert "Another text than the row's" in page
+    for valid, test in results[0][1:]:
+        assert f"| {valid:.2f} |" in page
+        assert f"| {test:.2f} |" in page
     assert "| 61.2 |" in page
     assert "56.5" in page
 
@@ -129,7 +117,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
 
 def test_another_text_is_not_the_rows(corpus_dir, tmp_path):
     whole = command(corpus_dir, tmp_path)
-    result = subprocess.run(whole[: whole.index("--")], capture_output=True, text=True, check=False)
+    result = subprocess.run(whole[: whole.index("--")], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     assert re.fullmatch("reproduce.py: error: .* is not the row's corpus .*\n", result.stderr)
     assert not list(tmp_path.glob("*.md"))
@@ -138,36 +126,13 @@ def test_another_text_is_not_the_rows(corpus_dir, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        ("--nhid 3 --max-batches 9 --lr 5", ["--max-batches", "9"]),
-        ("--max-batches=9", ["--max-batches", "9"]),
-        ("--max-b 9 --nhid 3", ["--max-batches", "9"]),
-        ("--max-bat=9", ["--max-batches", "9"]),
-        ("--max-seq-len 9 --nhid 3", []),
+        ("--nhid 3 --max-b 9 --lr 5", ["--max-batches", "9"]),
+        ("--max_batches=9", ["--max-batches", "9"]),
+        ("--max-seq-len 9", []),
     ],
 )
 def test_what_every_stage_is_cut_short_by(extra, expected):
     assert reproduce.cut_short(extra.split()) == expected
-
-
-def test_an_epoch_that_was_run_again_counts_once(tmp_path):
-    folder = tmp_path / "main"
-    folder.mkdir()
-    lines = [{"kind": "epoch", "epoch": 1, "valid_loss": 5.0, "time": 1.0, "step": 1}]
-    lines += [{**lines[0], "epoch": 2, "valid_loss": loss} for loss in (3.0, 4.0)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    work = reproduce.Work(tmp_path)
-    work.stage("main")
-    main = reproduce.figures(work, "ptb-lstm")["main"]
-    assert main["epochs"] == 2
-    assert main["valid"] == pytest.approx(math.exp(4.0))
-
-
-def test_two_at_once_are_refused(tmp_path):
-    first = reproduce.Work(tmp_path / "work")
-    with pytest.raises(ToolkitError, match="another run is at work"):
-        reproduce.Work(tmp_path / "work")
-    first.lock.close()
-    reproduce.Work(tmp_path / "work")
 
 
 def test_a_stage_that_fails_is_said_in_a_line(corpus_dir, tmp_path, row):

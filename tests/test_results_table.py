@@ -1,24 +1,27 @@
 """tools/results_table.py, bench/study.py: the README's measured figures come from results/."""
 
+import contextlib
+import importlib
+import itertools
 import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
+import checkpoint
 from bench import study
 from bench.published import ROWS
 from tools import results_table
 from utils import ToolkitError
 
 
-def head(**stages):
-    return {"row": "ptb-qrnn", "reduced": [], "unit": "perplexity", "stages": stages}
-
-
-def write(folder, name, line):
-    (folder / f"{name}.metrics.jsonl").write_text(json.dumps(line) + "\n")
+def write(folder, name, **stages):
+    (folder / f"{name}.metrics.jsonl").write_text(json.dumps({"stages": stages}) + "\n")
 
 
 def cells(table, title):
@@ -44,7 +47,8 @@ def test_the_published_column_has_every_published_figure():
 def test_ours_come_from_the_files_and_an_unfinished_stage_is_no_final_figure(tmp_path):
     done = {"done": True, "valid": 60.714, "test": 58.426, "epochs": 550, "of": 550}
     cut = {"done": False, "valid": 59.9, "test": None, "epochs": 120, "of": 300}
-    write(tmp_path, "ptb-qrnn", head(main=done, finetune=cut))
+    write(tmp_path, "ptb-qrnn", main=done, finetune=cut)
+    write(tmp_path, "ptb-lstm-reduced", main=done)  # is no row
     table = results_table.published_table(tmp_path)
     assert cells(table, "PTB QRNN")[4:] == [
         "60.71 / 58.43", "valid 59.90 after 120 of 300 epochs", ""
@@ -52,99 +56,92 @@ def test_ours_come_from_the_files_and_an_unfinished_stage_is_no_final_figure(tmp
     assert "(results/ptb-qrnn.md)" in table
     assert cells(table, "PTB LSTM")[4:] == ["", "", ""]
     # Character models have bits per character.
-    character = {**head(main={**done, "valid": 1.2014, "test": 1.1759}), "unit": "bits"}
-    write(tmp_path, "ptbc", character)
+    write(tmp_path, "ptbc", main={**done, "valid": 1.2014, "test": 1.1759})
     assert cells(results_table.published_table(tmp_path), "characters")[4] == "1.201 / 1.176"
 
 
-def test_a_reduced_run_is_no_row(tmp_path):
-    done = {"done": True, "valid": 300.0, "test": 290.0, "epochs": 2, "of": 2}
-    write(tmp_path, "ptb-qrnn", {**head(main=done), "reduced": ["--epochs", "2"]})
-    write(tmp_path, "ptb-lstm-reduced", head(main=done))
-    assert results_table.published_table(tmp_path) == results_table.published_table(ROOT / "none")
-
-
-def test_check_fails_on_a_changed_figure_and_writing_mends_it(tmp_path, capsys):
+def test_check_fails_on_a_changed_figure_and_writing_mends_it(tmp_path, capsys, monkeypatch):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
     for page in results_table.pages(ROOT / "results"):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         text = (ROOT / page).read_text("utf-8").replace("53.4 / 52.6", "53.3 / 52.6")
         (tmp_path / page).write_text(text, "utf-8")
-    flags = ["--root", str(tmp_path)]
-    assert results_table.main([*flags, "--check"]) == 1
+    monkeypatch.setattr(results_table, "ROOT", tmp_path)
+    assert results_table.main(["--check"]) == 1
     assert "README.md differs" in capsys.readouterr().out
-    assert results_table.main(flags) == 0
+    assert results_table.main([]) == 0
     assert (tmp_path / "README.md").read_text("utf-8") == (ROOT / "README.md").read_text("utf-8")
     with pytest.raises(ValueError, match="markers"):
         results_table.replaced("no markers", "study", "")
 
 
-def run(cell, seed, without="", *, ppl, stage="finetune"):
-    epochs = [
-        {"epoch": n, "loss": math.log(ppl + 10 * (8 - n)), "stage": "main" if n <= 6 else stage}
-        for n in range(1, 9)
-    ]
-    tests = {"main": math.log(ppl + 15), stage: math.log(ppl - 3)}
-    return {"name": "x", "cell": cell, "seed": seed, "without": without, "epochs": epochs,
-            "tests": tests, "commits": ["abc"], "parameters": 1_234_567,
-            "versions": {"torch": "2"}, "device": "cpu", "flags": ""}  # fmt: skip
+def run(cell, seed, without="", *, ppl):
+    """A run whose perplexities fall by ten an epoch to `ppl`; in the test it is 3 lower."""
+    second = "raw" if without == "no averaging" else "finetune"
+    epochs = [{"epoch": n, "loss": math.log(ppl + 10 * (8 - n))} for n in range(1, 9)]
+    tests = {"main": math.log(ppl + 15), second: math.log(ppl - 3)}
+    return {"cell": cell, "seed": seed, "without": without, "epochs": epochs, "tests": tests,
+            "parameters": 1_234_567}  # fmt: skip
 
 
 def test_the_tables_of_the_study():
-    runs = [
-        run("LSTM", 1, ppl=120),
-        run("QRNN", 2, ppl=130),
-        run("LSTM", 1, "no weight drop", ppl=118.5),
-        run("LSTM", 1, "no averaging", ppl=131, stage="raw"),
-    ]
+    cells_and_seeds = itertools.product(("LSTM", "GRU", "QRNN"), (1, 2))
+    runs = [run(*which, ppl=120 + 2 * n) for n, which in enumerate(cells_and_seeds)]
+    runs += [run("LSTM", 1, name, ppl=118.5 + 4 * n) for n, name in enumerate(study.ABLATIONS)]
+    runs += [run("LSTM", 1, "no averaging", ppl=131), run("LSTM", 2, "no averaging", ppl=132)]
     table = study.tables(runs)
     assert "| LSTM | 1,234,567 | 1 | 140.00 | 120.00 | 117.00 |" in table
     assert "| QRNN | 1,234,567 | 2 | 150.00 | 130.00 | 127.00 |" in table
-    assert cells(table, "| GRU |  | 1 |")[3:] == ["not run"] * 3
+    assert cells(table, "everything")[1:] == ["120.00", "117.00", "", "60.0 / 57.3", ""]
     weight_drop = ["118.50", "115.50", "-1.5", "71.1 / 68.9", "+11.1"]
     assert cells(table, "no weight drop")[1:] == weight_drop
-    assert cells(table, "no averaging")[1:4] == ["131.00", "128.00", "+11.0"]
-    assert cells(table, "no AR and TAR")[1:4] == ["not run", "not run", ""]
-    assert study.tables([]) == "Not run yet."
+    assert cells(table, "no averaging")[1:] == ["131.00", "128.00", "+11.0", "", ""]
 
 
-def metrics_of(folder, *lines):
-    folder.mkdir(parents=True)
-    first = {"versions": {"torch": "2"}, "device": "cpu", "commit": "0123456789"}
-    lines = [json.dumps(line) for line in (first, *lines)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+def test_a_study_that_is_interrupted_continues_and_is_read_from_its_metrics(
+    corpus_dir, tmp_path, monkeypatch
+):
+    for name, value in (("SIZES", TINY), ("RATES", []), ("MAIN_EPOCHS", 2), ("FINETUNE_EPOCHS", 1)):
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(study, "ALL_EPOCHS", 3)
+    monkeypatch.setattr(study, "RUNS", [study.Run("lstm-1", "LSTM", 1, raw=True)])
+    folder, scripts = tmp_path / "lstm-1", []
 
+    def metrics(stage):
+        lines = (folder / stage / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
-def test_the_study_reads_its_runs_from_their_metrics(tmp_path):
-    def epoch(number, loss):
-        return {"kind": "epoch", "epoch": number, "valid_loss": loss, "time": 1.0}
+    def in_this_process(command, stdout, **options):
+        """The first call ends after its first epoch, with a test score, as after Ctrl-C."""
+        _, script, *flags = command
+        if not scripts:
+            flags[flags.index("--epochs") + 1] = "1"
+        scripts.append(Path(script).name)
+        with contextlib.redirect_stdout(stdout):
+            importlib.import_module(Path(script).stem).main(flags)
 
-    tested = {"kind": "test", "test_loss": 4.0}
-    metrics_of(tmp_path / "lstm-1" / "main", epoch(6, 5.0), tested)
-    metrics_of(tmp_path / "lstm-1" / "finetune", epoch(1, 4.9), epoch(2, 4.8), tested)
-    metrics_of(tmp_path / "lstm-1" / "raw", epoch(7, 4.95), epoch(8, 5.1))
-    metrics_of(tmp_path / "gru-2" / "main", epoch(1, 6.0))
-    runs = {(r["cell"], r["seed"], r["without"]): r for r in study.collected(tmp_path)}
-    assert set(runs) == {("LSTM", 1, ""), ("LSTM", 1, "no averaging"), ("GRU", 2, "")}
-    assert study.after(runs["LSTM", 1, ""], 8) == pytest.approx(math.exp(4.8))
-    assert study.after(runs["LSTM", 1, "no averaging"], 8) == pytest.approx(math.exp(5.1))
-    assert study.tested(runs["LSTM", 1, ""]) == pytest.approx(math.exp(4.0))
-    assert study.tested(runs["LSTM", 1, "no averaging"]) is None
-    assert study.after(runs["GRU", 2, ""], 6) is None
-    assert runs["LSTM", 1, ""]["commits"] == ["0123456"]
-    assert "not run" in study.tables(list(runs.values()))
+    processes = SimpleNamespace(run=in_this_process, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(study, "subprocess", processes)
+    with pytest.raises(ToolkitError, match="the same command continues it"):
+        study.train(study.RUNS[0], corpus_dir, tmp_path)
+    # An epoch that a kill made undone: the line of the next run counts.
+    with open(folder / "main" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "epoch", "epoch": 2, "valid_loss": 99.0}) + "\n")
+    for _ in range(2):  # the second call finds nothing to do
+        study.train(study.RUNS[0], corpus_dir, tmp_path)
+    assert scripts == ["main.py", "main.py", "main.py", "finetune.py"]
 
-
-def test_a_stage_of_the_study_that_ended_early_is_not_done(tmp_path, monkeypatch):
-    """Ctrl-C ends main.py early, with a test score and exit status 0."""
-    lines = [{"kind": "epoch", "epoch": 2, "valid_loss": 5.0}, {"kind": "test", "test_loss": 5.0}]
-
-    def early(command, **options):
-        folder = Path(command[command.index("--logdir") + 1])
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    monkeypatch.setattr(study.subprocess, "run", early)
-    with pytest.raises(ToolkitError, match="was interrupted"):
-        study.stage(tmp_path, "main", "main.py", ["--epochs", "3"])
-    assert not (tmp_path / "main" / "done").exists()
-    study.stage(tmp_path, "main", "main.py", ["--epochs", "2"])
-    assert (tmp_path / "main" / "done").exists()
+    averaged, raw = study.collected(tmp_path)
+    assert (averaged["without"], raw["without"]) == ("", "no averaging")
+    commit = metrics("main")[0]["commit"]
+    for found, stage, epoch in ((averaged, "finetune", 1), (raw, "raw", 3)):
+        assert [e["epoch"] for e in found["epochs"]] == [1, 2, 3]
+        assert [e["stage"] for e in found["epochs"]] == ["main", "main", stage]
+        losses = {e["epoch"]: e["valid_loss"] for e in metrics(stage) if e.get("kind") == "epoch"}
+        assert study.after(found, 3) == pytest.approx(math.exp(losses[epoch]))
+        assert 1 < study.after(found, 2) < 100
+        assert study.tested(found) == pytest.approx(math.exp(metrics(stage)[-1]["test_loss"]))
+        weights = checkpoint.load(folder / f"{stage}.pt").model
+        tied = {id(t.untyped_storage()): t.numel() for t in weights.values()}
+        assert found["parameters"] == sum(tied.values())
+        assert found["commits"] == ([commit[:7] + "+" * commit.endswith("+")] if commit else [])

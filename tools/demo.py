@@ -5,19 +5,18 @@ a stage fails or is no better than word frequencies alone.
 """
 
 import argparse
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tools.make_sample import SAMPLE, SPLITS, token_counts, unigram_perplexity
-
 ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "data" / "sample"
 STAGES = ("main.py", "finetune.py", "pointer.py")
 MODEL = ROOT / "demo" / "model.pt"
 
@@ -36,13 +35,29 @@ def run(script: str, *flags: str) -> str:
     return "".join(lines)
 
 
+def token_counts(split: str) -> Counter[str]:
+    """How often each token occurs in a file of the sample, `<eos>` once a line."""
+    text = (SAMPLE / f"{split}.txt").read_text(encoding="utf-8")
+    return Counter(text.replace("\n", " <eos> ").split())
+
+
+def unigram_perplexity(train: Counter[str], tokens: Counter[str]) -> float:
+    """Return exp of the mean of -log p(token), p being the share of the token in train.
+
+    Both are counts of tokens, `<eos>` included; every token has to occur in train.
+    """
+    total = train.total()
+    log_probs = sum(count * math.log(train[token] / total) for token, count in tokens.items())
+    return math.exp(-log_probs / tokens.total())
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the stages, print the table, and keep the model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="LSTM", choices=["LSTM", "QRNN", "GRU"])
     cell = parser.parse_args(argv).model
     start = time.time()
-    train, *others = (token_counts(SAMPLE, split) for split in SPLITS)
+    train, *others = map(token_counts, ("train", "valid", "test"))
     rows = [("word frequencies", *(unigram_perplexity(train, counts) for counts in others))]
     MODEL.parent.mkdir(exist_ok=True)
     # A demonstration that fails or is stopped leaves the last one's model as it is.

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,6 +31,9 @@ from loss import TrainingLoss
 from qrnn import definition
 from run import program
 from utils import ToolkitError, map_state
+
+# A trace has as many steps of a loop as its example had; a script keeps the loop.
+definition.forget_mult = torch.jit.script_if_tracing(definition.forget_mult)
 
 
 def build_parser() -> Parser:
@@ -108,10 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # A trace has as many steps of a loop as its example; a script has the loop.
-            loop = torch.jit.script(definition.forget_mult)
-            with mock.patch.object(definition, "forget_mult", loop):
-                traced = torch.jit.trace(exported, inputs, check_trace=False)
+            traced = torch.jit.trace(exported, inputs, check_trace=False)
             check(exported, traced, len(dictionary))
             content = to_onnx(traced, inputs) if args.onnx else traced.save_to_buffer()
     except Exception as error:

@@ -35,7 +35,7 @@ class FetchError(Exception):
 
 
 class Spec(NamedTuple):
-    """A corpus; without URLs and `words` it is a part of the repository."""
+    """A corpus, which is fetched from URLs or made from the corpus `words`."""
 
     name: str
     texts: dict[str, str]  # the checksum of each, SHA-256 or (40 digits) SHA-1
@@ -68,11 +68,6 @@ ENWIK8 = {
     "valid": "2076ad59caee0099b6c68e66f92d7ef7d0975113",
     "test": "1389fdf312b253350a959d4fd63e5e9ae7fe74d4",
 }
-SAMPLE = {
-    "train": "93acb3d77705ba1a3b080d419976e7f8fb9ad2342343161e5057bf5644a1e749",
-    "valid": "a2c6f2354ac5040f9111c3014a9ffdf4fe015a0b00c53d1965cb5f2041d0a2fe",
-    "test": "9436b577a21756e25475a933c2f18211c81bfebdadc9fa501e2d0551ee93bd3c",
-}
 ARCHIVES = {
     "wikitext-2-v1.zip": "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
     "wikitext-103-v1.zip": "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
@@ -96,7 +91,6 @@ SPECS = {
     "wikitext-2": Spec("wikitext-2", WIKITEXT_2, WIKITEXT_2_URLS),
     "wikitext-103": Spec("wikitext-103", WIKITEXT_103, WIKITEXT_103_URLS),
     "enwik8": Spec("enwik8", ENWIK8, ENWIK8_URLS),
-    "sample": Spec("sample", SAMPLE),
 }
 
 
@@ -217,19 +211,16 @@ def fetch(spec: Spec, base_url: str | None, folder: Path) -> None:
             return
         except FetchError as error:
             print(f"  {error}", file=sys.stderr)
-    lines = [f"{spec.name}: no source worked", *by_hand(spec, folder.parent / spec.name)]
-    raise FetchError("\n".join(lines))
-
-
-def by_hand(spec: Spec, folder: Path) -> list[str]:
-    """Instructions to fetch a corpus by hand: the files, their checksums, where to put them."""
-    return [
+    target = folder.parent / spec.name
+    lines = [
+        f"{spec.name}: no source worked",
         "To fetch it by hand, save one of these (* is each of train, valid, test) in a folder /DIR",
         *(f"  {url}  {ARCHIVES.get(url.rpartition('/')[2], '')}" for url in spec.urls),
         f"and run  BASE_URL=file:///DIR ./getdata.sh {spec.name}",
         "or put the three texts (their checksums: SHA-256, or SHA-1 if of 40 digits) at",
-        *(f"  {folder / split}.txt  {checksum}" for split, checksum in spec.texts.items()),
+        *(f"  {target / split}.txt  {checksum}" for split, checksum in spec.texts.items()),
     ]
+    raise FetchError("\n".join(lines))
 
 
 def place(spec: Spec, work: Path, folder: Path) -> None:
@@ -251,18 +242,11 @@ def place(spec: Spec, work: Path, folder: Path) -> None:
 def get(name: str, data_dir: Path, base_url: str | None = None) -> None:
     """Put corpus `name` in `data_dir`, from `base_url` alone if given, or raise FetchError."""
     spec = SPECS[name]
-    shipped = not spec.urls and not spec.words
-    folder = (ROOT / "data" if shipped else data_dir) / name
-    work = data_dir / f".{name}.download"
-    wrong = wrong_files(spec, folder)
-    if not wrong:
+    folder, work = data_dir / name, data_dir / f".{name}.download"
+    if not wrong_files(spec, folder):
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its end
         print(f"{name}: already in {folder}, checksums right", flush=True)
         return
-    if shipped:
-        raise FetchError(
-            f"{name}: {'; '.join(wrong)} in {folder}: restore it with `git checkout -- data/{name}`"
-        )
     work.mkdir(exist_ok=True)
     if spec.words:
         print(f"{name}: derived from {spec.words}", flush=True)

@@ -43,7 +43,7 @@ def published_cell(row: Row, stage: str) -> str:
 def our_cell(row: Row, known: dict[str, Any]) -> str:
     """Our figures, or the progress of an unfinished run; empty if nothing has been run."""
     valid, test = (shown(known.get(kind), row.unit) for kind in ("valid", "test"))
-    if valid and test and known["done"]:
+    if valid and test:
         return f"{valid} / {test}"
     if not valid or not known.get("epochs"):
         return ""
@@ -56,7 +56,7 @@ def published_table(results: Path) -> str:
     ours = {}
     for name in ROWS:
         head = next(iter(read_lines(results / f"{name}.metrics.jsonl")), {})
-        ours[name] = {} if head.get("reduced") else head.get("stages", {})
+        ours[name] = head.get("stages", {})
     filled = stages if any(ours.values()) else []
     more = ["ours: main", *stages[1:]] if filled else []
     lines = table_head("corpus, cell", "published: main", *stages[1:], *more)
@@ -118,18 +118,16 @@ def main(argv: list[str] | None = None) -> int:
     """Write or check the pages; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the folder with the pages")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--lease", type=Path, metavar="ARCHIVE")
     args = parser.parse_args(argv)
     if args.lease:
         name, text = lease_page(args.lease)
-        (args.results / name).write_text(text, encoding="utf-8")
-        print(f"Wrote {args.results / name}")
+        (ROOT / "results" / name).write_text(text, encoding="utf-8")
+        print(f"Wrote results/{name}")
         return 0
     status = 0
-    for page, (name, content) in pages(args.results).items():
-        path = args.root / page
+    for page, (name, content) in pages(ROOT / "results").items():
+        path = ROOT / page
         text = path.read_text(encoding="utf-8")
         new = replaced(text, name, content)
         if new != text and args.check:
@@ -137,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             status = 1
         elif new != text:
             path.write_text(new, encoding="utf-8")
-            print(f"Wrote {path}")
+            print(f"Wrote {page}")
     return status
 
 
