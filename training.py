@@ -95,6 +95,9 @@ class TrainingStep:
         self.update()
         return raw_loss.double()
 
+    def refresh(self) -> None:
+        """Do nothing: only a step recorded on a GPU must be told that a number has changed."""
+
     def update(self) -> None:
         """Clip the gradient, then let the optimiser take its step."""
         if self.clip:

@@ -8,17 +8,16 @@ A comparison of results sees only what a small example does. So REPLACED also ha
 source of the methods that a form replaces: where one of them was edited, the definition runs.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qrnn import QRNNLayer, check, forget_mult
@@ -50,7 +49,7 @@ REPLACED: dict[str, str] = {
     "fast.dynamic_evaluation.FastDynamicEvaluation": "00d82d9e",
     "fast.step.FastStep": "f621b94f",
     "fast.qrnn.FastQRNN": "abe384c2",
-    "fast.cuda_graphs.GraphedStep": "ade2c1fc",
+    "fast.cuda_graphs.GraphedStep": "04629662",
 }
 
 
@@ -69,19 +68,21 @@ def choose(
     use, and one for each that does not agree with its definition.
     """
     like = next(network.parameters()).detach()
+    cells = GPU_FORMS if like.is_cuda else BF16_FORMS if bf16 else {}
     used, problems = [], []
     for part in (*network.modules(), *others):
         if isinstance(part, QRNNLayer):
             part.plain = plain
-        form = "" if plain else _form_of(type(part), like.device, bf16)
+        name = f"{type(part).__module__}.{type(part).__qualname__}"
+        form = "" if plain else FORMS.get(name) or cells.get(name)
         if not form or form.split(".")[1] in leave_out:
             continue
-        module, _, name = form.rpartition(".")
         problem = _problem(form, like.device, like.dtype, bf16)
         if problem:
             problems.append(problem)
         else:
-            part.__class__ = getattr(importlib.import_module(module), name)
+            module, _, kind = form.rpartition(".")
+            part.__class__ = getattr(importlib.import_module(module), kind)
             used.append(module)
     if plain:
         return ["Definitions only (--plain)"]
@@ -139,12 +140,6 @@ def replaced(form: type) -> tuple[str, str]:
     return ", ".join(names), digest
 
 
-def _form_of(kind: type, device: torch.device, bf16: bool) -> str:
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    cells = GPU_FORMS if device.type == "cuda" else BF16_FORMS if bf16 else {}
-    return FORMS.get(name) or cells.get(name, "")
-
-
 @functools.cache
 def _problem(form: str, device: torch.device, dtype: torch.dtype, bf16: bool) -> str:
     """Why a form is not used, in a sentence; "" if it agrees with its definition."""
@@ -154,30 +149,19 @@ def _problem(form: str, device: torch.device, dtype: torch.dtype, bf16: bool) ->
     tolerance = check.TOLERANCE[torch.bfloat16 if bf16 else dtype]
     if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         tolerance = max(tolerance, 2e-3)  # TensorFloat-32 has ten bits
-    try:
+
+    def compare() -> Iterable[Sequence[Tensor]]:
         own = importlib.import_module(module)
         methods, digest = replaced(getattr(own, name))
         if digest != REPLACED.get(form, ""):
-            return f"{place}.py replaces {methods}, which was edited: it is not used"
-        with (
-            _generators_kept(device),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False),
-        ):
-            apart = check.distance(*own.compare(like))
-        reason = f"its results differ by {apart:.1e}" if apart > tolerance else ""
-    except Exception as error:  # of a kernel, its compiler, or a private function of PyTorch
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return reason and f"{place}.py does not do what its definition does ({reason}): it is not used"
+            raise RuntimeError(f"it replaces {methods}, which was edited")
+        return own.compare(like)
 
-
-@contextlib.contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """A context with fixed random numbers, after which the generators are as they were."""
     cuda = [device] if device.type == "cuda" else []
+    # Fixed random numbers; afterwards the generators are as they were.
     with torch.random.fork_rng(cuda):
         torch.default_generator.manual_seed(0)
         if cuda:
             torch.cuda.manual_seed(0)
-        yield
+        reason = check.problem(compare, device, tolerance, bf16)
+    return reason and f"{place}.py does not do what its definition does ({reason}): it is not used"

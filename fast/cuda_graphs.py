@@ -7,11 +7,11 @@ tensors at fixed addresses.
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fast.step
 from fast.nt_asgd import FastNTASGD
@@ -21,17 +21,13 @@ from weight_drop import WeightDrop
 
 # Most graphs kept at once. With a bptt of 70 an epoch has 44 different lengths, some only once.
 MOST_GRAPHS = 64
-# Names left out of a graph's key: the attributes of nn.Module itself, and the settings of an
-# optimiser that a replay reads from the device.
-_OF_MODULE = vars(nn.Module()).keys() - {"training"}
-_ON_DEVICE = {"lr", "params"}
-# Attributes of a step that count.
-_OF_STEP = {"row", "batches", "since", "recording", "_at_start", "_new_keys"}
+# Attributes of a step that are no part of a graph's key: they count.
+_COUNTS = {"row", "batches", "since", "recording", "_replayed", "_changes"}
 _PLAIN = (int, float, str, type(None))
-# The key is compared at every step that runs eagerly, and at one in so many replayed steps.
+# The key is compared before every step that runs eagerly, and before one in so many others.
 _COMPARE_EVERY = 50
 # After so many eager steps in a row that each changed the key, a log line says so.
-_KEYS_IN_A_ROW = 20
+_CHANGES_IN_A_ROW = 20
 
 Key = list[tuple[str, Any]]
 
@@ -58,9 +54,10 @@ class GraphedStep(FastStep):
         device = self.source.device
         self.say = say
         self._record = _CUDARecorder() if record is None else record
-        self.recording = self._at_start = True
+        self.recording = True
         self._frozen: Key = []
-        self._new_keys = 0
+        self._replayed = False  # since the start of the text or the last comparison
+        self._changes = 0  # found by the last comparisons in a row
         self._replays: dict[int, Callable[[], None]] = {}
         self._seen: Counter[int] = Counter()
         self._first_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -74,12 +71,11 @@ class GraphedStep(FastStep):
 
     def begin(self, position: Mapping[str, Any] | None = None) -> None:
         super().begin(position)
-        if "_hidden" in vars(self):
-            self._keep_places()
-            self._at_start = True
+        self._keep_places()
+        self._replayed = False
 
     def take(self, rows: int, seq_len: int) -> None:
-        if rows not in self._replays or self.batches % _COMPARE_EVERY == 0 or self._at_start:
+        if rows not in self._replays or self.batches % _COMPARE_EVERY == 0:
             self._report_changes()
         with self._on_one_stream():
             if rows == seq_len and self._is_recorded(rows):
@@ -87,7 +83,6 @@ class GraphedStep(FastStep):
             else:
                 super().take(rows, seq_len)
                 self._keep_places()
-                self._watch_key()
         self._seen[rows] += rows == seq_len
 
     def refresh(self) -> list[str]:
@@ -106,52 +101,38 @@ class GraphedStep(FastStep):
     def frozen(self) -> Key:
         """Everything that a recorded step would freeze, with its name.
 
-        These are the plain attributes (numbers, strings, and tuples or lists of them) of the step,
-        the modules and the optimiser, its settings, the numbers in its state, the tensors that are
-        attributes of modules, since a forward pass may put others in their place, and the text's
-        address.
+        These are the attributes of the step, the modules and the optimiser, its settings and its
+        state: numbers, strings, tuples and lists of them, and which object a tensor is, since a
+        step may put another in its place.
         """
-        optimizer, on_device = self.optimizer, _ON_DEVICE
-        key = [("text", self.source.data_ptr()), *_plain(vars(self), _OF_STEP)]
-        if isinstance(optimizer, FastNTASGD):
-            key.append(("averaging", optimizer.averaging))
-            on_device = {*on_device, "averaged_steps"}
-        modules = list(self.network.modules())
+        modules, optimizer = list(self.network.modules()), self.optimizer
         # A dropped weight is computed and used within one step.
-        drops = [module for module in modules if isinstance(module, WeightDrop)]
-        dropped = {(id(drop.module), name) for drop in drops for name in drop.weights}
-        for module in modules:
-            key += _plain(vars(module), _OF_MODULE)
-            for name, value in vars(module).items():
-                if isinstance(value, Tensor) and (id(module), name) not in dropped:
-                    key.append((name, id(value)))
-        for group in optimizer.param_groups:
-            key += _plain(group, on_device)
-        key += _plain(vars(optimizer))
-        for p in self.params:
-            state = optimizer.state.get(p, {})
-            key += _plain(state)
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.device != p.device:
-                    key.append((name, value.tolist()))  # such as a count of steps on the CPU
-        return key
+        dropped = {part.module: part.weights for part in modules if isinstance(part, WeightDrop)}
+        # A replay reads these settings from the device.
+        on_device = {"lr", "averaged_steps"} if isinstance(optimizer, FastNTASGD) else {"lr"}
+        owners = [(vars(self), _COUNTS), (vars(optimizer), ())]
+        owners += [(vars(part) | part._buffers, dropped.get(part, ())) for part in modules]
+        owners += [(group, on_device) for group in optimizer.param_groups]
+        owners += [(optimizer.state.get(p, {}), ()) for p in self.params]
+        return [
+            (name, _held(value, self.source.device))
+            for values, left_out in owners
+            for name, value in values.items()
+            if name not in left_out
+        ]
 
     def _report_changes(self) -> None:
-        """Before a step: report numbers that were changed since the last comparison."""
+        """Compare the key; say if it changed since a replay, or changes at every eager step."""
         changed = self.refresh()
-        if changed and not self._at_start:
+        self._changes = self._changes + 1 if changed else 0
+        if changed and self._replayed:
             self.say(
                 f"{', '.join(changed)} changed within the epoch: up to {_COMPARE_EVERY} steps had "
                 "the old value; call step.refresh() after such a change"
             )
-        self._at_start = False
-
-    def _watch_key(self) -> None:
-        """After an eager step: record only if it changed no number."""
-        changed = self.refresh()
-        self._new_keys = self._new_keys + 1 if changed else 0
-        if self._new_keys == _KEYS_IN_A_ROW:
+        elif self._changes == _CHANGES_IN_A_ROW:
             self.say(f"CUDA graphs are off while every step changes {', '.join(changed)}")
+        self._replayed = False
 
     def _keep_places(self) -> None:
         """Move the state and the norm of an eager or a recorded step to their fixed addresses."""
@@ -168,7 +149,7 @@ class GraphedStep(FastStep):
         if rows in self._replays:
             return True
         room = len(self._replays) < MOST_GRAPHS
-        if not (self.recording and self._seen[rows] and room) or self._new_keys:
+        if not (self.recording and self._seen[rows] and room):
             return False
         try:
             with self._recordable():
@@ -206,6 +187,7 @@ class GraphedStep(FastStep):
             self.optimizer.count()
             self._averaging_weight.fill_(1 / self.optimizer.param_groups[0]["averaged_steps"])
         self._replays[rows]()
+        self._replayed = True
         self.row += rows
         self.batches += 1
         self.since += 1
@@ -214,8 +196,7 @@ class GraphedStep(FastStep):
     def _recordable(self) -> Iterator[None]:
         """A context in which the optimiser can be recorded: its changing numbers are tensors."""
         groups = self.optimizer.param_groups
-        changed = ("lr", "capturable")
-        own = [{name: group[name] for name in changed if name in group} for group in groups]
+        own = [dict(group) for group in groups]
         for group, rate in zip(groups, self._lr, strict=True):
             group["lr"] = rate
             if "capturable" in group:  # Adam's step can be recorded only then
@@ -244,17 +225,25 @@ class GraphedStep(FastStep):
         outside.wait_stream(stream)
 
 
-def _plain(values: Mapping[str, Any], but: Collection[str] = ()) -> Key:
-    """The numbers, strings, and tuples or lists of them among `values`, without the names `but`."""
-    kept: Key = []
-    for name, value in values.items():
-        if name in but:
-            continue
-        if isinstance(value, _PLAIN):
-            kept.append((name, value))
-        elif isinstance(value, tuple | list) and all(isinstance(part, _PLAIN) for part in value):
-            kept.append((name, tuple(value)))
-    return kept
+class _Object:
+    """A tensor in a key, equal to itself alone; while it is held, no other gets its address."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.tensor is other.tensor
+
+
+def _held(value: Any, device: torch.device) -> Any:
+    """What a graph on `device` holds of a value; None for an object of another kind."""
+    if isinstance(value, Tensor):
+        # Such as a count of steps on the CPU.
+        elsewhere = value.device != device and value.numel() == 1
+        return value.item() if elsewhere else _Object(value)
+    if isinstance(value, tuple | list) and all(isinstance(part, _PLAIN) for part in value):
+        return tuple(value)
+    return value if isinstance(value, _PLAIN) else None
 
 
 class _CUDARecorder:

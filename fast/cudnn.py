@@ -12,12 +12,39 @@ from weight_drop import WeightDrop
 
 
 class _FromOneBuffer(nn.RNNBase):
+    """The weights of a layer within a WeightDrop are copied to one buffer, which cuDNN requires.
+
+    The dropped weight is a new tensor at every call, so PyTorch's own forward would move the
+    Parameters to a new buffer each time, or warn and copy. Both copy as many bytes, and moved
+    Parameters lose the addresses that a CUDA graph has recorded. Autocast is disabled here: for
+    cuDNN it converts everything to float16, whatever dtype is set, and gradients as small as a
+    language model's would lose most of their digits.
+    """
+
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        # Parameters stay in cuDNN's own buffer: only a dropped weight is a new tensor at each call.
+        # Without a dropped weight the Parameters stay in cuDNN's own buffer.
         dropped = "weight_hh_l0" not in self._parameters
-        if dropped and input.dim() == 3 and torch.backends.cudnn.is_acceptable(input):
-            return _run_from_one_buffer(self, input, hx)
-        return super().forward(input, hx)
+        usable = hx is not None and input.dim() == 3 and torch.backends.cudnn.is_acceptable(input)
+        if not (dropped and usable):
+            return super().forward(input, hx)
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        with torch.autocast(input.device.type, enabled=False):
+            weights = list(_OneBuffer.apply(*(getattr(self, name) for name in names)))
+            arguments = {
+                "input": input.to(weights[0].dtype),
+                "hx": hx,
+                "params": weights,
+                "has_biases": True,
+                "num_layers": 1,
+                "dropout": 0.0,
+                "train": self.training,
+                "bidirectional": False,
+                "batch_first": False,
+            }
+            if isinstance(self, nn.LSTM):
+                output, h, c = torch.lstm(**arguments)
+                return output, (h, c)
+            return torch.gru(**arguments)
 
 
 class FastLSTM(_FromOneBuffer, LSTM):
@@ -42,41 +69,9 @@ class _OneBuffer(torch.autograd.Function):
         return grads
 
 
-def _run_from_one_buffer(module: nn.RNNBase, input: Tensor, hidden: Any) -> tuple[Tensor, Any]:
-    """The call of a one-layer `module`, its weights copied to one buffer.
-
-    cuDNN requires one buffer. The dropped weight is a new tensor at every call, so `module` itself
-    would move its Parameters to a new buffer each time, or warn and copy. Both copy as many bytes,
-    and moved Parameters lose the addresses that a CUDA graph has recorded. Autocast is disabled
-    here: for cuDNN it converts everything to float16, whatever dtype is set, and gradients as small
-    as a language model's would lose most of their digits.
-    """
-    lstm = isinstance(module, nn.LSTM)
-    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    with torch.autocast(input.device.type, enabled=False):
-        weights = list(_OneBuffer.apply(*(getattr(module, name) for name in names)))
-        input = input.to(weights[0].dtype)
-        if hidden is None:
-            zeros = input.new_zeros(1, input.size(1), module.hidden_size)
-            hidden = (zeros, zeros) if lstm else zeros
-        options = {
-            "params": weights,
-            "has_biases": True,
-            "num_layers": 1,
-            "dropout": 0.0,
-            "train": module.training,
-            "bidirectional": False,
-            "batch_first": False,
-        }
-        if lstm:
-            output, h, c = torch.lstm(input, hx=hidden, **options)
-            return output, (h, c)
-        return torch.gru(input, hx=hidden, **options)
-
-
 def compare(like: Tensor) -> Iterator[list[Tensor]]:
     """Outputs, states and gradients of FastLSTM and FastGRU, then of LSTM and GRU."""
     for kinds in ((FastLSTM, FastGRU), (LSTM, GRU)):
         cells = [WeightDrop(kind(8, 16, 0).to(like), ["weight_hh_l0"]) for kind in kinds]
-        results = (cell_results(cell, cell.module.initial_state(3), like) for cell in cells)
+        results = (cell_results(cell, like) for cell in cells)
         yield [part for parts in results for part in parts]

@@ -195,5 +195,5 @@ def compare(like: Tensor) -> Iterator[list[Tensor]]:
     for low, kinds in ((True, (FastLSTM, FastGRU)), (False, (LSTM, GRU))):
         cells = [kind(8, 16, 0).to(like) for kind in kinds]
         with torch.autocast("cpu", torch.bfloat16, low):
-            results = [cell_results(c, c.initial_state(3), like, scale=0.25) for c in cells]
+            results = [cell_results(cell, like, scale=0.25) for cell in cells]
         yield [part for parts in results for part in parts]

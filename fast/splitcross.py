@@ -106,33 +106,21 @@ def _one_kernel(
 
 def _operations(
     inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `_one_kernel`, in PyTorch's operations."""
-    if inputs.dtype != bias.dtype:
-        return _low_operations(inputs, matrix, bias, targets, gradient)
-    if inputs.device.type == "cpu":
-        # Not addmm: that copies the bias to every row first, at seven times the sum's time.
-        logits = linear.matmul(inputs, matrix.t()).add_(bias)
-    else:
-        logits = torch.addmm(bias, inputs, matrix.t())
-    loss = _loss_and_gradient_(logits, targets, gradient)
-    return loss, logits, logits.sum(dim=0) if gradient else None
-
-
-def _low_operations(
-    inputs: Tensor, matrix: Tensor, bias: Tensor, targets: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_operations`, of inputs with fewer bits than `bias` has, and the softmax."""
-    logits = inputs @ matrix.t()
+    """As `_one_kernel`, in PyTorch's operations."""
+    logits = linear.matmul(inputs, matrix.t())
     loss, sums = bias.new_zeros(()), torch.zeros_like(bias)
-    # Few rows stay in a CPU's cache.
-    rows = 64 if logits.device.type == "cpu" else len(logits)
-    for low, some in zip(logits.split(rows), targets.split(rows), strict=True):
-        block = low + bias
+    low = logits.dtype != bias.dtype
+    # In more bits than the logits have, few rows stay in a CPU's cache.
+    rows = 64 if low and logits.device.type == "cpu" else len(logits)
+    for part, some in zip(logits.split(rows), targets.split(rows), strict=True):
+        # Not addmm: that copies the bias to every row first, at seven times the sum's time.
+        block = part + bias if low else part.add_(bias)
         loss += _loss_and_gradient_(block, some, gradient)
         if gradient:
-            low.copy_(block)
             sums += block.sum(dim=0)
+            if low:
+                part.copy_(block)
     return loss, logits, sums
 
 

@@ -23,15 +23,11 @@ class FastWeightDrop(WeightDrop):
             if linear.in_bfloat16(raw):
                 return _LowDropout.apply(raw, self.dropout)
             if raw.device.type == "cpu":
-                return raw * _mask(raw, self.dropout)
+                kept = _kept(raw, self.dropout, raw.dtype)
+                return raw * kept.div_(1 - self.dropout)
             if raw.is_cuda and isinstance(self.module, linear.FastLinear):
                 return _AlignedDropout.apply(raw, self.dropout)
         return super().drop(raw)
-
-
-def _mask(like: Tensor, dropout: float) -> Tensor:
-    """A dropout mask of the shape of `like`, on the CPU: 0, or 1 / (1 - dropout)."""
-    return _kept(like, dropout, like.dtype).div_(1 - dropout)
 
 
 def _kept(like: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,7 @@
 """Comparison of a fast form with its definition on small tensors, without random numbers."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +16,41 @@ def numbers(*shape: int, like: Tensor, phase: float = 0.0) -> Tensor:
     return angles.sin().view(shape).to(like)
 
 
-def cell_results(cell: nn.Module, state: Any, like: Tensor, scale: float = 1.0) -> list[Tensor]:
+def cell_results(cell: nn.Module, like: Tensor, scale: float = 1.0) -> list[Tensor]:
     """Output, states and gradients of a cell of 8 inputs after 5 steps of 3 columns.
 
-    Its parameters become fixed numbers times `scale`; `state` is the initial one.
+    Its parameters become fixed numbers times `scale`.
     """
     with torch.no_grad():
         for p in cell.parameters():
             p.copy_(numbers(*p.shape, like=p) * scale)
     x = numbers(5, 3, 8, like=like).requires_grad_()
-    y, state = cell(x, state)
+    y, state = cell(x, getattr(cell, "module", cell).initial_state(3))
     states = state if isinstance(state, tuple) else (state,)
     loss = y.to(like.dtype).square().sum() + sum(part.sum() for part in states)
     return [y, *states, *torch.autograd.grad(loss, [x, *cell.parameters()])]
+
+
+def problem(
+    compare: Callable[[], Iterable[Sequence[Tensor]]],
+    device: torch.device,
+    tolerance: float,
+    bf16: bool = False,
+) -> str:
+    """Why the two lists of results of `compare` differ, or its error; "" if they agree.
+
+    With `bf16` they are computed under autocast to bfloat16.
+    """
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False),
+        ):
+            apart = distance(*compare())
+    except Exception as error:  # of a kernel, its compiler, or a private function of PyTorch
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"its results differ by {apart:.1e}" if apart > tolerance else ""
 
 
 def distance(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

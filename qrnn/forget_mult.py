@@ -1,38 +1,25 @@
 """The recurrence and the layer of definition.py in the fastest of three ways that agrees with it.
 
 The ways are CUDA kernels (kernels.py), PyTorch's operations with hand-written gradients (fused.py),
-and the definition. Each is compared with the definition on small tensors before its first use.
+and the definition. Each is compared with the definition on small tensors before its first use, and
+is not used if the definition was edited.
 """
 
 import functools
+import hashlib
+import inspect
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from qrnn import definition, fused, kernels
-from qrnn.check import TOLERANCE, distance, numbers
+from qrnn import check, definition, fused, kernels
 
-
-def forget_mult(
-    f: Tensor,
-    x: Tensor,
-    hidden_init: Tensor | None = None,
-    reverse: bool = False,
-    use_cuda: bool = True,
-) -> Tensor:
-    """definition.forget_mult, for which `hidden_init` may also be (1, batch, hidden).
-
-    On a GPU it runs as one kernel, unless `use_cuda` is False or CuPy is missing. Raises ValueError
-    if the shapes do not fit.
-    """
-    if f.dim() != 3 or f.shape != x.shape:
-        raise ValueError(
-            "forget_mult takes f and x of one shape (seq_len, batch, hidden), "
-            f"not {tuple(f.shape)} and {tuple(x.shape)}"
-        )
-    return way_for(x, use_cuda).forget_mult(f, x, _initial(hidden_init, x), reverse)
+# A digest of the source of definition.py, which kernels.py and fused.py follow; tests/test_fast.py
+# prints it anew after an edit of ours.
+DEFINITION = "9de679e0"
 
 
 class ForgetMult(nn.Module):
@@ -41,8 +28,17 @@ class ForgetMult(nn.Module):
     def forward(
         self, f: Tensor, x: Tensor, hidden_init: Tensor | None = None, use_cuda: bool = True
     ) -> Tensor:
-        """As `forget_mult`, forwards in time."""
-        return forget_mult(f, x, hidden_init, use_cuda=use_cuda)
+        """definition.forget_mult, for which `hidden_init` may also be (1, batch, hidden).
+
+        On a GPU it runs as one kernel, unless `use_cuda` is False or CuPy is missing. Raises
+        ValueError if the shapes do not fit.
+        """
+        if f.dim() != 3 or f.shape != x.shape:
+            raise ValueError(
+                "ForgetMult takes f and x of one shape (seq_len, batch, hidden), "
+                f"not {tuple(f.shape)} and {tuple(x.shape)}"
+            )
+        return way_for(x, use_cuda).forget_mult(f, x, _initial(hidden_init, x))
 
 
 def pool(
@@ -100,38 +96,37 @@ def _initial(hidden_init: Tensor | None, x: Tensor) -> Tensor | None:
 def _agrees(way: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a way gives the definition's results and gradients; if not, a warning says why."""
     like = torch.empty(0, device=device, dtype=dtype)
-    exact = like if dtype == torch.float64 else like.float()
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
-            # Both start from the same rounded numbers.
-            apart = distance(_small_results(way, like), _small_results(definition, exact, like))
-        problem = f"its results differ by {apart:.1e}" if apart > TOLERANCE[dtype] else ""
-    except Exception as error:  # of CuPy, its compiler or its cache, of kernels or of PyTorch
-        problem = str(error).strip() or type(error).__name__
+    problem = check.problem(lambda: _compare(way, like), device, check.TOLERANCE[dtype])
     if problem:
         file = way.__name__.replace(".", "/")
         warnings.warn(f"{file}.py is not used for {dtype} on {device}: {problem}", stacklevel=4)
     return not problem
 
 
-def _small_results(way: ModuleType, like: Tensor, rounded: Tensor | None = None) -> list[Tensor]:
+def definition_digest() -> str:
+    """A digest of the source of definition.py as it is."""
+    source = inspect.getsource(definition).encode()
+    return hashlib.blake2b(source, digest_size=4).hexdigest()
+
+
+def _compare(way: ModuleType, like: Tensor) -> Iterator[list[Tensor]]:
     """Results and gradients of the recurrence and of the layer, forwards and in reverse.
 
-    The inputs are rounded to the dtype of `rounded` before they get that of `like`.
+    The definition computes in float32 or more, from numbers rounded to the dtype of `like`.
     """
-    results = []
-    for reverse in (False, True):
-        f, x, y, c = (
-            numbers(*shape, like=like if rounded is None else rounded).to(like).requires_grad_()
-            for shape in ((11, 2, 33), (11, 2, 33), (11, 2, 99), (2, 33))
-        )
-        lengths = torch.tensor([11, 6], device=like.device) if reverse else None
-        h = way.forget_mult(f.sigmoid(), x, c, reverse)
-        output, last = way.pool(y, c, 0.7, True, reverse, lengths)
-        loss = (h * x).sum() + (output * x).sum() + (last * c).sum()
-        results += [h, output, last, *torch.autograd.grad(loss, (f, x, y, c))]
-    return results
+    if definition_digest() != DEFINITION:
+        raise RuntimeError("qrnn/definition.py was edited")
+    exact = like if like.dtype == torch.float64 else like.float()
+    for module, precision in ((way, like), (definition, exact)):
+        results = []
+        for reverse in (False, True):
+            f, x, y, c = (
+                check.numbers(*shape, like=like).to(precision).requires_grad_()
+                for shape in ((11, 2, 33), (11, 2, 33), (11, 2, 99), (2, 33))
+            )
+            lengths = torch.tensor([11, 6], device=like.device) if reverse else None
+            h = module.forget_mult(f.sigmoid(), x, c)
+            output, last = module.pool(y, c, 0.7, True, reverse, lengths)
+            loss = (h * x).sum() + (output * x).sum() + (last * c).sum()
+            results += [h, output, last, *torch.autograd.grad(loss, (f, x, y, c))]
+        yield results

@@ -15,11 +15,9 @@ _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
-def forget_mult(
-    f: Tensor, x: Tensor, hidden_init: Tensor | None = None, reverse: bool = False
-) -> Tensor:
-    """As definition.forget_mult."""
-    return _ForgetMult.apply(f, x, hidden_init, reverse)
+def forget_mult(f: Tensor, x: Tensor, hidden_init: Tensor | None = None) -> Tensor:
+    """As definition.forget_mult, forwards in time."""
+    return _ForgetMult.apply(f, x, hidden_init)
 
 
 def pool(
@@ -35,7 +33,7 @@ def pool(
     return _Pool.apply(y, c_init, zoneout, output_gate, reverse, valid)
 
 
-def _scan(f: Tensor, x: Tensor, hidden_init: Tensor | None, reverse: bool) -> Tensor:
+def _scan(f: Tensor, x: Tensor, hidden_init: Tensor | None, reverse: bool = False) -> Tensor:
     """All states in order of time, with the initial one: (seq_len + 1, batch, hidden)."""
     states = x.new_empty(x.size(0) + 1, *x.shape[1:])
     # Indexing a tensor at every step would cost as much as the step itself.
@@ -56,7 +54,7 @@ def _split(states: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     return (states[1:], states[:-1]) if reverse else (states[:-1], states[1:])
 
 
-def _scan_backward(grad: Tensor, keep: Tensor, reverse: bool) -> Tensor:
+def _scan_backward(grad: Tensor, keep: Tensor, reverse: bool = False) -> Tensor:
     """Turn gradients of the outputs into gradients of the states, in place, last to first.
 
     `keep` is `1 - f`. Both are (seq_len, batch, hidden). Returns the gradient of the initial state.
@@ -71,26 +69,22 @@ def _scan_backward(grad: Tensor, keep: Tensor, reverse: bool) -> Tensor:
 
 class _ForgetMult(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, f: Tensor, x: Tensor, hidden_init: Tensor | None, reverse: bool
-    ) -> Tensor:
-        states = _scan(f, x, hidden_init, reverse)
+    def forward(ctx: Any, f: Tensor, x: Tensor, hidden_init: Tensor | None) -> Tensor:
+        states = _scan(f, x, hidden_init)
         ctx.save_for_backward(f, x, states)
-        ctx.reverse = reverse
-        return _split(states, reverse)[1]
+        return states[1:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         f, x, states = ctx.saved_tensors
-        before, _ = _split(states, ctx.reverse)
         # A copy, because the incoming gradient may be expanded and must not change.
         grad = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad_output)
         keep = 1 - f
-        grad_init = _scan_backward(grad, keep, ctx.reverse)
+        grad_init = _scan_backward(grad, keep)
         # Reuses the memory of `keep`: new memory costs more than the arithmetic.
-        grad_f = torch.sub(x, before, out=keep).mul_(grad)
-        return grad_f, grad.mul_(f), grad_init if ctx.needs_input_grad[2] else None, None
+        grad_f = torch.sub(x, states[:-1], out=keep).mul_(grad)
+        return grad_f, grad.mul_(f), grad_init if ctx.needs_input_grad[2] else None
 
 
 class _Pool(torch.autograd.Function):

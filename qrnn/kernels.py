@@ -22,16 +22,14 @@ CHUNK = {torch.float64: 4, torch.float32: 8, torch.float16: 8, torch.bfloat16: 8
 BLOCK = 64  # threads per block, the kernels' launch bound
 
 
-def forget_mult(
-    f: Tensor, x: Tensor, hidden_init: Tensor | None = None, reverse: bool = False
-) -> Tensor:
-    """As definition.forget_mult.
+def forget_mult(f: Tensor, x: Tensor, hidden_init: Tensor | None = None) -> Tensor:
+    """As definition.forget_mult, forwards in time.
 
     Raises ValueError if another tensor has a wrong shape, or another dtype or device than `x`.
     """
     f = _checked("f", f, x.shape, like=x)
     hidden_init = _checked("hidden_init", hidden_init, x.shape[1:], like=x)
-    options = {"gate": False, "reverse": reverse, "scale": 1.0}
+    options = {"gate": False, "reverse": False, "scale": 1.0}
     h, _ = _Recurrence.apply(x.contiguous(), f, hidden_init, None, None, None, options)
     return h
 
@@ -155,8 +153,6 @@ def _launch(
     options = compile_options(z.dtype, fused=f is None, gate=gate, mask=mask is not None)
     z, row = _rows(z)
     z, f, o = _parts(z, f, gate)
-    if not z.numel():
-        raise ValueError(f"the shape (seq_len, batch, hidden) has a zero: {tuple(z.shape)}")
     seq_len, batch, hidden = z.shape
     cuda.launch(
         SOURCE,

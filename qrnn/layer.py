@@ -207,7 +207,9 @@ class QRNN(nn.Module):
                 raise ValueError("lengths cannot be combined with a PackedSequence")
             padded, on_cpu = pad_packed_sequence(input)
             output, last = self._stack(padded, hidden, on_cpu.to(padded.device))
-            return _packed_like(input, output, on_cpu), last
+            # The order of the columns is again that of the input.
+            in_order = input.sorted_indices is None
+            return pack_padded_sequence(output, on_cpu, enforce_sorted=in_order), last
         if self.batch_first:
             input = input.transpose(0, 1)
         output, last = self._stack(input, hidden, lengths)
@@ -228,12 +230,3 @@ class QRNN(nn.Module):
             if i < self.num_layers - 1:
                 x = functional.dropout(x, self.dropout, self.training)
         return x, torch.cat(last_states)
-
-
-def _packed_like(packed: PackedSequence, output: Tensor, lengths: Tensor) -> PackedSequence:
-    """`output` (seq_len, batch, size) packed in the order of `packed`."""
-    order = packed.sorted_indices
-    if order is not None:
-        output, lengths = output.index_select(1, order), lengths[order.cpu()]
-    again = pack_padded_sequence(output, lengths)
-    return PackedSequence(again.data, again.batch_sizes, order, packed.unsorted_indices)

@@ -50,6 +50,18 @@ def random_case(dtype: torch.dtype, seed: int, size: tuple[int, int, int] | None
     )
 
 
+def check_recurrence(check: Callable, dtype: torch.dtype, place: "Place") -> None:
+    """`check_layer` or `check_forget_mult` over many cases."""
+    torch.manual_seed(0)
+    cases = [random_case(dtype, seed) for seed in range(150)]
+    for seed in range(8):
+        cases += [random_case(dtype, seed, size) for size in ((1, 1, 1), (700, 2, 3))]
+    cases += [random_case(dtype, seed, (70, 20, 155)) for seed in range(2)]
+    for case in cases:
+        check(case, place)
+        place.after()
+
+
 def exact(tensor: Tensor | None) -> Tensor | None:
     """The reference's copy of an input: its values in float64, with its own gradient."""
     if tensor is None:
@@ -58,12 +70,19 @@ def exact(tensor: Tensor | None) -> Tensor | None:
 
 
 class Place:
-    """Where kernels run: `put` copies a tensor there; `slack` multiplies a dtype's tolerances."""
+    """Where kernels run: `put` copies a tensor there, `after` is called after each case.
+
+    `slack` multiplies a dtype's tolerances.
+    """
 
     def __init__(
-        self, put: Callable[[Tensor], Tensor], slack: dict[torch.dtype, float] | None = None
+        self,
+        put: Callable[[Tensor], Tensor],
+        after: Callable[[], None] = lambda: None,
+        slack: dict[torch.dtype, float] | None = None,
     ) -> None:
         self.put = put
+        self.after = after
         self.slack = slack or {}
 
     def copy(self, tensor: Tensor | None) -> Tensor | None:
@@ -147,8 +166,8 @@ def check_forget_mult(case: Case, place: Place) -> None:
     f, x, h0 = (t.to(case.dtype).requires_grad_() for t in (f, x, h0))
     weight, sources = weight.to(case.dtype), [f, x, h0][: 2 + case.initial]
     inputs, exacts = [place.copy(t) for t in sources], [exact(t) for t in sources]
-    h = kernels.forget_mult(*inputs, reverse=case.reverse)
-    true = definition.forget_mult(*exacts, reverse=case.reverse)
+    h = kernels.forget_mult(*inputs)
+    true = definition.forget_mult(*exacts)
     place.near(h, true, TOLERANCE, case.dtype, f"h, {case}")
     grads = torch.autograd.grad(h, inputs, place.copy(weight))
     true_grads = torch.autograd.grad(true, exacts, exact(weight))
@@ -200,3 +219,11 @@ def check_cross_entropy(
     rounded = SOFTMAX_TOLERANCE[dtype] if columns > 12_224 else 0
     of_sums = {wide: rows * LOSS_TOLERANCE[wide] + rounded}
     place.near(sums, true_sums, of_sums, wide, f"sums, {what}")
+    place.after()
+
+
+def check_vocabularies(dtype: torch.dtype, place: Place) -> None:
+    """`check_cross_entropy` over sizes; the sums of 12,225 columns do not fit in shared memory."""
+    torch.manual_seed(2)
+    for columns in (2, 1023, 2047, 4097, 10_000, 12_224, 12_225, 300_000):
+        check_cross_entropy(3, columns, dtype, place, apart=columns % 2)

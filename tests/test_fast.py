@@ -46,41 +46,27 @@ def checked_anew():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 7), (4, 16, 32), (6, 33, 17)])
-def test_matmul_in_plain_numbers(sizes, dtype):
+def test_a_product_has_aligned_rows(sizes, dtype):
     torch.manual_seed(0)
     rows, inner, columns = sizes
     a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype).t()
     result = fast.linear.matmul(a, b)
-    for i in range(rows):
-        for j in range(columns):
-            expected = sum(float(a[i, k]) * float(b[k, j]) for k in range(inner))
-            assert result[i, j].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert result.shape == (rows, columns)
+    expected = (a.double().unsqueeze(2) * b.double()).sum(dim=1)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
     assert result.stride(0) * result.element_size() % 64 == 0
     assert 0 <= result.stride(0) - columns < 64 // result.element_size()
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients(bias):
+def test_results_and_gradients_of_inputs_of_any_layout(bias):
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     layer = FastLinear(5, 7, bias=bias).double()
-    assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *layer.parameters()))
-
-
-def test_inputs_of_any_layout():
-    torch.manual_seed(0)
-    layer = FastLinear(5, 7)
-    for x in (torch.randn(5), torch.randn(3, 2, 5).transpose(0, 1), torch.randn(4, 1, 5)[:, :, :]):
-        expected = (x.unsqueeze(-2) * layer.weight).sum(-1) + layer.bias
-        torch.testing.assert_close(layer(x), expected)
-
-
-def test_narrow_types_and_autocast_are_left_to_pytorch():
-    layer = FastLinear(5, 7)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(3, 5)).dtype == torch.bfloat16
-    assert layer.bfloat16()(torch.randn(3, 5).bfloat16()).dtype == torch.bfloat16
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    for given in (x[0, 0], x.transpose(0, 1), x.unsqueeze(1)):
+        inputs = (given.requires_grad_(), *layer.parameters())
+        expected = (given.unsqueeze(-2) * layer.weight).sum(-1) + (layer.bias if bias else 0)
+        torch.testing.assert_close(layer(given), expected)
+        assert torch.autograd.gradcheck(lambda x, *_: layer(x), inputs)
 
 
 class TestRowsForAGPU:
@@ -94,11 +80,10 @@ class TestRowsForAGPU:
     def test_sizes_stay_and_rows_are_aligned(self, dtype):
         per_line = 16 // dtype.itemsize
         for columns in (1, 7, 8, 1550, 4650):
-            tensor = fast.linear.empty((2, 3, columns), torch.zeros(1, dtype=dtype))
-            assert tensor.shape == (2, 3, columns)
-            assert tensor.stride(1) % per_line == 0
-            assert 0 <= tensor.stride(1) - columns < per_line
-            assert tensor.stride(0) == 3 * tensor.stride(1)
+            tensor = fast.linear.empty((3, columns), torch.zeros(1, dtype=dtype))
+            assert tensor.shape == (3, columns)
+            assert tensor.stride(0) % per_line == 0
+            assert 0 <= tensor.stride(0) - columns < per_line
 
     def test_products_see_aligned_operands_only(self, monkeypatch):
         seen = []
@@ -255,9 +240,9 @@ def test_a_form_that_fails_or_is_off_is_not_used_and_a_line_says_so(module, how,
 
 
 def test_a_share_that_is_off_is_found(monkeypatch):
-    mask = fast.weight_drop._mask
+    kept = fast.weight_drop._kept
     monkeypatch.setattr(
-        fast.weight_drop, "_mask", lambda raw, p: (mask(raw, p * 1.03) != 0) / (1 - p)
+        fast.weight_drop, "_kept", lambda like, p, dtype: kept(like, p * 1.03, dtype)
     )
     lines = fast.choose(network())
     assert "it drops 3" in lines[1]
@@ -344,10 +329,33 @@ def test_an_edit_of_a_definition_takes_effect_and_is_reported(edit, unedited, co
     (tree / file).write_text(text.replace(before, after), "utf-8")
     loss, output = trained_in(tree, corpus_dir, tmp_path / "m.pt")
     assert loss != pytest.approx(unedited, rel=1e-4)
-    assert (f"{form} replaces " in output and "was edited: it is not used" in output) == bool(form)
+    assert ("it replaces " in output and "was edited): it is not used" in output) == bool(form)
+
+
+def test_an_edit_of_the_recurrence_s_definition_takes_effect_where_no_check_reaches(tmp_path):
+    shutil.copytree(ROOT / "qrnn", tmp_path / "qrnn")
+    file = tmp_path / "qrnn" / "definition.py"
+    file.write_text(
+        file.read_text().replace("if output_gate else c\n", "if output_gate else 2 * c\n")
+    )
+    code = """
+import torch
+from qrnn import QRNNLayer
+layer, x = QRNNLayer(4, 5, output_gate=False), torch.randn(3, 2, 4)
+h, last = layer(x)
+print(torch.equal(h[-1], 2 * last[0]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stdout == "True\n"
+    assert "qrnn/fused.py is not used for torch.float32 on cpu: qrnn/definition.py was edited" in (
+        result.stderr
+    )
 
 
 def test_the_digests_are_those_of_the_definitions():
     forms = [*fast.FORMS.values(), *fast.GPU_FORMS.values(), "fast.cuda_graphs.GraphedStep"]
     found = {form: fast.replaced(pydoc.locate(form))[1] for form in forms}
     assert {form: digest for form, digest in found.items() if digest} == fast.REPLACED
+    assert qrnn.forget_mult.definition_digest() == qrnn.forget_mult.DEFINITION

@@ -35,29 +35,27 @@ def own_precision():
     torch.backends.cudnn.allow_tf32 = old[1]
 
 
-def chosen(network, optimizer, source, graphs, say=print):
-    """A step of the forms in fast/, on a GPU."""
-    step = TrainingStep(network, optimizer, source, bptt=20, clip=0.25)
-    lines = fast.choose(network, optimizer, step, bf16=network.bf16)
-    assert len(lines) == 1, lines
-    if graphs:
-        say(fast.record_steps(step, say))
-    return step
-
-
-def make(rnn_type, optimizer="sgd", graphs=False, precision="fp32", splits=(), say=print):
+def make(rnn_type, optimizer="sgd", graphs=False, precision="fp32", **options):
+    """A step of the forms in fast/; `options` are `sizes`, `splits` and `say`."""
     device = torch.device("cuda")
     set_precision(precision, device)
     torch.manual_seed(0)
-    model = RNNModel(rnn_type, 1000, 40, 60, 3, **RATES, tie_weights=True)
-    criterion = SplitCrossEntropyLoss(40, splits)
+    ninp, nhid = options.get("sizes", (40, 60))
+    model = RNNModel(rnn_type, 1000, ninp, nhid, 3, **RATES, tie_weights=True)
+    criterion = SplitCrossEntropyLoss(ninp, options.get("splits", ()))
     network = TrainingLoss(model, criterion, alpha=2.0, beta=1.0, bf16=precision == "bf16").cuda()
     if optimizer == "sgd":
         optimizer = NTASGD(network.parameters(), 1.0, 1.2e-6)
     else:
         optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1.2e-6, fused=True)
     source = torch.randint(1000, (4000, 20), device=device, dtype=torch.int32)
-    return chosen(network, optimizer, source, graphs, say)
+    step = TrainingStep(network, optimizer, source, bptt=20, clip=0.25)
+    lines = fast.choose(network, optimizer, step, bf16=network.bf16)
+    assert len(lines) == 1, lines
+    if graphs:
+        say = options.get("say", print)
+        say(fast.record_steps(step, say))
+    return step
 
 
 def run(step, steps=200):
@@ -118,37 +116,24 @@ def test_precisions_stay_close_to_float32(rnn_type, precision):
     assert (losses - expected).abs().mean() < 0.05
 
 
+PUBLISHED = (400, 1150)
+
+
+@pytest.mark.parametrize("sizes", [(40, 60), PUBLISHED])
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
-def test_cudnn_gets_its_weights_without_a_warning_and_parameters_stay(rnn_type, precision):
-    step = make(rnn_type, precision=precision)
+def test_cudnn_gets_its_weights_without_a_warning_and_parameters_stay(rnn_type, precision, sizes):
+    step = make(rnn_type, precision=precision, sizes=sizes)
     addresses = [p.data_ptr() for p in step.params]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(step, 8)
-    assert [p.data_ptr() for p in step.params] == addresses
-
-
-def make_at_published_width(graphs):
-    torch.manual_seed(0)
-    model = RNNModel("LSTM", 1000, 400, 1150, 3, **RATES, tie_weights=True).cuda()
-    source = torch.randint(1000, (400, 20), device="cuda", dtype=torch.int32)
-    network = TrainingLoss(model, SplitCrossEntropyLoss(400, []).cuda(), alpha=2.0, beta=1.0)
-    return chosen(network, NTASGD(network.parameters(), 1.0), source, graphs)
-
-
-def test_cudnn_takes_the_published_sizes_without_a_warning():
-    step = make_at_published_width(graphs=False)
-    addresses = [p.data_ptr() for p in step.params]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert run(step, 4).isfinite().all()
+        assert run(step, 8).isfinite().all()
     assert [p.data_ptr() for p in step.params] == addresses
 
 
 def test_cudnn_can_be_recorded_at_the_published_width():
     """cuDNN uses other algorithms for 1150 units than for narrow layers."""
-    eager, graphed = make_at_published_width(False), make_at_published_width(True)
+    eager, graphed = (make("LSTM", graphs=graphs, sizes=PUBLISHED) for graphs in (False, True))
     expected, losses = run(eager, 16), run(graphed, 16)
     assert graphed.recording
     assert graphed._replays
