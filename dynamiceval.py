@@ -48,7 +48,6 @@ def build_parser() -> Parser:
     """The command line of dynamiceval.py."""
     parser = Parser("dynamiceval", __doc__)
     flags.add_data(parser, "data/penn")
-    flags.add_split(parser)
     flags.add_model(parser)
     flags.add_save(parser, "model file to score")
     add = parser.group("dynamic evaluation")
@@ -218,8 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score validation and test; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     given = parser.given(argv)
-    if given.get("sgd") and given.get("oldhyper"):
-        parser.error("--oldhyper rescales by the statistics, which --sgd does not use: give one")
+    idle = [name for name in ("oldhyper", "epsilon", "batch_size") if name in given.line]
+    if given.get("sgd") and idle:
+        parser.error(f"--{idle[0]} is for the statistics, which --sgd does not use: leave it out")
     flags.check_cache(parser, given)
     path = given.get("save", parser.flags["save"].default)
     loaded = checkpoint.load(path)

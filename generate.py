@@ -4,6 +4,7 @@ import run.interpreter  # noqa: F401
 
 import itertools
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "name the corpus's own with main.py --unk"
         )
     # Words of the command line are UTF-8 in any locale.
-    prompt = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    prompt = os.fsencode(args.prompt).decode(errors="replace")
     network = network_of(loaded, args)
     seed_everything(args.seed)
     if args.next:
@@ -217,10 +218,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{math.exp(nats):.6f} {dictionary.idx2word[word]}")
     elif args.interactive:
         converse(network, dictionary, args)
-    elif args.outf == "-":
-        sys.stdout.write(compose(network, dictionary, prompt, args))
     else:
         text = compose(network, dictionary, prompt, args)
+        if args.outf == "-":
+            sys.stdout.write(text)
+            return
         with writing(args.outf, "--outf") as file:
             file.write(text.encode())
         sys.stderr.write(f"written to {args.outf}\n")
@@ -228,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_flags(parser: Parser, given: Given) -> None:
     """End with an error for flags that contradict each other or would have no effect."""
-    sampling = "words lines temperature top_k top_p no_unk samples interactive outf seed".split()
+    sampling = """
+        words lines temperature top_k top_p no_unk samples interactive outf log_interval seed
+    """.split()
     idle = [flag for flag in sampling if flag in given.line]
     if given.get("next") and idle:
         parser.error(f"--next samples nothing: leave out --{idle[0].replace('_', '-')}")

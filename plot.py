@@ -37,8 +37,8 @@ _PATTERNS = {
     "resuming": re.compile(r"Resuming .+: epoch \d"),
 }
 _NUMBERS = {"epoch": ("epoch", "time", "valid_ppl"), "batch": ("epoch", "batch", "ppl")}
-# Line and marker of the first ten runs, of the next ten, and so on.
-_STYLES = (("-", "."), ("--", "x"), (":", "+"), ("-.", "1"))
+# The lines of the first ten runs, of the next ten, and so on.
+_STYLES = ("-", "--", ":", "-.")
 
 # A line of a run: its kind, which is a key of _PATTERNS, and its _NUMBERS.
 Line = tuple[str, list[float]]
@@ -86,12 +86,12 @@ class Curve:
 
         A resumed epoch has at least the median time of the others: that before the stop is unknown.
         """
-        complete = [time for epoch, time in self.seconds.items() if epoch not in self.resumed]
-        typical = statistics.median(complete) if complete else 0.0
-        seconds = (
-            max(self.seconds[epoch], typical if epoch in self.resumed else 0.0)
+        complete = [self.seconds[epoch] for epoch in self.ppl if epoch not in self.resumed]
+        typical = statistics.median(complete or [0.0])
+        seconds = [
+            max(self.seconds[epoch], typical) if epoch in self.resumed else self.seconds[epoch]
             for epoch in sorted(self.ppl)
-        )
+        ]
         return [total / 3600 for total in itertools.accumulate(seconds)]
 
     def training(self) -> list[float]:
@@ -129,30 +129,25 @@ def from_log(text: str) -> Iterator[Line]:
 
 
 def from_metrics(path: Path) -> Iterator[Line]:
-    """The lines of a metrics.jsonl; raises ToolkitError if a line lacks its numbers."""
+    """The lines of a metrics.jsonl."""
     stage = "main"
-    for number, line in enumerate(metrics.read(path), start=1):
-        try:
-            kind = line.get("kind")
-            if "command" in line:
-                flags = line["flags"]
-                starts = line["command"][0].endswith("finetune.py")
-                kind = "resuming" if flags.get("resume") else "finetuning" if starts else "new"
-                yield kind, []
-                kind = "partial" if flags.get("max_batches") else ""
-            # bench/reproduce.py puts the stages into one file.
-            elif line.get("stage", stage) != stage:
-                stage = line["stage"]
-                yield "finetuning", []
-            # A number that is not finite is null.
-            values = [line[name] for name in _NUMBERS.get(kind, ())]
-            yield kind, [math.inf if value is None else float(value) for value in values]
-            if line.get("resumed_at"):
-                yield "resumed", []
-        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
-            raise ToolkitError(
-                f"line {number} of {path} lacks the numbers for its kind: name a run's --logdir"
-            ) from None
+    for line in metrics.read(path):
+        kind = line.get("kind")
+        if "command" in line:
+            flags = line["flags"]
+            starts = line["command"][0].endswith("finetune.py")
+            kind = "resuming" if flags.get("resume") else "finetuning" if starts else "new"
+            yield kind, []
+            kind = "partial" if flags.get("max_batches") else ""
+        # bench/reproduce.py puts the stages into one file.
+        elif line.get("stage", stage) != stage:
+            stage = line["stage"]
+            yield "finetuning", []
+        # A number that is not finite is null.
+        values = [line[name] for name in _NUMBERS.get(kind, ())]
+        yield kind, [math.inf if value is None else value for value in values]
+        if line.get("resumed_at"):
+            yield "resumed", []
 
 
 def read_run(run: str) -> tuple[str, list[Line]]:
@@ -200,20 +195,15 @@ def draw(curves: Sequence[Curve], out: str, max_ppl: float | None, train: bool) 
         ppl, training = [curve.ppl[epoch] for epoch in epochs], curve.training() if train else []
         drawn += [value for value in ppl + training if not math.isnan(value)]
         times = [hours * scale for hours in curve.hours()]
-        best = f"best {min(ppl):.2f}{', partial' if curve.partial else ''}"
-        # matplotlib omits a label that starts with _, and reads a dollar as the start of a formula.
-        label = f"{curve.name} ({best})".replace("$", r"\$").replace("_", "\u200b_", 1)
-        style, marker = _STYLES[number // 10 % len(_STYLES)]
-        look = {"color": f"C{number % 10}", "ls": style}
-        few = marker if len(epochs) <= 60 else None
+        label = f"{curve.name} (best {min(ppl):.2f}{', partial' if curve.partial else ''})"
+        look = {"color": f"C{number % 10}", "ls": _STYLES[number // 10 % len(_STYLES)]}
         for ax, x in ((left, epochs), (right, times)):
-            ax.plot(x, ppl, marker=few, label=label, lw=1.5, **look)
+            ax.plot(x, ppl, marker=".", ms=4, label=label, lw=1.5, **look)
             if train:
                 ax.plot(x, training, lw=0.9, **look)
             if curve.switch in epochs:
                 at = epochs.index(curve.switch)
                 ax.plot(x[at], ppl[at], "D", color=look["color"], ms=8, mec="black", zorder=3)
-                ax.axvline(x[at], color=look["color"], ls=":", lw=1)
     if any(curve.switch in curve.ppl for curve in curves):
         left.plot([], [], "D", color="white", mec="black", ms=8, label="averaging starts")
     if train:
@@ -230,7 +220,7 @@ def draw(curves: Sequence[Curve], out: str, max_ppl: float | None, train: bool) 
     if math.isfinite(top) and top > bottom:
         left.set_ylim(bottom - 0.05 * (top - bottom), top)
     cut = f", cut off at {top:.4g}" if max(drawn) > top else ""
-    left.set_ylabel(f"{'perplexity' if train else 'validation perplexity'}{cut}")
+    left.set_ylabel(f"perplexity{cut}")
     # Below the axes, where it hides no curve.
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     for ax in (left, right):
@@ -243,17 +233,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the runs; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    # An argument that is not UTF-8 holds lone surrogates, which no font has.
-    names = [name.encode("utf-8", "replace").decode() for name in args.names or ()]
     plotting.check(args.out, "--out")
     curves = read_curves(args.runs)
-    if names and len(names) != len(curves):
-        parser.error(f"--names has {len(names)} names for {len(curves)} runs")
-    for curve, name in zip(curves, names, strict=False):
+    if args.names and len(args.names) != len(curves):
+        parser.error(f"--names has {len(args.names)} names for {len(curves)} runs")
+    for curve, name in zip(curves, args.names or (), strict=False):
         curve.name = name
     draw(curves, args.out, args.max_ppl, args.train)
     for curve in curves:
-        best = min(curve.ppl, key=lambda epoch, curve=curve: curve.ppl[epoch])
+        best = min(curve.ppl, key=curve.ppl.get)
         notes = [] if curve.switch is None else [f"averaging after epoch {curve.switch}"]
         notes += ["partial validation"] if curve.partial else []
         if curve.resumed:

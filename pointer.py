@@ -26,7 +26,7 @@ from run.network import network_of
 from run.progress import Bar
 from scoring import plotting, search, words
 from scoring.search import Setting
-from scoring.stream import joined, pieces, with_cache
+from scoring.stream import Piece, pieces, with_cache
 from utils import batchify, check_length, perplexity, predicted
 
 DRAWN_WORDS = 20
@@ -36,7 +36,6 @@ def build_parser() -> Parser:
     """The command line of pointer.py."""
     parser = Parser("pointer", __doc__)
     flags.add_data(parser, "data/penn")
-    flags.add_split(parser)
     flags.add_model(parser)
     flags.add_save(parser, "model file to score")
     flags.add_cache(parser)
@@ -76,14 +75,14 @@ def evaluate(
     """
     cache = ContinuousCache(setting.window, setting.theta, args.cache_from_start)
     total = torch.zeros(2, dtype=torch.float64, device=source.device)  # with and without cache
-    rows = 0
-    with Bar(predicted(source, args.bptt, args.max_batches), what) as bar:
-        for piece in pieces(network, source, args.bptt, args.max_batches):
+    rows, done = predicted(source, args.bptt, args.max_batches), 0
+    with Bar(rows, what) as bar:
+        for piece in pieces(network, source[: rows + 1], args.bptt):
             both = torch.stack([with_cache(piece, cache, setting.lambdasm)[0], piece.logprob])
             total -= both.double().sum(dim=1)
-            rows += len(piece.words)
+            done += len(piece.words)
             if bar.shown:
-                loss = total[0].item() / rows
+                loss = total[0].item() / done
                 bar.update(len(piece.words), loss=f"{loss:.2f}", ppl=f"{perplexity(loss):.2f}")
     loss, alone = (total / rows).tolist()
     print_alone(alone, source, setting, args, what)
@@ -114,25 +113,28 @@ def study(
     and its loss.
     """
     parts, part = [], partial(args, source)
-    with Bar(predicted(source, args.bptt, args.max_batches), "valid.txt") as bar:
-        for piece in pieces(network, source, args.bptt, args.max_batches):
-            parts.append(joined([piece]))
+    rows = predicted(source, args.bptt, args.max_batches)
+    with Bar(rows, "valid.txt") as bar:
+        for piece in pieces(network, source[: rows + 1], args.bptt):
+            parts.append(piece[:3])  # without the layers and the states
             bar.update(len(piece.words))
-    stored, setting, from_start = joined(parts), given, args.cache_from_start
+    stored = Piece(*map(torch.cat, zip(*parts, strict=True)))
+    setting, from_start = given, args.cache_from_start
     if args.search:
         given = given._replace(loss=search.loss_at(stored, given, from_start))
-        with Bar(2 * len(stored.words), "search") as bar:
+        with Bar(2 * rows, "search") as bar:
             table, setting = search.search(stored, given, from_start, bar.update)
-        print_search(table, setting, given, len(stored.words), part)
+        print_search(table, setting, given, rows, part)
     alone = -stored.logprob.double().mean().item()
     print_alone(alone, source, setting, args, "valid.txt")
     logprob = search.logprobs_at(stored, setting, from_start)
     if args.by_word or args.plot:
         changes = words.changes(logprob - stored.logprob, stored.words, names)
+        helped, hurt = words.extremes(changes, args.by_word or DRAWN_WORDS)
         if args.by_word:
-            words.print_words(changes, args.by_word, part)
+            words.print_words(helped, hurt, part)
         if args.plot:
-            words.draw_words(changes, args.by_word or DRAWN_WORDS, part, args.plot)
+            words.draw_words(helped, hurt, part, args.plot)
     return setting, -logprob.double().mean().item()
 
 

@@ -12,7 +12,10 @@ what the tokens are: see --tokens-are.
 import run.interpreter  # noqa: F401
 
 import functools
+import io
 import math
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +40,7 @@ from scoring.page import to_html
 from scoring.report import Report, notes, table_file
 from scoring.scores import Scorer, states_of
 from scoring.spelling import Spelling
-from scoring.tokens import Reader, Summary, Token, by_line, split_lines
+from scoring.tokens import Reader, Summary, Token, by_line
 from utils import ToolkitError
 
 # Whole lines of about so many tokens are read, scored and written at a time.
@@ -93,49 +96,40 @@ def check_flags(parser: Parser, args: Any) -> None:
 
 
 def text_lines(file: str | None, text: str | None) -> Iterator[str]:
-    """The lines of --text, of the file, or of standard input, as they are read.
+    """The lines of --text, of the file or pipe, or of standard input, as they are read.
 
     Raises ToolkitError if the text cannot be read, is not UTF-8, or is empty.
     """
+    # A byte order mark is dropped, and any system's ends of lines are read.
+    utf8 = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
     if text is not None:
-        name, raw_lines = "--text", text.encode("utf-8", "surrogateescape").splitlines(True)
-    elif file in (None, "-", "/dev/stdin"):
-        name = "standard input"
-        if sys.stdin is None:
+        name, lines = "--text", io.TextIOWrapper(io.BytesIO(os.fsencode(text)), **utf8)
+    elif file in (None, "-"):
+        name, lines = "standard input", sys.stdin
+        if lines is None:
             raise ToolkitError("standard input is closed: name a file, or give --text")
-        if sys.stdin.isatty():
+        if lines.isatty():
             sys.stderr.write("reading standard input: end it with Ctrl-D\n")
-        raw_lines = sys.stdin.buffer
+        lines.reconfigure(**utf8, newline=None)
     else:
-        name, raw_lines = file, file_lines(file)
-    number, encoding = 0, "utf-8-sig"  # a byte order mark is dropped, at the start only
-    for number, raw in enumerate(raw_lines, start=1):
+        name = file
         try:
-            decoded = raw.decode(encoding)
-        except UnicodeDecodeError:
-            if number == 1 and raw.startswith(b"PK"):
-                raise ToolkitError(
-                    f"{name} is no text but seems to be a model file: name it with --checkpoint"
-                ) from None
+            lines = opened(file, "r", pipe=True, **utf8)
+        except OSError as error:
             raise ToolkitError(
-                f"line {number} of {name} is not UTF-8: convert the text to UTF-8 (iconv does it)"
-            ) from None
-        encoding = "utf-8"
-        yield from split_lines(decoded)
+                f"cannot read {file} ({error.strerror}): name a text file, or give the text with "
+                "--text or on standard input"
+            ) from error
+    number = 0
+    for number, line in enumerate(lines, start=1):
+        if re.search("[\udc80-\udcff]", line):
+            raise ToolkitError(
+                f"line {number} of {name} is not UTF-8: convert the text to UTF-8 (iconv does it), "
+                "or name a model file with --checkpoint"
+            )
+        yield line
     if not number:
         raise ToolkitError(f"{name} is empty: there is nothing to score")
-
-
-def file_lines(file: str) -> Iterator[bytes]:
-    """The lines of a file or a pipe; raises ToolkitError."""
-    try:
-        with opened(file, pipe=True) as text_file:
-            yield from text_file
-    except OSError as error:
-        raise ToolkitError(
-            f"cannot read {file} ({error.strerror}): name a text file, or give the text with "
-            "--text or on standard input"
-        ) from error
 
 
 def states(
@@ -172,17 +166,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     spelling = Spelling.of(dictionary, args.tokens_are)
     reader = Reader(dictionary, spelling, args.ids)
     network = network_of(loaded, args)
-    cache = (args.window, args.theta, args.cache_from_start)
     first = None if args.as_corpus else dictionary.word2idx[EOS]
     summary = functools.partial(Summary, dictionary.word2idx.get(dictionary.unk), spelling.unit)
-    total, kept, start = summary(), [], None
+    total, kept = summary(), []
+    cache = functools.partial(ContinuousCache, args.window, args.theta, args.cache_from_start)
     with Bar(None, "scoring") as bar, table_file(args.tsv) as file_of_table:
-        report = Report(args, spelling, dictionary.unk, file_of_table)
+        report = Report(args, reader, file_of_table)
         scorer = Scorer(
             network,
             first,
             bptt=args.bptt,
-            new_cache=functools.partial(ContinuousCache, *cache) if args.cache else None,
+            new_cache=cache if args.cache else None,
             lambdasm=args.lambdasm,
             entropy=args.entropy,
             tick=bar.update,
@@ -191,20 +185,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         blocks = reader.blocks(lines, math.inf if args.independent else BLOCK_TOKENS)
         done = map(scorer.independent, blocks) if args.independent else scorer.stream(blocks)
         for tokens in done:
-            check_known(reader.outside.total() / reader.tokens, dictionary, "the text")
-            start = start or tokens[0]
             total.add(tokens)
             if args.lines or args.tokens or args.tsv:
                 for line in by_line(tokens):
                     report.line(line, summary().add(line))
             if args.html or args.states:
                 kept += tokens
-        if not total.counts:
-            raise ToolkitError(
-                "the text is one token and --as-corpus does not score the first: leave that flag "
-                "out"
-            )
-        remarks = notes(reader, start, args, scorer.used, total.counts.total())
+        check_known(reader.outside.total() / reader.tokens, dictionary, "the text")
+        remarks = notes(reader, args, scorer.used, total.counts.total())
         numbers = total.numbers(args.chars)
         report.total(numbers, total.conventions(args.words), remarks)
     if args.states:
@@ -215,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"{source}, scored by {Path(args.checkpoint).name}"
         page = to_html(kept, title, remarks, numbers, len(dictionary), spelling)
         with writing(args.html, "--html") as target:
-            target.write(page.encode(errors="backslashreplace"))
+            target.write(page.encode())
 
 
 if __name__ == "__main__":

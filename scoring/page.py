@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from data import EOS
 from scoring.spelling import Spelling
-from scoring.tokens import Token, by_line
+from scoring.tokens import Token, by_line, shown
 
 _STYLE = """
 :root { color-scheme: only light; }
@@ -28,29 +28,17 @@ p b:hover { outline: 2px solid #06c; }
 .n { outline: 1px dashed #888; }
 @media print { body { margin: 0; max-width: none; font-size: 10pt; } p { orphans: 2; } }
 """
-_LEVELS = 15
-
-
-def full_bits(ntoken: int) -> int:
-    """The surprisal, in bits, with the strongest colour: that of a uniform guess of the word."""
-    return max(1, math.ceil(math.log2(ntoken)))
+# From white through yellow to red, getting darker, so that a print without colours works.
+COLOURS = (
+    "#ffffff #fff8e4 #fff2c9 #ffebaf #ffe494 #ffd97e #fec571 #fcb164 #fb9d57 #fa894a #f37442 "
+    "#e85e3d #dd4938 #d33332 #c81e2d"
+).split()
 
 
 def level_of(surprisal: float, full: float) -> int:
-    """The index, from 0 for the palest, of the colour of a surprisal; both arguments are bits."""
-    if not math.isfinite(surprisal):
-        return _LEVELS - 1
-    return min(_LEVELS - 1, max(0, int(surprisal / full * _LEVELS)))
-
-
-def _colour(level: int) -> str:
-    """From white through yellow to red, getting darker, so that a print without colours works."""
-    x = level / (_LEVELS - 1)
-    stops = [(255, 255, 255), (255, 224, 130), (250, 130, 70), (200, 30, 45)]
-    at = min(x * (len(stops) - 1), len(stops) - 1 - 1e-9)
-    low, high, fraction = stops[int(at)], stops[int(at) + 1], at - int(at)
-    red, green, blue = (round(a + (b - a) * fraction) for a, b in zip(low, high, strict=True))
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    """The index in COLOURS of a surprisal's colour; both arguments are bits."""
+    share = min(surprisal, full) / full
+    return min(int(share * len(COLOURS)), len(COLOURS) - 1)
 
 
 def to_html(
@@ -65,27 +53,25 @@ def to_html(
 
     `values` are those of `Summary.numbers`, `ntoken` is the size of the vocabulary.
     """
-    full = full_bits(ntoken)
-    ink = ["#111" if level < 0.8 * _LEVELS else "#fff" for level in range(_LEVELS)]
+    # The surprisal with the strongest colour: that of a uniform guess of the word.
+    full = math.ceil(math.log2(ntoken))
+    levels = range(len(COLOURS))
     colours = "\n".join(
-        f".s{level} {{ background: {_colour(level)}; color: {ink[level]}; }}"
-        for level in range(_LEVELS)
+        f".s{level} {{ background: {COLOURS[level]}; color: {'#111' if level < 12 else '#fff'}; }}"
+        for level in levels
     )
-    labels = [f"{level * full / _LEVELS:.1f}" for level in range(_LEVELS)]
+    labels = [f"{level * full / len(COLOURS):.1f}" for level in levels]
     labels[-1] += "+"
     legend = "".join(f'<i class="s{level}">{label}</i>' for level, label in enumerate(labels))
-    units = [
-        ("tokens", "tokens", "d"),
-        ("log p, nats", "logprob", ".2f"),
-        ("perplexity", "ppl", ".2f"),
-        ("bits per token", "bits_per_token", ".3f"),
-        (f"bits per {spelling.unit}", f"bits_per_{spelling.unit}", ".3f"),
+    unit = spelling.unit
+    cells = [
+        ("tokens", str(values["tokens"])),
+        ("log p, nats", shown(values["logprob"], 2)),
+        ("perplexity", shown(values["ppl"], 2)),
+        ("bits per token", shown(values["bits_per_token"], 3)),
+        (f"bits per {unit}", shown(values[f"bits_per_{unit}"], 3)),
     ]
-    cells = "".join(
-        f"<td>{name}<br><strong>{'-' if values[key] is None else format(values[key], form)}"
-        "</strong></td>"
-        for name, key, form in units
-    )
+    row = "".join(f"<td>{name}<br><strong>{text}</strong></td>" for name, text in cells)
     footer = "<br>".join(html.escape(f"{subject}: {text}") for subject, text in remarks.items())
     gap = "" if spelling.kind in ("characters", "joined") else " "
     body = "\n".join(
@@ -103,7 +89,7 @@ def to_html(
 <body>
 <header>
 <h1>{html.escape(title)}</h1>
-<table><tr>{cells}</tr></table>
+<table><tr>{row}</tr></table>
 <div>Surprisal of each token in bits, <code>-log2 p</code>; {full} bits is a blind guess among
 {ntoken} words. Point at a token to see its surprisal; &crarr; is the end of a line.</div>
 <div class="legend">{legend}</div>

@@ -14,8 +14,7 @@ FORMATS = ("png", "pdf", "svg")
 
 def check(path: str | os.PathLike[str], flag: str) -> None:
     """Raise ToolkitError if no picture can be written to `path`, the value of `flag`."""
-    kind = Path(path).suffix.removeprefix(".").lower()
-    if kind not in FORMATS:
+    if Path(path).suffix[1:].lower() not in FORMATS:
         raise ToolkitError(
             f"cannot draw {path}: give {flag} a name that ends in .{', .'.join(FORMATS)}"
         )
@@ -38,7 +37,6 @@ def figure_class() -> Any:
 
 def save(figure: Any, path: str | os.PathLike[str], flag: str) -> None:
     """Write a figure in the format that `path` ends in, and name it; raises ToolkitError."""
-    kind = Path(path).suffix.removeprefix(".").lower()
     with writing(path, flag) as file:
-        figure.savefig(file, format=kind, dpi=120)
+        figure.savefig(file, format=Path(path).suffix[1:].lower(), dpi=120)
     print(f"Wrote {path}")

@@ -1,7 +1,7 @@
 """The report of score.py: as text, as JSON lines, and as a table."""
 
+import codecs
 import contextlib
-import io
 import json
 import math
 import sys
@@ -10,8 +10,7 @@ from typing import Any, TextIO
 
 from data import EOS
 from files.writing import writing
-from scoring.spelling import Spelling
-from scoring.tokens import Reader, Summary, Token, counted
+from scoring.tokens import Reader, Summary, Token, counted, shown
 
 # What JSON says of a token, and the columns of --tsv, some of which have another name there.
 TOKEN = ["line", "number", "word", "unknown", "chars", "logprob", "bits"]
@@ -26,10 +25,10 @@ PERPLEXITIES = {
 }
 
 
-def notes(reader: Reader, first: Token, args: Any, used: int, scored: int) -> dict[str, str]:
-    """Remarks on the numbers, by subject; `first` is the text's first token."""
+def notes(reader: Reader, args: Any, used: int, scored: int) -> dict[str, str]:
+    """Remarks on the numbers, by subject; the cache was `used` at so many of `scored` tokens."""
     if args.as_corpus:
-        start = f"{first.word!r} is an input only and is not scored, as in main.py's test score"
+        start = "an input only, not scored, as in main.py's test score"
     elif args.independent:
         start = f"the first of each line is scored after one {EOS}"
     else:
@@ -59,11 +58,7 @@ def table_file(path: str | None) -> Iterator[TextIO | None]:
         yield sys.stdout if path else None
         return
     with writing(path, "--tsv") as file:
-        text = io.TextIOWrapper(file, "utf-8", "backslashreplace")
-        try:
-            yield text
-        finally:
-            text.detach()
+        yield codecs.getwriter("utf-8")(file)
 
 
 class Report:
@@ -72,8 +67,8 @@ class Report:
     `table` is the file of --tsv, if there is one. With `--tsv -` only the table is written.
     """
 
-    def __init__(self, args: Any, spelling: Spelling, unk: str, table: TextIO | None) -> None:
-        self._args, self._spelling, self._unk, self._table = args, spelling, unk, table
+    def __init__(self, args: Any, reader: Reader, table: TextIO | None) -> None:
+        self._args, self._reader, self._table = args, reader, table
         entropy = ["entropy"] if args.entropy else []
         self._fields = TOKEN + entropy
         self._columns = LINE_COLUMNS if args.lines else TOKEN_COLUMNS + entropy
@@ -96,8 +91,8 @@ class Report:
                 if self._args.json:
                     _print_object("token", row)
                 else:
-                    shown = f"{token.word} (as {self._unk})" if token.unknown else token.word
-                    print(label, _surprisal(token), "|", shown)
+                    unk = f" (as {self._reader.dictionary.unk})" if token.unknown else ""
+                    print(label, _surprisal(token), "|", f"{token.word}{unk}")
         if self._args.lines and self._args.json:
             _print_object("line", whole)
         elif self._args.lines:
@@ -109,7 +104,7 @@ class Report:
         """Write the total: `Summary.numbers`, `Summary.conventions` and `notes`."""
         if self._args.json:
             named = {subject.replace(" ", "_"): text for subject, text in remarks.items()}
-            kind = {"tokens_are": self._spelling.kind or None}
+            kind = {"tokens_are": self._reader.spelling.kind or None}
             _print_object("total", {**numbers, **others, **kind, "notes": named})
             return
         if self._args.tsv == "-":
@@ -118,23 +113,19 @@ class Report:
             print(f"| {subject}: {text}")
         for name, what in PERPLEXITIES.items():
             if name in others:
-                ppl = "-" if others[name] is None else f"{others[name]:.4f}"
-                print(f"| {what}: ppl {ppl} over {others[name.replace('ppl', 'tokens', 1)]}")
+                count = others[name.replace("ppl", "tokens", 1)]
+                print(f"| {what}: ppl {shown(others[name], 4)} over {count}")
         print("=" * 89)
         print("| End of scoring |", self._numbers(numbers))
         print("=" * 89)
 
     def _numbers(self, values: Mapping[str, Any], width: int = 1) -> str:
-        def shown(name: str, form: str) -> str:
-            value = values[name]
-            return f"{'-':>{len(format(0.0, form))}s}" if value is None else format(value, form)
-
-        unit = self._spelling.unit
+        unit = self._reader.spelling.unit
         return (
-            f"{values['tokens']:{width}d} tokens | log p {shown('logprob', '9.2f')} | "
-            f"loss {shown('loss', '6.4f')} | ppl {shown('ppl', '9.4f')} | "
-            f"bits/token {shown('bits_per_token', '6.3f')} | "
-            f"bits/{unit} {shown(f'bits_per_{unit}', '6.4f')}"
+            f"{values['tokens']:{width}d} tokens | log p {shown(values['logprob'], 2):>9s} | "
+            f"loss {shown(values['loss'], 4):>6s} | ppl {shown(values['ppl'], 4):>9s} | "
+            f"bits/token {shown(values['bits_per_token'], 3):>6s} | "
+            f"bits/{unit} {shown(values[f'bits_per_{unit}'], 4):>6s}"
         )
 
 
@@ -146,10 +137,7 @@ def _cell(value: Any) -> str:
 
 
 def _print_object(kind: str, values: Mapping[str, Any]) -> None:
-    finite = {k: None if v in (math.inf, -math.inf) else v for k, v in values.items()}
-    # An output that is not UTF-8 would get Python's escapes, which are not valid JSON.
-    utf8 = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8")
-    print(json.dumps({"kind": kind, **finite}, ensure_ascii=not utf8, allow_nan=False))
+    print(json.dumps({"kind": kind, **values}, ensure_ascii=False))
 
 
 def _surprisal(token: Token) -> str:

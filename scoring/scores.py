@@ -1,5 +1,6 @@
 """Surprisals and hidden states of a text, for score.py and in Python (docs/in-python.md)."""
 
+import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from loss import TrainingLoss
 from model import Hidden
 from scoring.spelling import Spelling
 from scoring.stream import pieces, with_cache
-from scoring.tokens import Reader, Token, by_line, split_lines
+from scoring.tokens import Reader, Token, by_line
 from utils import bits
 
 CHUNK = 1000
@@ -53,7 +54,9 @@ def states_of(
 
 def _read(dictionary: Dictionary, text: str) -> list[Token]:
     reader = Reader(dictionary, Spelling.of(dictionary))
-    return [t for block in reader.blocks(split_lines(text), math.inf) for t in block]
+    # Any system's ends of lines, as score.py reads them.
+    lines = io.StringIO(text, newline=None)
+    return [token for block in reader.blocks(lines, math.inf) for token in block]
 
 
 @dataclass

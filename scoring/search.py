@@ -5,7 +5,6 @@ theta. Windows are nested, so each window's sum is a sum over rings of ages. The
 theta and a window is the root of a decreasing function of per-token probabilities.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,13 +16,13 @@ from continuous_cache import ContinuousCache
 from scoring.stream import Piece, with_cache
 
 # A block of b positions needs a few times b * (b + window) numbers at a time.
-_BLOCK = 256
-# A sum of exponentials below this has lost its digits; it is recomputed for its window alone.
-_TINY = 1e-30
+_BLOCK = 128
 
 WINDOWS = (100, 250, 500, 1000, 2000, 3785)
 THETAS = (0.1, 0.2, 0.3, 0.45, 0.6625523432485668, 1.0, 1.5, 2.2)
 _MAX_LAMBDA = 0.999
+# The finer grid has these multiples of the best window and theta.
+_NEAR = (0.63, 0.794, 1.0, 1.26, 1.587)
 
 
 class Setting(NamedTuple):
@@ -53,8 +52,7 @@ def target_probs(
     # Columns 0 to width - 1 hold a position's history, oldest first. Ring r is the columns from
     # starts[r] to starts[r - 1]: the ages in window r but not in window r - 1.
     starts = [max(0, width - window) for window in windows]
-    ends = [width, *starts[:-1]]
-    edges = torch.tensor([width - start for start in starts], device=device)
+    rings = list(zip(starts, [width, *starts], strict=False))
     result = outputs.new_zeros(len(windows), len(thetas), n)
     column = torch.arange(width, device=device)
     # Before the stream's start there is a history that no query may see.
@@ -68,31 +66,18 @@ def target_probs(
         # Row i's history starts i columns further right; a stride one larger aligns the rows.
         band = scores.as_strided((rows, width), (width + rows, 1))
         row, col = same.as_strided((rows, width), (width + rows, 1)).nonzero(as_tuple=True)
+        # The rows and scores of the equal words within each window.
+        matches = [(row[col >= a], band[row, col][col >= a]) for a in starts]
         position = torch.arange(first, first + rows, device=device).unsqueeze(1)
         outside = column < width - position
-        top = band.masked_fill(outside, -torch.inf).amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
-        band = (band - top).masked_fill_(outside, 0.0)  # any number that is finite at every theta
-        matches = band[row, col]
-        # The cell of a match: its row, and the smallest window that reaches back to it.
-        cell = row * len(windows) + torch.bucketize(width - col, edges)
-        powers = torch.empty_like(band)
         for k, theta in enumerate(thetas):
-            torch.mul(band, theta, out=powers).exp_()
+            powers = band.mul(theta)
             if first < width:
-                powers.masked_fill_(outside, 0.0)
-            rings = [powers[:, a:b].sum(dim=1) for a, b in zip(starts, ends, strict=True)]
-            total = torch.stack(rings).cumsum(dim=0)
-            hits = powers.new_zeros(rows * len(windows))
-            hits.index_add_(0, cell, matches.mul(theta).exp_())
-            hits = hits.view(rows, len(windows)).t().cumsum(dim=0)
-            probs = torch.where(total > _TINY, hits / total, 0.0)
-            for w, i in (total <= _TINY).nonzero().tolist():
-                # The largest score was outside this window and far larger: relative to it, those
-                # inside the window vanished.
-                seen = slice(max(starts[w], width - first - i), width)
-                match = past_words[first + i : first + i + width][seen] == words[first + i]
-                probs[w, i] = (theta * band[i, seen]).softmax(dim=0)[match].sum()
-            result[:, k, queries] = probs
+                powers.masked_fill_(outside, -torch.inf)
+            sums = torch.stack([powers[:, a:b].logsumexp(dim=1) for a, b in rings])
+            totals = sums.logcumsumexp(dim=0)
+            for w, (at, found) in enumerate(matches):
+                result[w, k, queries].index_add_(0, at, (found * theta - totals[w, at]).exp())
         tick(rows)
     return result
 
@@ -139,48 +124,25 @@ def grid(
     return settings
 
 
-def around(values: Sequence[float], best: float) -> list[float]:
-    """Values to try between `best` and its neighbours in `values`; without one, beyond `best`."""
-    values = sorted(set(values))
-    at = values.index(best)
-    if best == 0:  # a uniform cache: nothing below, and no logarithm
-        return [fraction * values[1] for fraction in (1 / 3, 2 / 3)] if values[1:] else []
-    tried = []
-    below = values[at - 1] if at else best / 4
-    above = values[at + 1] if at + 1 < len(values) else best * 4
-    for other in (below, above):
-        # Even steps of the logarithm.
-        ratio = max(other, best / 16) / best
-        tried += [best * ratio**fraction for fraction in (1 / 3, 2 / 3)]
-        tried += [other] if other not in values else []
-    return sorted(tried)
-
-
 @torch.inference_mode()
 def search(
     piece: Piece, given: Setting, from_start: bool, tick: Callable[[int], None] = lambda n: None
 ) -> tuple[list[Setting], Setting]:
     """The settings of the grid, and the best setting: of the grid, near its best, or `given`.
 
-    `given.loss` is ignored; the loss at the given setting is computed. `given` is one of the
-    candidates, so the best setting is at least as good. `tick` gets the number of positions of each
-    block done; two grids go over all positions.
+    `given` has its loss and is one of the candidates, so the best setting is at least as good.
+    `tick` gets the number of positions of each block done; two grids go over all positions.
     """
     windows = sorted({*WINDOWS, given.window})
-    thetas = sorted({*THETAS, given.theta})
-    table = grid(piece, windows, thetas, from_start, tick)
+    table = grid(piece, windows, sorted({*THETAS, given.theta}), from_start, tick)
     best = min(table, key=lambda setting: setting.loss)
-    near = {round(window) for window in around(windows, best.window)}
-    near = sorted({w for w in near if 0 < w < windows[-1]} | {best.window})
-    finer = grid(piece, near, [*around(thetas, best.theta), best.theta], from_start, tick)
+    near = sorted({min(round(best.window * factor), windows[-1]) for factor in _NEAR})
+    finer = grid(piece, near, [best.theta * factor for factor in _NEAR], from_start, tick)
     best = min([best, *finer], key=lambda setting: setting.loss)
     # Rounded, so that they can be typed as flags.
-    rounded = best._replace(
-        theta=float(f"{best.theta:.4g}"), lambdasm=round(best.lambdasm, 4), loss=math.nan
-    )
-    candidates = [given] if given[:3] == rounded[:3] else [given, rounded]
-    candidates = [s._replace(loss=loss_at(piece, s, from_start)) for s in candidates]
-    return table, min(candidates, key=lambda setting: setting.loss)
+    best = best._replace(theta=float(f"{best.theta:.4g}"), lambdasm=round(best.lambdasm, 4))
+    best = best._replace(loss=loss_at(piece, best, from_start))
+    return table, min([given, best], key=lambda setting: setting.loss)
 
 
 def logprobs_at(piece: Piece, setting: Setting, from_start: bool) -> Tensor:

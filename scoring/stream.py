@@ -1,7 +1,7 @@
 """Log-probabilities along one stream of tokens, with and without the continuous cache."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,45 +28,30 @@ def pieces(
     network: TrainingLoss,
     source: Tensor,
     bptt: int,
-    max_batches: int | None = None,
     hidden: Hidden | None = None,
 ) -> Iterator[Piece]:
     """Run the network once over `source` (rows, columns), `bptt` rows at a time.
 
     The hidden state, first `hidden` or that of a text's start, is carried, so `bptt` changes only
-    the size of the pieces. Together they hold every word but the first row's. `max_batches` stops
-    early.
+    the size of the pieces. Together they hold every word but the first row's.
     """
     network.eval()
     model, criterion = network.model, network.criterion
     hidden = network.init_hidden(source.size(1)) if hidden is None else hidden
-    for chunk, i in enumerate(range(0, source.size(0) - 1, bptt)):
-        if chunk == max_batches:
-            break
+    for i in range(0, source.size(0) - 1, bptt):
         data, words = get_batch(source, i, bptt)
         output, hidden, raw, _ = model(data, hidden, return_h=True)
         logprob = criterion.target_logprob(model.decoder.weight, model.decoder.bias, output, words)
         yield Piece(raw[-1].flatten(0, 1), words, logprob, raw, hidden)
 
 
-def joined(parts: Iterable[Piece]) -> Piece:
-    """All pieces as one, without the layers and the states."""
-    return Piece(*map(torch.cat, zip(*(part[:3] for part in parts), strict=True)))
-
-
-def mixture(logprob: Tensor, p_cache: Tensor, lambdasm: float) -> Tensor:
-    """`log(lambdasm * p_cache + (1 - lambdasm) * exp(logprob))`, in nats, for any shape.
-
-    Computed with logarithms, so that the result is finite for words of tiny model probability.
-    """
-    log_lambda = math.log(lambdasm) if lambdasm else -math.inf
-    return torch.logaddexp(p_cache.log() + log_lambda, logprob + math.log1p(-lambdasm))
-
-
 def with_cache(piece: Piece, cache: ContinuousCache, lambdasm: float) -> tuple[Tensor, Tensor]:
     """`log p` (n,) of the words under the mixture with `cache`, and where the cache is in use (n,).
 
-    Where it is not, p is the model's alone. The piece is added to the cache.
+    There `p = lambdasm * p_cache + (1 - lambdasm) * p_model`; elsewhere p is the model's alone. The
+    piece is added to the cache.
     """
     p_cache, in_use = cache.target_prob(piece.outputs, piece.words)
-    return torch.where(in_use, mixture(piece.logprob, p_cache, lambdasm), piece.logprob), in_use
+    # In logarithms, so that the result is finite for words of tiny model probability.
+    mixture = torch.logaddexp((lambdasm * p_cache).log(), piece.logprob + math.log1p(-lambdasm))
+    return torch.where(in_use, mixture, piece.logprob), in_use

@@ -130,16 +130,17 @@ class Reader:
     def blocks(self, lines: Iterable[str], size: float) -> Iterator[list[Token]]:
         """The tokens of successive whole lines, in lists of `size` tokens or a few more.
 
-        Raises ToolkitError for a word that needs an <unk> which the vocabulary lacks.
+        Raises ToolkitError for a word that needs an <unk> which the vocabulary lacks, and with
+        `ids` for an empty line.
         """
         block: list[Token] = []
         for number, line in enumerate(lines, start=1):
             block += self._line(line, number)
             if len(block) >= size:
-                yield self._checked(block)
+                yield block
                 block = []
         if block:
-            yield self._checked(block)
+            yield block
 
     def _line(self, text: str, name: int | str) -> Iterator[Token]:
         known, unknown = self.dictionary.word2idx, self.dictionary.word2idx.get(self.dictionary.unk)
@@ -151,28 +152,18 @@ class Reader:
         before = ""
         for number, word in enumerate(words, start=1):
             size, outside = self.spelling.size(word, before), word not in known
-            self.outside.update([word] * outside)
+            if outside:
+                self.outside[word] += 1
+                if unknown is None:
+                    raise ToolkitError(
+                        f"{word!r} in line {name} is outside the model's vocabulary, which has no "
+                        f"{self.dictionary.unk} to take its place: write the text as the model's "
+                        "corpus is written"
+                    )
             yield Token(word, known.get(word, unknown), name, number, size, outside)
             before = word
         yield Token(EOS, known[EOS], name, len(words) + 1, self.spelling.size(EOS, before))
         self.tokens += len(words) + 1
-
-    def _checked(self, block: list[Token]) -> list[Token]:
-        outside = [token.word for token in block if token.id is None]
-        if outside:
-            examples = ", ".join(map(repr, list(dict.fromkeys(outside))[:3]))
-            raise ToolkitError(
-                f"{counted(len(outside), 'token')} of {len(block)} "
-                f"({counted(len(set(outside)), 'distinct word')}, such as {examples}) are outside "
-                f"the model's vocabulary, which has no {self.dictionary.unk} to take their place: "
-                "write the text as the model's corpus is written"
-            )
-        return block
-
-
-def split_lines(text: str) -> list[str]:
-    """The lines of a text, without their ends, which may be those of any system."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
 def by_line(tokens: Sequence[Token]) -> Iterator[list[Token]]:
@@ -188,3 +179,8 @@ def by_line(tokens: Sequence[Token]) -> Iterator[list[Token]]:
 
 def counted(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def shown(value: float | None, places: int) -> str:
+    """A number for a reader, with so many decimal places; - where there is none."""
+    return "-" if value is None else f"{value:.{places}f}"

@@ -1,9 +1,9 @@
 """Which words the cache helps and hurts: a table and a figure."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from scoring import plotting
@@ -22,12 +22,10 @@ def changes(gain: Tensor, words: Tensor, names: Sequence[str]) -> list[Change]:
 
     `gain` (n,) is the change of log p at each position, in nats, `words` (n,) the words there.
     """
-    totals = torch.zeros(len(names), dtype=torch.float64, device=gain.device)
-    totals.index_add_(0, words, gain.double())
-    counts = words.bincount(minlength=len(names)).tolist()
-    found = [
-        Change(names[i], total, counts[i]) for i, total in enumerate(totals.tolist()) if counts[i]
-    ]
+    gains = defaultdict(list)
+    for i, nats in zip(words.tolist(), gain.tolist(), strict=True):
+        gains[i].append(nats)
+    found = [Change(names[i], sum(some), len(some)) for i, some in gains.items()]
     return sorted(found, key=lambda change: -change.total)
 
 
@@ -38,9 +36,9 @@ def extremes(found: Sequence[Change], n: int) -> tuple[list[Change], list[Change
     return helped[:n], hurt[:n]
 
 
-def print_words(found: Sequence[Change], n: int, part: str) -> None:
+def print_words(helped: Sequence[Change], hurt: Sequence[Change], part: str) -> None:
     """Print the table of --by-word; `part` says which part of valid.txt is missing, if any."""
-    for what, some in zip(("helps", "hurts"), extremes(found, n), strict=True):
+    for what, some in (("helps", helped), ("hurts", hurt)):
         print(
             f"| words of valid.txt that the cache {what} most: log p with it minus log p "
             f"without{part}"
@@ -50,12 +48,11 @@ def print_words(found: Sequence[Change], n: int, part: str) -> None:
             print(f"| {total:10.2f} | {total / count:8.3f} | {count:7d} | {word}")
 
 
-def draw_words(found: Sequence[Change], n: int, part: str, path: str) -> None:
+def draw_words(helped: Sequence[Change], hurt: Sequence[Change], part: str, path: str) -> None:
     """Draw the figure of --plot, after arXiv 1708.02182: hurt words left, helped words right.
 
     `part` is that of `print_words`. Raises ToolkitError if it cannot be drawn.
     """
-    helped, hurt = extremes(found, n)
     rows = max(len(helped), len(hurt), 1)
     figure = plotting.figure_class()(figsize=(9, 1.4 + 0.24 * rows), layout="constrained")
     figure.suptitle(f"Words of valid.txt, with the continuous cache and without{part}")

@@ -106,12 +106,12 @@ def test_it_is_the_loop_written_out(cell, way, models, script, corpus_dir, tmp_p
     path = copy_of(models, cell, tmp_path)
     before = path.read_bytes()
     # 7 does not divide the lengths of the texts, so the last segments are shorter.
-    flags = ["--data", corpus_dir, "--save", path, "--bptt", 7, "--batch_size", 9]
+    flags = ["--data", corpus_dir, "--save", path, "--bptt", 7]
     lr, lamb, epsilon = (0.3, 0.05, 0) if way == "sgd" else (2e-3, 0.05, 1e-3)
     cache = (30, 0.5, 0.2) if way == "cache" else None
-    flags += ["--lr", lr, "--lamb", lamb, "--epsilon", epsilon or 1]
-    flags += {"sgd": ["--sgd"], "cache": ["--cache", "--window", 30, "--theta", 0.5]}.get(way, [])
-    flags += ["--lambdasm", 0.2] if cache else []
+    flags += ["--lr", lr, "--lamb", lamb]
+    flags += ["--sgd"] if way == "sgd" else ["--epsilon", epsilon, "--batch_size", 9]
+    flags += ["--cache", "--window", 30, "--theta", 0.5, "--lambdasm", 0.2] if cache else []
     corpus = Corpus(corpus_dir, checkpoint.load(path).dictionary)
     rates = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0.0)
     network = checkpoint.rebuild(checkpoint.load(path), CPU, **rates)

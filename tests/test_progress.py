@@ -1,7 +1,9 @@
-"""progress.py: bars are drawn on a terminal with tqdm, and nowhere else."""
+"""run/progress.py: bars are drawn on a terminal with tqdm, and nowhere else."""
 
 import io
 import sys
+
+import pytest
 
 from run.progress import Bar
 
@@ -21,25 +23,20 @@ def use(bar):
     return bar
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_drawn_on_a_terminal_with_tqdm(drawn, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    if not drawn:
+        monkeypatch.setitem(sys.modules, "tqdm", None)  # importing it now fails
+    assert use(Bar(100, "scoring")).shown == drawn
+    bar = sys.stderr.getvalue()
+    assert ("scoring" in bar, "30%" in bar, bar != "") == (drawn,) * 3
+    assert capsys.readouterr().out == "| a line\n"
+
+
 def test_silent_in_a_file_or_pipe(capsys):
     assert not use(Bar(100, "scoring")).shown
     assert capsys.readouterr() == ("| a line\n", "")
-
-
-def test_silent_without_tqdm(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setitem(sys.modules, "tqdm", None)  # importing it now fails
-    assert not use(Bar(100, "scoring")).shown
-    assert sys.stderr.getvalue() == ""
-    assert capsys.readouterr().out == "| a line\n"
-
-
-def test_drawn_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert use(Bar(100, "scoring")).shown
-    assert "scoring" in sys.stderr.getvalue()
-    assert "30%" in sys.stderr.getvalue()
-    assert capsys.readouterr().out == "| a line\n"
 
 
 def test_goes_on_to_a_place_and_is_silent_where_it_is_not_wanted(monkeypatch):

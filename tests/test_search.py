@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-import sys
 
 import pytest
 import references
@@ -48,10 +47,6 @@ def test_every_window_and_theta(n, block, monkeypatch):
                     a for a, i in zip(attention, past, strict=True) if words[i] == words[t]
                 )
             torch.testing.assert_close(probs[w, k], expected, atol=1e-6, rtol=1e-5)
-            cache = ContinuousCache(window, theta, from_start=True)
-            torch.testing.assert_close(
-                probs[w, k], cache.target_prob(outputs, words)[0], atol=1e-6, rtol=1e-5
-            )
 
 
 def test_scores_far_above_those_of_a_window(monkeypatch):
@@ -115,21 +110,14 @@ def test_search_is_at_least_as_good_as_what_was_given(from_start):
     piece = piece_of(outputs, words, table)
     for window, theta, lambdasm in ((7, 0.9, 0.5), (500, 0.0, 0.0), (100, 3.0, 0.9)):
         given = Setting(window, theta, lambdasm, math.nan)
+        given = given._replace(loss=searching.loss_at(piece, given, from_start))
         table_, best = searching.search(piece, given, from_start)
         assert (window, theta) in {setting[:2] for setting in table_}
-        assert best.loss <= searching.loss_at(piece, given, from_start)
+        assert best.loss <= given.loss
         assert best.loss == searching.loss_at(piece, best, from_start)
         assert best.loss <= min(setting.loss for setting in table_) + 1e-5
-
-
-def test_around():
-    assert searching.around([1, 8, 64], 8) == pytest.approx([2, 4, 16, 32])
-    assert searching.around([8, 64], 8) == pytest.approx(
-        [2, 8 / 4 ** (2 / 3), 8 / 4 ** (1 / 3), 16, 32]
-    )
-    assert searching.around([0, 3], 0) == pytest.approx([1, 2])
-    assert searching.around([0], 0) == []
-    assert min(searching.around([0, 3], 3)) > 0
+    better = given._replace(loss=0.0)
+    assert searching.search(piece, better, from_start)[1] == better
 
 
 def test_changes_by_word():
@@ -185,13 +173,12 @@ def test_by_word_and_plot(script, trained, corpus_dir, tmp_path):
         assert float(mean) == pytest.approx(float(total) / int(count), abs=0.006)
 
     pytest.importorskip("matplotlib")
-    for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
-        path = tmp_path / f"words.{kind}"
-        status, out, err = script("pointer", *flags, "--max-batches", 1, "--plot", path)
-        assert (status, err, out.count(f"Wrote {path}\n")) == (0, "", 1)
-        assert "partial" not in out  # one chunk is all of it
-        assert path.read_bytes().startswith(magic)
-        assert "words of valid.txt" not in out
+    path = tmp_path / "words.svg"
+    status, out, err = script("pointer", *flags, "--max-batches", 1, "--plot", path)
+    assert (status, err, out.count(f"Wrote {path}\n")) == (0, "", 1)
+    assert "partial" not in out  # one chunk is all of it
+    assert path.read_bytes().startswith(b"<?xml")
+    assert "words of valid.txt" not in out
 
 
 @pytest.mark.parametrize(
@@ -209,21 +196,9 @@ def test_a_best_setting_at_the_edge_is_said(window, theta, line, capsys):
     assert last.endswith(" | partial") if not line else line in last
 
 
-BAD_INPUT = {
-    "no extension": (["--plot", "words"], r"cannot draw words: .* \.png"),
-    "other extension": (["--plot", "words.txt"], r"cannot draw words\.txt"),
-    "no folder": (["--plot", "none/words.png"], "cannot write none/words.png"),
-    "no matplotlib": (["--plot", "words.png"], "matplotlib"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input(case, script, trained, corpus_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)  # importing it now fails
-    argv, message = BAD_INPUT[case]
-    status, out, err = script("pointer", "--data", corpus_dir, "--save", trained["LSTM"], *argv)
+@pytest.mark.parametrize("picture", ["words.txt", "none/words.png"])
+def test_a_picture_that_cannot_be_drawn_is_refused_first(picture, script, trained, corpus_dir):
+    argv = ["--data", corpus_dir, "--save", trained["LSTM"], "--plot", picture]
+    status, out, err = script("pointer", *argv)
     assert (status, out) == (1, "")
-    assert re.search(message, err)
-    assert len(err.splitlines()) == 1
+    assert re.search(rf"cannot (draw|write) {picture}", err)
