@@ -146,9 +146,8 @@ class Corpus:
         keep = counts >= min_count
         keep[special] = True
         if vocab_size is not None:
-            room = max(0, vocab_size - 2)
             ranked = np.argsort(np.where(keep, -counts, 1), kind="stable")
-            ranked = ranked[~np.isin(ranked, special)][:room]
+            ranked = ranked[~np.isin(ranked, special)][: vocab_size - 2]
             keep &= np.isin(np.arange(len(old)), [*ranked, *special])
         words: dict[str, int] = {}
         new_ids = np.empty(len(old), dtype=np.int32)

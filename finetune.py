@@ -31,7 +31,7 @@ def build_parser() -> Parser:
         "network",
         "--tied",
         False,
-        "no effect, kept from the original: weights are always tied",
+        "no effect, kept from the original: the model file says whether weights are tied",
         belongs="call",
     )
     parser.flag(

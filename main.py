@@ -111,7 +111,7 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
         config = {**source.config, **flags.dropouts(args)}
         model, criterion = checkpoint.rebuild(source, session.device, **flags.dropouts(args))
     else:
-        corpus = read_corpus(args, unk=args.unk, first=session.ranks.first)
+        corpus = read_corpus(args, first=session.ranks.first)
         splits = default_splits(len(corpus.dictionary))
         if splits:
             corpus = corpus.sorted_by_frequency()

@@ -139,7 +139,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         kept = f", but {previous(path)} is there" if previous(path).is_file() else ""
         raise CheckpointError(
             f"there is no model file {path}{kept}: train one with main.py, or name one with --save "
-            "(generate.py: --checkpoint)"
+            "(generate.py and score.py: --checkpoint)"
         )
     try:
         content = read(path)

@@ -1,1 +1,1 @@
-"""The command line: flags, how a program ends, log lines, metrics, pictures."""
+"""The command line: flags, presets, the parser."""

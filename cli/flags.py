@@ -32,9 +32,9 @@ def default_rate(flags: Mapping[str, Any]) -> float:
 
 
 def add_data(parser: Parser, default: str, either: str = "") -> None:
-    """--data."""
-    parser.flag(
-        "files",
+    """--data and --split."""
+    add = parser.group("files")
+    add(
         "--data",
         default,
         "the corpus: train.txt, valid.txt and test.txt, tokens separated by white space",
@@ -42,12 +42,7 @@ def add_data(parser: Parser, default: str, either: str = "") -> None:
         either=either,
         metavar="FOLDER",
     )
-
-
-def add_split(parser: Parser) -> None:
-    """--split."""
-    parser.flag(
-        "files",
+    add(
         "--split",
         belongs="call",
         type=types.fraction,
@@ -298,25 +293,6 @@ def add_save(parser: Parser, help: str) -> None:
     parser.flag("files", "--save", "model.pt", help, belongs="call", metavar="FILE")
 
 
-def add_safety(parser: Parser) -> None:
-    """--resume, --save-every and --deterministic."""
-    add = parser.group("", belongs="run")
-    add(
-        "--resume",
-        "",
-        "model file of an earlier run to continue; omitted flags come from it",
-        belongs="call",
-        either="start",
-        metavar="FILE",
-    )
-    add("--save-every", 300.0, "also save within an epoch, at this interval", metavar="SECONDS")
-    add(
-        "--deterministic",
-        False,
-        "make the same seed give the same bits on a GPU too, at some cost in speed",
-    )
-
-
 def add_seed(parser: Parser) -> None:
     """--seed."""
     parser.flag(
@@ -349,7 +325,22 @@ def add_device(parser: Parser) -> None:
 
 
 def add_running(parser: Parser) -> None:
-    """--logdir, --precision and --no-cuda-graphs."""
+    """How a run continues and is saved, watched and computed."""
+    add = parser.group("", belongs="run")
+    add(
+        "--resume",
+        "",
+        "model file of an earlier run to continue; omitted flags come from it",
+        belongs="call",
+        either="start",
+        metavar="FILE",
+    )
+    add("--save-every", 300.0, "also save within an epoch, at this interval", metavar="SECONDS")
+    add(
+        "--deterministic",
+        False,
+        "make the same seed give the same bits on a GPU too, at some cost in speed",
+    )
     add = parser.group("running")
     add(
         "--logdir",
@@ -389,12 +380,10 @@ def add_max_batches(parser: Parser, what: str) -> None:
 def add_trainer(parser: Parser, save: str) -> None:
     """All flags that main.py and finetune.py share; `save` is the help of --save."""
     add_data(parser, "data/penn/")
-    add_split(parser)
     add_model(parser)
     add_save(parser, save)
     add_sizes(parser)
     add_training(parser)
-    add_safety(parser)
     add_regularisers(parser)
     add_seed(parser)
     add_device(parser)

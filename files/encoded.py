@@ -8,7 +8,6 @@ import os
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -76,21 +75,16 @@ def _check_files(folder: Path, split: bool, train: bool) -> None:
             "with --data, or try --data data/sample"
         )
     names = [f"{split}.txt" for split in SPLITS]
-    missing = [name for name in names if not (folder / name).exists()]
-    if split:
-        others = [name for name in names[1:] if name not in missing]
-        if others and "train.txt" not in missing:
-            raise CorpusError(
-                f"{folder} has a {others[0]} already: leave --split out, or move it away"
-            )
-        missing = [name for name in missing if name == "train.txt"]
-    elif missing == names[1:]:
+    found = [name for name in names if (folder / name).exists()]
+    if split and "train.txt" in found[:-1]:
+        raise CorpusError(f"{folder} has a {found[1]} already: leave --split out, or move it away")
+    if not split and found == ["train.txt"]:
         raise CorpusError(
             f"the corpus folder {folder} has a train.txt alone: cut valid and test off its end "
             "with --split 0.05 0.05, or bring valid.txt and test.txt"
         )
-    elif not train:
-        missing = [name for name in missing if name != "train.txt"]
+    needed = names[:1] if split else names if train else names[1:]
+    missing = [name for name in needed if name not in found]
     if missing:
         raise CorpusError(
             f"the corpus folder {folder} has no {' and no '.join(missing)}: fetch the corpus with "
@@ -193,10 +187,8 @@ def _new_digest(content: bytes = b"") -> hashlib.blake2b:
 def _cache_places(folder: Path, key: str) -> list[Path]:
     """Return the paths of a cache, best first: beside the corpus, in the user's cache folder."""
     places = [folder / CACHE_NAME]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    with suppress(RuntimeError):  # there may be no home folder
-        user_cache = user_cache.expanduser()
-    if user_cache.is_absolute():
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if user_cache.is_absolute():  # there may be no home folder
         places.append(user_cache / "awd-lstm-lm" / key)
     return places
 
@@ -228,10 +220,7 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
     """
     try:
         with opened(path) as file:
-            first = file.readline(len(key) * 2 + 2)
-            if not first.startswith(key.encode()):
-                return None
-            header = file.readline()
+            first, header = file.readline(), file.readline()
             ids = np.memmap(file, np.int32, "r", file.tell())
     except (OSError, ValueError):
         return None

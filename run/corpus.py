@@ -14,22 +14,22 @@ from run.progress import Bar
 def read_corpus(
     args: argparse.Namespace,
     dictionary: Dictionary | None = None,
-    unk: str = UNK,
     first: bool = True,
     train: bool = True,
 ) -> Corpus:
-    """The corpus of --data in a model's vocabulary `dictionary`, or in its own.
+    """The corpus of --data in a model's vocabulary `dictionary`, or in one of its own.
 
-    `unk` is the unknown word of its own vocabulary. On a terminal the `first` process shows a bar.
-    Without `train` a missing train.txt is an empty text. Prints how many tokens are read as
-    unknown, and what is unusual. Raises CorpusError, also if too many tokens are unknown.
+    On a terminal the `first` process shows a bar. Without `train` a missing train.txt is an empty
+    text. Prints how many tokens are read as unknown, and what is unusual. Raises CorpusError, also
+    if too many tokens are unknown.
     """
     folder = Path(args.data)
     parts = [folder / f"{name}.txt" for name in SPLITS]
     size = sum(part.stat().st_size for part in parts if part.is_file())
     with Bar(size, "reading", "B", wanted=first) as bar:
         corpus = Corpus(folder, dictionary, split=args.split, tick=bar.update, train=train)
-    for line in unusual(corpus, folder, unk, new=dictionary is None):
+    unk = args.unk if dictionary is None else None
+    for line in unusual(corpus, folder, unk):
         print(f"| {line}")
     if dictionary is not None:
         if corpus.unknown:
@@ -41,7 +41,7 @@ def read_corpus(
             )
         return corpus
     corpus.dictionary.unk = unk
-    if getattr(args, "vocab_size", None) or getattr(args, "min_count", 0):
+    if args.vocab_size or args.min_count:
         fewer = corpus.with_fewer_words(args.vocab_size, args.min_count or 0)
         kept = fewer.dictionary.word2idx
         rare = sum(word not in kept for word in corpus.dictionary.idx2word)
@@ -55,14 +55,14 @@ def read_corpus(
     return corpus
 
 
-def unusual(corpus: Corpus, folder: Path, unk: str, new: bool) -> Iterator[str]:
-    """A line for each oddity of a corpus, which has a `new` vocabulary or a model's."""
+def unusual(corpus: Corpus, folder: Path, unk: str | None) -> Iterator[str]:
+    """A line for each oddity of a corpus; `unk` is None for the vocabulary of a model."""
     name = "train.txt" if len(corpus.part("train", 0, 1)) else "valid.txt"
     with opened(folder / name) as file:
         lines = [line for line in file.read(1 << 16).splitlines() if line.strip()]
     if sum(line.rstrip().endswith(EOS.encode()) for line in lines) > len(lines) / 2:
         yield f"the lines of {folder} end in {EOS} already and get another: take them out"
-    if not new:
+    if unk is None:
         return
     words = corpus.dictionary.idx2word
     if any("\ufeff" in word for word in words):

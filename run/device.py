@@ -94,7 +94,7 @@ def keep_memory() -> None:
     and their first use costs more than many of the operations on them. Without glibc, nothing
     happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**25)  # glibc's maximum
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -17,9 +17,7 @@ is not finite is null. A call of `Session.write` with another kind adds a line o
 """
 
 import contextlib
-import importlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -59,28 +57,32 @@ class MetricsWriter:
     """Appends to `folder`/metrics.jsonl; every line reaches the file at once.
 
     `command` are the words of the command line, `flags` the values of all flags, `device` the
-    device in words. If tensorboard is installed, events are written too; else
-    `no_events` says so in a sentence. Without a `folder` nothing is written. Raises OSError if the
-    folder cannot be written at the start; a later failure is printed once and ends the writing.
+    device in words. If tensorboard is installed, events are written too; else a line says that they
+    are not. Without a `folder` nothing is written. Raises OSError if the folder cannot be written
+    at the start; a later failure is printed once and ends the writing.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], *, command: Sequence[str], flags: Mapping[str, Any],
         device: str,
     ) -> None:  # fmt: skip
-        self.no_events = self._file = self._events = None
+        self._file = self._events = None
         if not folder:
             return
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / NAME
         # Bytes of a path that are not UTF-8 become escapes.
-        self._file = opened(
-            self.folder / NAME, "a", encoding="utf-8", errors="backslashreplace", buffering=1
-        )
-        self._end_line()
-        self._events = _events(self.folder)
-        if self._events is None:
-            self.no_events = (
+        self._file = opened(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        written = path.read_bytes()
+        if written and not written.endswith(b"\n"):
+            self._file.write("\n")  # a killed run or a full disk cut the last line off
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.folder))
+        except ImportError:
+            print(
                 "TensorBoard events need the package tensorboard, which is not installed: "
                 f"{NAME} alone is written"
             )
@@ -112,8 +114,10 @@ class MetricsWriter:
     def _append(self, values: Mapping[str, Any]) -> None:
         if self._file is not None:
             with self._as_far_as_it_goes():
-                text = json.dumps(_finite(values), ensure_ascii=False, default=str)
-                self._file.write(f"{text}\n")
+                text = json.dumps(values, default=str)
+                # JSON has no number that is not finite.
+                values = json.loads(text, parse_constant=lambda number: None)
+                self._file.write(f"{json.dumps(values, ensure_ascii=False)}\n")
 
     @contextlib.contextmanager
     def _as_far_as_it_goes(self) -> Iterator[None]:
@@ -123,14 +127,6 @@ class MetricsWriter:
         except OSError as error:
             print(f"Cannot write to {self.folder} ({error.strerror or error}): going on without it")
             self.close()
-
-    def _end_line(self) -> None:
-        """End the last line if a killed run or a full disk cut it off."""
-        with open(self.folder / NAME, "rb") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    self._file.write("\n")
 
     def close(self) -> None:
         """Close the files."""
@@ -153,20 +149,15 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises ToolkitError for a file that holds anything else, and OSError.
     """
-    try:
-        # Not splitlines(), which also splits at other characters that a word may hold.
-        with opened(path) as file:
-            text = file.read().decode()
-        lines = text.removesuffix("\n").split("\n") if text else []
-    except UnicodeDecodeError:
-        raise ToolkitError(f"{path} is not UTF-8: name a run's --logdir") from None
+    with opened(path) as file:
+        lines = file.read().splitlines()
     objects = []
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):
             # The run was killed or is still writing; the next run begins with its command.
-            if len(lines) > 1 and (number == len(lines) or lines[number].startswith('{"command"')):
+            if len(lines) > 1 and (number == len(lines) or lines[number].startswith(b'{"command"')):
                 continue
             found = None
         if not isinstance(found, dict):
@@ -175,21 +166,3 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             )
         objects.append(found)
     return objects
-
-
-def _events(folder: Path) -> Any:
-    """TensorBoard's writer, or None if it is not installed."""
-    try:
-        return importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
-    except ImportError:
-        return None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value

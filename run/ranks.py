@@ -58,11 +58,6 @@ class Ranks:
             return network
         return _DataParallel(_Part(network, fraction, self.world), gradient_as_bucket_view=True)
 
-    def seed_masks(self, seed: int) -> None:
-        """Give each rank its own random numbers; those of the first rank do not change."""
-        if not self.first:
-            torch.manual_seed((seed + self.rank) % 2**63)
-
     def total(self, value: float) -> float:
         """The sum of every rank's `value`, the same number on each."""
         return sum(self.gathered(value))
@@ -140,8 +135,6 @@ class _DataParallel(DistributedDataParallel):
     def init_hidden(self, bsz: int) -> Any:
         return self.module.network.init_hidden(bsz)
 
-
-ALONE = Ranks()
 
 # The processes wait this long for each other at the start of a run.
 _MINUTES = 5

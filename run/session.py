@@ -107,8 +107,6 @@ def open_session(parser: Parser, args: argparse.Namespace, joined: Ranks) -> Ite
             device=str(device),
         ) as writer,
     ):
-        if writer.no_events:
-            print(writer.no_events)
         yield Session(parser, args, device, joined, stop, writer)
 
 
@@ -202,7 +200,8 @@ class Session:
             clip=args.clip,
         )
         check_state(self.step.hidden, text.size(1))
-        ranks.seed_masks(args.seed)
+        if not ranks.first:
+            torch.manual_seed(args.seed + ranks.rank)  # so that its dropout masks are its own
         for line in fast.choose(network, optimizer, self.step, plain=args.plain, bf16=network.bf16):
             print(line)
         if args.cuda_graphs and not args.plain and self.device.type == "cuda":

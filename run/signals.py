@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TextIO
@@ -75,11 +74,9 @@ class StopRequests:
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequests":
-        # Python lets only the main thread handle signals.
-        if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
-                if signal.getsignal(signum) is not signal.SIG_IGN:
-                    self._old[signum] = signal.signal(signum, self._note)
+        for signum in SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._old[signum] = signal.signal(signum, self._note)
         if isinstance(sys.stdout, Output):
             sys.stdout.stop = self
         return self

@@ -122,9 +122,8 @@ def shim(cpp_kernels, monkeypatch):
     monkeypatch.setattr(cross_entropy, "THREADS", 64)
     properties = SimpleNamespace(multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    yield SimpleNamespace(
-        launched=cpp_kernels.launched, place=Place(canaries.copy), check=canaries.check
-    )
+    place = Place(canaries.copy, after=canaries.check)
+    yield SimpleNamespace(launched=cpp_kernels.launched, place=place)
     canaries.check()
 
 

@@ -39,10 +39,28 @@ END = re.compile(
 )
 
 
-def train(script, corpus_dir, path, *more):
-    status, out, err = script("main", "--data", corpus_dir, *TINY, "--lr", 5, "--save", path, *more)
-    assert (status, err) == (0, "")
-    return out
+@pytest.fixture
+def output(script):
+    """The output of a script that ends well and has nothing to report on standard error."""
+
+    def run(name, *argv):
+        status, out, err = script(name, *argv)
+        assert (status, err) == (0, "")
+        return out
+
+    return run
+
+
+@pytest.fixture
+def flags(corpus_dir):
+    """Flags of main.py and finetune.py for the tiny corpus."""
+    return ["--data", corpus_dir, *TINY, "--lr", 5]
+
+
+@pytest.fixture
+def train(output, flags):
+    """Train on the tiny corpus into a file; returns the output."""
+    return lambda path, *more: output("main", *flags, "--save", path, *more)
 
 
 def weights(path):
@@ -65,9 +83,9 @@ def unigram_perplexity(corpus_dir):
 
 
 @pytest.mark.parametrize("cell", ORIGINAL_CELLS)
-def test_four_stages(cell, script, corpus_dir, tmp_path):
+def test_four_stages(cell, script, output, train, flags, corpus_dir, tmp_path):
     path = tmp_path / "m.pt"
-    out = train(script, corpus_dir, path, "--model", cell, "--epochs", 4, "--log-interval", 10)
+    out = train(path, "--model", cell, "--epochs", 4, "--log-interval", 10)
     assert [int(e[0]) for e in EPOCH.findall(out)] == [1, 2, 3, 4]
     batch_lines = [line for line in out.splitlines() if "ms/batch" in line]
     assert len(batch_lines) > 20
@@ -79,9 +97,8 @@ def test_four_stages(cell, script, corpus_dir, tmp_path):
     trained_loss = checkpoint.load(path).valid_loss
 
     # The published commands repeat main.py's flags, with or without --model.
-    flags = [*TINY, "--data", corpus_dir, "--save", path, "--lr", 5, "--epochs", 3]
-    status, out, err = script("finetune", *flags, *(["--model", cell] if cell == "QRNN" else []))
-    assert (status, err) == (0, "")
+    repeated = ["--model", cell] if cell == "QRNN" else []
+    out = output("finetune", *flags, "--save", path, "--epochs", 3, *repeated)
     ((kind, part, finetuned_ppl),) = END.findall(out)
     assert (kind, part) == ("training", "test")
     finetuned = checkpoint.load(path)
@@ -89,11 +106,10 @@ def test_four_stages(cell, script, corpus_dir, tmp_path):
     assert finetuned.valid_loss < trained_loss
     assert float(finetuned_ppl) < unigram_perplexity(corpus_dir)
 
-    flags = ["--data", corpus_dir, "--save", path, "--window", 50, "--no-cuda"]
-    status, out, err = script("pointer", *flags, "--bptt", 70)
-    assert (status, err) == (0, "")
+    scored = ["--data", corpus_dir, "--save", path, "--window", 50, "--no-cuda"]
+    out = output("pointer", *scored, "--bptt", 70)
     assert [e[:2] for e in END.findall(out)] == [("pointer", "val"), ("pointer", "test")]
-    assert script("pointer", *flags, "--bptt", 7)[1] == out
+    assert output("pointer", *scored, "--bptt", 7) == out
 
     text = tmp_path / "text.txt"
     status, _, err = script("generate", "--checkpoint", path, "--outf", text, "--words", 45)
@@ -104,32 +120,30 @@ def test_four_stages(cell, script, corpus_dir, tmp_path):
     assert set(text.read_text().split()) <= known
 
 
-def test_split_softmax_through_all_stages(script, corpus_dir, tmp_path, monkeypatch):
+def test_split_softmax_through_all_stages(output, train, flags, corpus_dir, tmp_path, monkeypatch):
     import main
 
     monkeypatch.setattr(main, "default_splits", lambda ntoken: [10, 25, 40])
     path = tmp_path / "m.pt"
-    out = train(script, corpus_dir, path, "--epochs", 6)
-    ((_, _, ppl),) = END.findall(out)
+    ((_, _, ppl),) = END.findall(train(path, "--epochs", 6))
     assert float(ppl) < unigram_perplexity(corpus_dir)
     loaded = checkpoint.load(path)
     # Split points assume ids sorted by frequency; later stages use the same ids.
     counts = loaded.vocabulary["counts"]
     assert counts == sorted(counts, reverse=True)
     assert loaded.criterion["tail_vectors"].abs().sum() > 0
-    status, out, _ = script(
-        "finetune", *TINY, "--data", corpus_dir, "--save", path, "--lr", 5, "--epochs", 1
-    )
-    assert status == 0
-    assert script("pointer", "--data", corpus_dir, "--save", path, "--window", 20)[0] == 0
-    assert script("generate", "--checkpoint", path, "--outf", "-", "--words", 20)[0] == 0
+    output("finetune", *flags, "--save", path, "--epochs", 1)
+    output("pointer", "--data", corpus_dir, "--save", path, "--window", 20)
+    output("generate", "--checkpoint", path, "--outf", "-", "--words", 20)
 
 
-def test_same_seed_same_run(script, corpus_dir, tmp_path):
-    for name in ("a", "b"):
-        train(script, corpus_dir, tmp_path / name, "--epochs", 2)
+@pytest.mark.parametrize("stage", ["main", "finetune"])
+def test_a_seed_decides_the_run(stage, output, flags, trained, tmp_path):
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        if stage == "finetune":
+            shutil.copy(trained["LSTM"], tmp_path / name)
+        output(stage, *flags, "--epochs", 2, "--seed", seed, "--save", tmp_path / name)
     assert_same_weights(tmp_path / "a", tmp_path / "b")
-    train(script, corpus_dir, tmp_path / "c", "--epochs", 2, "--seed", 8)
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "a", tmp_path / "c")
 
@@ -148,57 +162,47 @@ def switch_after_two_epochs(monkeypatch):
 @pytest.mark.usefixtures("switch_after_two_epochs")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("cell", ORIGINAL_CELLS)
-def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, script, corpus_dir, tmp_path):
+def test_resume_goes_on_as_if_nothing_had_happened(cell, optimizer, output, train, flags, tmp_path):
     # The run includes the switch to averaging and a division of the rate by --when.
-    flags = ["--model", cell, "--when", 3, "--optimizer", optimizer, "--max-batches", 40]
-    flags += ["--lr", 5 if optimizer == "sgd" else 0.02]
-    whole = train(script, corpus_dir, tmp_path / "whole", *flags, "--epochs", 6)
+    own = ["--model", cell, "--when", 3, "--optimizer", optimizer, "--max-batches", 40]
+    own += ["--lr", 5 if optimizer == "sgd" else 0.02]
+    whole = train(tmp_path / "whole", *own, "--epochs", 6)
     if optimizer == "sgd":
         assert "Switching to averaged SGD" in whole
     path = tmp_path / "resumed"
-    epochs = EPOCH.findall(train(script, corpus_dir, path, *flags, "--epochs", 1))
+    epochs = EPOCH.findall(train(path, *own, "--epochs", 1))
     for last in (3, 5, 6):
         # With flags from the file, or with the run's own flags repeated.
-        own = ["--data", corpus_dir, *TINY, *flags] if last > 3 else ["--max-batches", 40]
-        status, out, err = script("main", *own, "--resume", path, "--epochs", last)
-        assert (status, err) == (0, "")
-        epochs += EPOCH.findall(out)
+        repeated = [*flags, *own] if last > 3 else ["--max-batches", 40]
+        epochs += EPOCH.findall(output("main", *repeated, "--resume", path, "--epochs", last))
         assert epochs == EPOCH.findall(whole)[:last]
     assert_same_weights(tmp_path / "whole", path)
 
 
-def test_resume_with_changed_dropouts_and_rate(script, corpus_dir, tmp_path):
+def test_resume_with_changed_dropouts_and_rate(output, train, tmp_path):
     path, other = tmp_path / "m.pt", tmp_path / "other.pt"
-    train(script, corpus_dir, path, "--epochs", 1)
+    train(path, "--epochs", 1)
     old = path.read_bytes()
-    flags = ["--wdrop", 0, "--dropouti", 0.1, "--dropoute", 0.3, "--lr", 2, "--save", other]
-    status, out, _ = script("main", "--resume", path, "--epochs", 2, *flags, "--log-interval", 30)
-    assert status == 0
+    changed = ["--wdrop", 0, "--dropouti", 0.1, "--dropoute", 0.3, "--lr", 2, "--save", other]
+    out = output("main", "--resume", path, "--epochs", 2, *changed, "--log-interval", 30)
     assert "lr 2.00000" in out
     assert path.read_bytes() == old
     config = checkpoint.load(other).config
     assert (config["wdrop"], config["dropouti"], config["dropoute"]) == (0, 0.1, 0.3)
-    status, _, err = script("main", "--resume", path, "--nhid", 17)
-    assert status == 1
-    assert "--nhid 17 contradicts" in err
 
 
 @pytest.mark.usefixtures("switch_after_two_epochs")
 @pytest.mark.parametrize("wdrops", [(0.4, 0), (0, 0.4)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("cell", ORIGINAL_CELLS)
-def test_weight_drop_turned_on_or_off_on_the_way(
-    cell, optimizer, wdrops, script, corpus_dir, tmp_path
-):
+def test_weight_drop_turned_on_or_off_on_the_way(cell, optimizer, wdrops, output, train, tmp_path):
     """The optimiser's state is kept, and the file can be resumed without a better model."""
     path = tmp_path / "m.pt"
-    flags = ["--model", cell, "--optimizer", optimizer, "--lr", 5 if optimizer == "sgd" else 0.02]
-    before = ["--epochs", 3, "--max-batches", 40]
-    train(script, corpus_dir, path, *flags, "--wdrop", wdrops[0], *before)
+    own = ["--model", cell, "--optimizer", optimizer, "--lr", 5 if optimizer == "sgd" else 0.02]
+    train(path, *own, "--wdrop", wdrops[0], "--epochs", 3, "--max-batches", 40)
     before = checkpoint.load(path)
-    argv = ["--resume", path, "--epochs", 4, "--lr", 1e-9, "--max-batches", 4]
-    status, _, err = script("main", *argv, "--wdrop", wdrops[1])
-    assert (status, err) == (0, "")
+    resumed = ["--resume", path, "--max-batches", 4]
+    output("main", *resumed, "--epochs", 4, "--lr", 1e-9, "--wdrop", wdrops[1])
     after = checkpoint.load(path)
     assert after.training["args"]["wdrop"] == wdrops[1]
     # At this rate the weights do not change, and each keeps its optimiser state.
@@ -211,67 +215,69 @@ def test_weight_drop_turned_on_or_off_on_the_way(
     for weight, tensor in after.training["model"].items():
         torch.testing.assert_close(tensor, weights[plain_name(weight)], atol=1e-4, rtol=1e-4)
     # The next resumed run has the last run's dropout, not the dropout of the best model.
-    status, out, err = script("main", "--resume", path, "--epochs", 5, "--max-batches", 4)
-    assert (status, err) == (0, "")
-    assert f"'wdrop': {float(wdrops[1])}" in out
+    assert f"'wdrop': {float(wdrops[1])}" in output("main", *resumed, "--epochs", 5)
 
 
 @pytest.mark.usefixtures("switch_after_two_epochs")
-def test_averaging_begins_at_the_divided_rate(script, corpus_dir, tmp_path):
-    flags = ["--when", 1, "--epochs", 3, "--log-interval", 30]
-    out = train(script, corpus_dir, tmp_path / "m.pt", *flags)
-    assert out.index("lr 0.50000") < out.index("Switching to averaged SGD")
-    assert set(re.findall(r"lr (\S+)", out.split("Switching to averaged SGD")[1])) == {"0.50000"}
+def test_copies_divided_rates_and_averaged_weights(train, tmp_path):
+    path = tmp_path / "m.pt"
+    out = train(path, "--when", 2, 3, "--epochs", 4, "--log-interval", 30)
+    divided, switched = "Dividing learning rate by 10", "Switching to averaged SGD"
+    parts = re.split(f"{divided}\n(?:{switched}\n)?", out)
+    assert [set(re.findall(r"lr (\S+)", part)) for part in parts] == [
+        {"5.00000"}, {"0.50000"}, {"0.05000"},
+    ]  # fmt: skip
+    # Averaging begins at the divided rate.
+    assert out.index(divided) < out.index(switched) < out.rindex(divided)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt", "m.pt.e2", "m.pt.e3"]
+    assert checkpoint.load(f"{path}.e2").epoch == 2
+    # The averaged weights are saved, the raw ones trained on.
+    content = checkpoint.load(path)
+    averaged, raw = content.model["encoder.weight"], content.training["model"]["encoder.weight"]
+    assert not torch.equal(averaged, raw)
+    stored = [s["average"] for s in content.training["optimizer"]["state"].values()]
+    assert any(a.shape == raw.shape and not torch.equal(a, raw) for a in stored)
 
 
-def test_a_first_log_line_is_the_mean_of_its_batches(script, corpus_dir, tmp_path):
-    flags = ["--epochs", 1, "--max-batches", 6, "--lr", 0.001, "--seed", 2]
+def test_a_first_log_line_is_the_mean_of_its_batches(train, tmp_path):
+    own = ["--epochs", 1, "--max-batches", 6, "--lr", 0.001, "--seed", 2]
     losses = {}
     for interval in (1, 3):
-        path = tmp_path / f"{interval}.pt"
-        out = train(script, corpus_dir, path, *flags, "--log-interval", interval)
+        out = train(tmp_path / f"{interval}.pt", *own, "--log-interval", interval)
         losses[interval] = [float(loss) for loss in re.findall(r"/batch .* loss +(\S+) \|", out)]
     expected = [sum(losses[1][:3]) / 3, sum(losses[1][3:]) / 3]
     assert losses[3] == pytest.approx(expected, abs=0.011)
 
 
-def test_a_run_does_not_go_on_with_another_text(script, corpus_dir, tmp_path):
-    """The recorded losses, the best one included, are of the first text."""
-    other = tmp_path / "other"
-    shutil.copytree(corpus_dir, other)
-    (other / "train.txt").write_text((corpus_dir / "train.txt").read_text() + "w1 w2\n")
-    train(script, corpus_dir, tmp_path / "m.pt", "--epochs", 1)
-    status, _, err = script("main", "--resume", tmp_path / "m.pt", "--data", other, "--epochs", 2)
-    assert status == 1
-    assert "m.pt goes on with another text than that in " in err
-
-
-def test_another_log_interval_on_the_way(script, corpus_dir, middle_of_an_epoch, tmp_path):
-    flags = ["--log-interval", 7, "--max-batches", 7, "--epochs", 1]
-    _, out, _ = script("main", "--resume", middle_of_an_epoch, "--save", tmp_path / "a", *flags)
+def test_another_log_interval_on_the_way(output, middle_of_an_epoch, tmp_path):
+    own = ["--log-interval", 7, "--max-batches", 7, "--epochs", 1]
+    out = output("main", "--resume", middle_of_an_epoch, "--save", tmp_path / "a", *own)
     (loss,) = re.findall(r"\| +7/ +7 batches .* loss +(\S+) \|", out)
     assert 3 < float(loss) < 5  # log(60) is 4.1
 
 
 def test_what_a_terminal_gets_what_is_partial_and_the_files_written(
-    script, corpus_dir, tmp_path, monkeypatch
+    script, output, corpus_dir, tmp_path, monkeypatch
 ):
     path = tmp_path / "m.pt"
-    flags = ["--data", corpus_dir, "--save", path, "--bptt", 10, "--max-batches", 2]
-    logged = ["--logdir", tmp_path, "--epochs", 3, "--when", 1, "--log-interval", 1]
+    scored = ["--data", corpus_dir, "--save", path, "--bptt", 10, "--max-batches", 2]
+    own = [*scored, "--log-interval", 1]
+    logged = ["--logdir", tmp_path, "--epochs", 3, "--when", 1]
     monkeypatch.setattr(Output, "isatty", lambda output: True, raising=False)
     with monkeypatch.context() as patch:
         send(patch, signal.SIGTERM, 3)
-        _, out, _ = script("main", *TINY, *flags, *logged)
+        _, out, _ = script("main", *TINY, *own, *logged)
     assert "Args: \n  options: --save-every 300.0\n  files: --data" in out
     assert "\n  network: --emsize 12 --model LSTM --nhid 16 --nlayers 2\n" in out
     assert "\n  text:" not in out  # --tokens-are is not given
     assert re.findall(r"Wrote (\S+m\.pt[^,\n]*)", out) == [f"{path}.e1", str(path)]
-    _, resumed, _ = script("main", "--resume", path, *flags, *logged)
-    _, tuned, _ = script("finetune", *flags, "--keep", "--epochs", 1)
+    resumed = output("main", "--resume", path, *own, *logged)
+    tuned = output("finetune", *own, "--keep", "--epochs", 1)
     assert f"Wrote {path}.before-finetune\n" in tuned
-    _, scored, _ = script("pointer", *flags, "--window", 9, "--search", "--by-word", 2)
-    for text, count in ((resumed, 2), (tuned, 3), (scored, 9)):
+    searched = output("pointer", *scored, "--window", 9, "--search", "--by-word", 2)
+    # The third epoch was trained before the stop; finetuning has two batches too.
+    assert [text.count("ms/batch") for text in (out, resumed, tuned)] == [6, 0, 2]
+    for text, count in ((resumed, 2), (tuned, 3), (searched, 9)):
         lines = [
             line for line in text.splitlines() if re.search("(val|test).* (loss|ppl|log p)", line)
         ]
@@ -283,124 +289,61 @@ def test_what_a_terminal_gets_what_is_partial_and_the_files_written(
 
 
 @pytest.mark.parametrize("stage", ["main", "finetune"])
-def test_a_resumed_run_with_nothing_to_do_writes_its_file(stage, script, corpus_dir, tmp_path):
+def test_a_resumed_run_with_nothing_to_do_writes_its_file(stage, output, train, flags, tmp_path):
     path, other = tmp_path / "m.pt", tmp_path / "other.pt"
-    train(script, corpus_dir, path, "--epochs", 1)
+    train(path, "--epochs", 1)
     if stage == "finetune":
-        script("finetune", "--data", corpus_dir, "--save", path, "--epochs", 1, "--lr", 1)
-    status, out, err = script(stage, "--resume", path, "--save", other)
-    assert (status, err) == (0, "")
+        output("finetune", *flags, "--save", path, "--epochs", 1)
+    out = output(stage, "--resume", path, "--save", other)
     assert "Epoch 1 was the last: a larger --epochs continues the run" in out
     assert_same_weights(path, other)
     assert checkpoint.load(other).training["epoch"] == 1
 
 
-def test_finetuning_that_was_done_goes_on_with_another_nonmono(script, corpus_dir, tmp_path):
-    path = tmp_path / "m.pt"
-    train(script, corpus_dir, path, "--epochs", 1)
-    state = checkpoint.load(path)
-    script("finetune", "--data", corpus_dir, "--save", path, "--epochs", 1, "--lr", 1)
-    state = checkpoint.load(path)
-    state.training["done"] = True
-    checkpoint.save(path, state)
-    _, out, _ = script("finetune", "--resume", path, "--epochs", 2)
-    assert "Already done: the validation loss no longer fell" in out
-    assert "end of epoch" not in out
-    _, out, _ = script("finetune", "--resume", path, "--epochs", 2, "--nonmono", 9)
-    assert "end of epoch   2" in out
-
-
-def test_a_recorded_split_does_not_stand_in_the_way(script, corpus_dir, tmp_path):
-    alone, path = tmp_path / "alone", tmp_path / "m.pt"
-    alone.mkdir()
-    shutil.copy(corpus_dir / "train.txt", alone)
-    train(script, alone, path, "--split", 0.1, 0.1, "--epochs", 1)
-    # The same text, with each part in its own file.
-    lines = (alone / "train.txt").read_text().splitlines(keepends=True)
-    apart = tmp_path / "apart"
-    apart.mkdir()
-    for name, part in (("train", lines[:480]), ("valid", lines[480:540]), ("test", lines[540:])):
-        (apart / f"{name}.txt").write_text("".join(part))
-    argv = ["--resume", path, "--epochs", 2, "--max-batches", 3]
-    status, _, err = script("main", *argv, "--data", apart)
-    assert (status, err) == (0, "")
-
-
-def test_when_saves_a_copy_and_divides_the_rate(script, corpus_dir, tmp_path):
-    path = tmp_path / "m.pt"
-    flags = ["--when", 2, 3, "--epochs", 3, "--log-interval", 30]
-    out = train(script, corpus_dir, path, *flags)
-    assert re.findall(r"lr (\S+)", out)[:: max(1, out.count("lr ") // 3)][0] == "5.00000"
-    assert set(re.findall(r"lr (\S+)", out)) == {"5.00000", "0.50000"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt", "m.pt.e2", "m.pt.e3"]
-    assert checkpoint.load(f"{path}.e2").epoch == 2
-
-
-@pytest.mark.usefixtures("switch_after_two_epochs")
-def test_averaged_weights_are_saved_and_raw_ones_trained_on(script, corpus_dir, tmp_path):
-    path = tmp_path / "m.pt"
-    out = train(script, corpus_dir, path, "--epochs", 4)
-    assert "Switching to averaged SGD" in out
-    content = torch.load(path, weights_only=True)
-    averaged = content["model"]["encoder.weight"]
-    raw = content["training"]["model"]["encoder.weight"]
-    assert not torch.equal(averaged, raw)
-    stored = [s["average"] for s in content["training"]["optimizer"]["state"].values()]
-    assert any(a.shape == raw.shape and not torch.equal(a, raw) for a in stored)
-
-
-def send(monkeypatch, signum, evaluation):
-    """Send this process `signum` at the start of the n-th evaluation, n = `evaluation`."""
-    evaluate, calls = training.evaluate, []
+def send(monkeypatch, signum, call, name="evaluate"):
+    """Send this process `signum` at the start of the n-th `call` of training's function `name`."""
+    function, calls = getattr(training, name), []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == evaluation:
+        if len(calls) == call:
             signal.raise_signal(signum)
-        return evaluate(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    monkeypatch.setattr(training, "evaluate", interrupted)
+    monkeypatch.setattr(training, name, interrupted)
 
 
-def test_interrupted_training_ends_with_the_test_score(script, corpus_dir, tmp_path, monkeypatch):
+def test_interrupted_training_ends_with_the_test_score(output, train, flags, tmp_path, monkeypatch):
     path, whole = tmp_path / "m.pt", tmp_path / "whole.pt"
-    train(script, corpus_dir, whole, "--epochs", 4)
+    train(whole, "--epochs", 4)
     with monkeypatch.context() as patch:
         send(patch, signal.SIGINT, 3)
-        out = train(script, corpus_dir, path, "--epochs", 4)
+        out = train(path, "--epochs", 4)
     assert f"Exiting from training early\n--resume {path} continues it\n" in out
     assert len(EPOCH.findall(out)) == 2
     assert len(END.findall(out)) == 1
     # The third epoch was trained but not evaluated; the resumed run evaluates it.
     assert checkpoint.load(path).training["epoch"] == 2
-    status, out, err = script("main", "--resume", path)
-    assert (status, err) == (0, "")
+    out = output("main", "--resume", path)
     assert [int(e[0]) for e in EPOCH.findall(out)] == [3, 4]
     assert re.search(
         rf"Resuming {path}: epoch 3, batch \d+ of about \d+, best \S+ after epoch [12]", out
     )
-    assert re.findall(r"\| epoch (\d) was resumed at batch \d+: its time is that since", out) == [
-        "3"
-    ]
+    resumed = re.findall(r"\| epoch (\d) was resumed at batch \d+: its time is that since", out)
+    assert resumed == ["3"]
     assert_same_weights(whole, path)
 
     with monkeypatch.context() as patch:
         send(patch, signal.SIGINT, 3)
-        flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path]
-        status, out, err = script("finetune", *flags, "--epochs", 9)
-    assert (status, err) == (0, "")
+        out = output("finetune", *flags, "--save", path, "--epochs", 9)
     assert "Exiting from finetuning early" in out
     assert len(END.findall(out)) == 1
 
 
-def test_a_second_interrupt_stops_at_once(script, corpus_dir, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        signal.raise_signal(2)
-        signal.raise_signal(2)
-
-    monkeypatch.setattr(training, "evaluate", interrupted)
-    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", tmp_path / "m.pt"]
-    status, out, _ = script("main", *flags)
+def test_a_second_interrupt_stops_at_once(script, flags, tmp_path, monkeypatch):
+    send(monkeypatch, signal.SIGINT, 1)
+    send(monkeypatch, signal.SIGINT, 1)
+    status, out, _ = script("main", *flags, "--save", tmp_path / "m.pt")
     assert status == 130
     assert "End of training" not in out
 
@@ -408,60 +351,48 @@ def test_a_second_interrupt_stops_at_once(script, corpus_dir, tmp_path, monkeypa
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("evaluation", [1, 2, 3])
 def test_a_signal_is_obeyed_and_the_state_saved(
-    signum, evaluation, script, corpus_dir, tmp_path, monkeypatch
+    signum, evaluation, script, output, flags, tmp_path, monkeypatch
 ):
     # Evaluations: after the first epoch, after the second, on the test set.
     path = tmp_path / "m.pt"
-    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path, "--epochs", 2]
     send(monkeypatch, signum, evaluation)
-    status, out, err = script("main", *flags)
+    status, out, err = script("main", *flags, "--save", path, "--epochs", 2)
     assert status == 128 + signum
     assert len(err.splitlines()) == 1
     assert signum.name in err
     assert "End of training" not in out
     assert checkpoint.load(path).training["epoch"] == evaluation - 1
     assert math.isinf(checkpoint.load(path).valid_loss) == (evaluation == 1)
-    status, out, err = script("main", "--resume", path)
-    assert (status, err) == (0, "")
+    out = output("main", "--resume", path)
     assert len(EPOCH.findall(out)) == 3 - evaluation
     assert len(END.findall(out)) == 1
 
 
 def test_finetuning_that_does_not_help_leaves_the_file_and_ends_well(
-    script, corpus_dir, trained, tmp_path
+    output, flags, trained, tmp_path
 ):
     # The original ends with exit status 1 and without a test score.
     path = tmp_path / "m.pt"
     shutil.copy(trained["LSTM"], path)
-    flags = ["--data", corpus_dir, *TINY, "--lr", 500, "--clip", 9, "--nonmono", 1, "--save", path]
-    status, out, err = script("finetune", *flags, "--epochs", 30)
-    assert (status, err) == (0, "")
+    rate = ["--lr", 500, "--clip", 9, "--nonmono", 1]
+    out = output("finetune", *flags, *rate, "--save", path, "--epochs", 30)
     assert "no longer falls" in out
     assert len(EPOCH.findall(out)) < 30
     assert len(END.findall(out)) == 1
     # The training state is new, the model is not.
     assert_same_weights(path, trained["LSTM"])
     assert checkpoint.load(path).stage == "main.py"
-    # Resuming a finished run trains no further.
-    status, again, err = script("finetune", "--resume", path)
-    assert (status, err) == (0, "")
+    # Resuming a finished run trains no further, unless --nonmono differs.
+    again = output("finetune", "--resume", path)
+    assert "Already done: the validation loss no longer fell" in again
     assert EPOCH.findall(again) == []
     assert END.findall(again) == END.findall(out)
+    following = len(EPOCH.findall(out)) + 1
+    again = output("finetune", "--resume", path, "--epochs", following, "--nonmono", 30)
+    assert [int(e[0]) for e in EPOCH.findall(again)] == [following]
 
 
-def test_finetune_honours_its_seed(script, corpus_dir, trained, tmp_path):
-    files = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        files.append(tmp_path / name)
-        shutil.copy(trained["LSTM"], files[-1])
-        flags = ["--data", corpus_dir, "--batch_size", 4, "--bptt", 10, "--save", files[-1]]
-        assert script("finetune", *flags, "--lr", 5, "--epochs", 1, "--seed", seed)[0] == 0
-    assert_same_weights(files[0], files[1])
-    with pytest.raises(AssertionError):
-        assert_same_weights(files[0], files[2])
-
-
-def test_finetune_caps_the_sequence_length(script, corpus_dir, trained, tmp_path, monkeypatch):
+def test_finetune_caps_the_sequence_length(output, flags, trained, tmp_path, monkeypatch):
     caps = []
     draw = training.draw_seq_len
 
@@ -472,34 +403,37 @@ def test_finetune_caps_the_sequence_length(script, corpus_dir, trained, tmp_path
     monkeypatch.setattr(training, "draw_seq_len", record)
     path = tmp_path / "m.pt"
     shutil.copy(trained["LSTM"], path)
-    flags = ["--data", corpus_dir, "--batch_size", 4, "--bptt", 10, "--save", path, "--epochs", 1]
-    script("finetune", *flags)
-    assert set(caps) == {20}
-    caps.clear()
-    script("finetune", *flags, "--max-seq-len", 12)
-    assert set(caps) == {12}
+    for more, cap in (([], 20), (["--max-seq-len", 12], 12)):
+        caps.clear()
+        output("finetune", *flags, "--save", path, "--epochs", 1, *more)
+        assert set(caps) == {cap}
 
 
-def test_generate(script, trained, tmp_path):
+def test_generate(output, trained):
     argv = ["--checkpoint", trained["LSTM"], "--outf", "-", "--words", 60]
-    status, text, err = script("generate", *argv, "--seed", 3)
-    assert (status, err) == (0, "")
+    text = output("generate", *argv, "--seed", 3)
     assert len(text.split()) == 60
-    assert script("generate", *argv, "--seed", 3)[1] == text
-    assert script("generate", *argv, "--seed", 4)[1] != text
+    assert output("generate", *argv, "--seed", 3) == text
+    assert output("generate", *argv, "--seed", 4) != text
     # With one candidate per word the seed has no effect.
-    prompted = [*argv, "--prompt", "w1 w3", "--top-k", 1]
-    greedy = script("generate", *prompted, "--seed", 3)[1]
-    assert script("generate", *prompted, "--seed", 4)[1] == greedy
-    assert script("generate", *prompted[:-2], "--temperature", 0.001)[1] == greedy
-    assert script("generate", *prompted[:-2], "--temperature", 1e-30)[1] == greedy
-    assert script("generate", *prompted[:-2], "--temperature", 0)[1] == greedy
-    hot = script("generate", *argv, "--temperature", 50, "--words", 300)[1]
+    argv += ["--prompt", "w1 w3"]
+    greedy = [
+        output("generate", *argv, *words)
+        for words in (
+            ["--top-k", 1, "--seed", 3],
+            ["--top-k", 1, "--seed", 4],
+            ["--temperature", 0.001],
+            ["--temperature", 1e-30],
+            ["--temperature", 0],
+        )
+    ]
+    assert len(set(greedy)) == 1
+    hot = output("generate", *argv, "--temperature", 50, "--words", 300)
     assert len(set(hot.split())) > 50
 
 
 @pytest.mark.parametrize("kind", ["words", "characters", "pieces"])
-def test_lines_as_text(kind, script, trained, tmp_path):
+def test_lines_as_text(kind, output, trained, tmp_path):
     loaded = checkpoint.load(trained["LSTM"])
     words = [w for w in loaded.vocabulary["words"] if w != "<eos>"]
     letters = {
@@ -512,29 +446,25 @@ def test_lines_as_text(kind, script, trained, tmp_path):
     path = tmp_path / "m.pt"
     checkpoint.save(path, loaded)
     start = " ".join(letters[w] for w in words[1:3])
-    argv = ["--checkpoint", path, "--no-cuda", "--outf", "-", "--prompt", start, "--lines", 5]
-    status, out, err = script("generate", *argv)
-    assert (status, err) == (0, "")
+    argv = ["--checkpoint", path, "--no-cuda"]
+    printed = [*argv, "--outf", "-", "--prompt", start]
+    out = output("generate", *printed, "--lines", 5)
     lines = out.splitlines()
     assert len(lines) == len(set(lines)) == 5
     texts = {"words": start, "characters": start.replace(" ", ""), "pieces": " ".join(words[1:3])}
     assert all(line.startswith(texts[kind]) for line in lines)
     assert ("<eos>" not in out, "\u2581" in out) == (True, False)
     # The likeliest line: each word is the likeliest after those before it.
-    best = script("generate", *argv[:-1], 1, "--temperature", 0)[1].removesuffix("\n")
+    likeliest = [*printed, "--lines", 1, "--temperature", 0]
+    best = output("generate", *likeliest).removesuffix("\n")
     if kind == "words":
-        for n in range(3, len(best.split()) + 2):
-            prompt = [
-                "--checkpoint",
-                path,
-                "--prompt",
-                " ".join(best.split()[: n - 1]),
-                "--next",
-                1,
-            ]
-            assert script("generate", *prompt)[1].split()[1] == [*best.split(), "<eos>"][n - 1]
+        found = [*best.split(), "<eos>"]
+        for n in range(2, len(found)):
+            prompt = " ".join(found[:n])
+            following = output("generate", *argv, "--prompt", prompt, "--next", 1)
+            assert following.split()[1] == found[n]
     # Nothing but the joining differs.
-    spaced = script("generate", *argv[:-1], 1, "--temperature", 0, "--tokens-are", "words")[1]
+    spaced = output("generate", *likeliest, "--tokens-are", "words")
     pieces = "".join(spaced.split())
     texts = {"words": spaced, "characters": pieces, "pieces": pieces.replace("\u2581", " ")}
     assert best == texts[kind].strip()
@@ -567,21 +497,18 @@ def test_prompts_from_standard_input(trained):
     assert "'zebra'" in result.stderr
 
 
-@pytest.mark.parametrize("flags", [["--next", 2], ["--tsv", "-", "--text"]])
-def test_words_of_the_command_line_are_utf8_in_any_locale(flags, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "flags"), [("generate.py", "--next 2 --prompt"), ("score.py", "--tsv - --text")]
+)
+def test_words_of_the_command_line_are_utf8_in_any_locale(name, flags, trained, tmp_path):
     model = checkpoint.load(trained["LSTM"])
     model.vocabulary["words"] = [w.replace("w1", "gar\xe7on") for w in model.vocabulary["words"]]
     checkpoint.save(tmp_path / "m.pt", model)
-    script = "generate.py" if flags[0] == "--next" else "score.py"
-    command = [sys.executable, ROOT / script, "--checkpoint", tmp_path / "m.pt", "--no-cuda"]
-    command += [
-        *map(str, flags),
-        *(["--prompt"] if script == "generate.py" else []),
-        "w3 gar\xe7on",
-    ]
+    command = [sys.executable, ROOT / name, "--checkpoint", tmp_path / "m.pt", "--no-cuda"]
+    command += [*flags.split(), "w3 gar\xe7on".encode()]
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     results = [
-        subprocess.run([str(c).encode() for c in command], capture_output=True, env=env)
+        subprocess.run(command, capture_output=True, env=env)
         for env in (plain, {**os.environ, "PYTHONUTF8": "1"})
     ]
     numbers = [re.findall(rb"\d\.\d{5}", result.stdout) for result in results]
@@ -589,11 +516,10 @@ def test_words_of_the_command_line_are_utf8_in_any_locale(flags, trained, tmp_pa
     assert [result.stderr for result in results] == [b"", b""]
 
 
-def test_next_words_are_those_that_score_gives(script, trained):
+def test_next_words_are_those_that_score_gives(output, trained):
     for cell in ORIGINAL_CELLS:
-        argv = ["--checkpoint", trained[cell], "--prompt", "w1 w3", "--next", 61, "--no-cuda"]
-        status, out, err = script("generate", *argv)
-        assert (status, err) == (0, "")
+        argv = ["--checkpoint", trained[cell], "--no-cuda"]
+        out = output("generate", *argv, "--prompt", "w1 w3", "--next", 61)
         rows = [line.split() for line in out.splitlines()]
         found = {word: float(p) for p, word in rows}
         assert len(found) == 61
@@ -601,12 +527,12 @@ def test_next_words_are_those_that_score_gives(script, trained):
         assert sum(found.values()) == pytest.approx(1, abs=1e-4)
         for word in ("w9", rows[0][1]):
             text = f"w1 w3 {word}" if word != "<eos>" else "w1 w3"
-            argv = ["--checkpoint", trained[cell], "--text", text, "--tokens", "--json"]
-            token = json.loads(script("score", *argv, "--no-cuda")[1].splitlines()[2])
+            out = output("score", *argv, "--text", text, "--tokens", "--json")
+            token = json.loads(out.splitlines()[2])
             assert found[word] == pytest.approx(math.exp(token["logprob"]), abs=1e-5)
 
 
-def test_several_texts_and_a_part_of_the_words(script, trained, tmp_path):
+def test_several_texts_and_a_part_of_the_words(script, output, trained, tmp_path):
     model = checkpoint.load(trained["LSTM"])
     words = model.vocabulary["words"]
     words[words.index("w0")] = "<unk>"
@@ -621,61 +547,60 @@ def test_several_texts_and_a_part_of_the_words(script, trained, tmp_path):
     assert all(text.startswith("zebra w3 gnu zebra ") for text in texts)
     assert len(set(texts)) == 3
     # At such a small probability only the likeliest word is left.
-    few = script("generate", *argv, "--top-p", 1e-6, "--prompt", "w3")[1]
-    assert few == script("generate", *argv, "--top-k", 1, "--prompt", "w3")[1]
+    few = output("generate", *argv, "--top-p", 1e-6, "--prompt", "w3")
+    assert few == output("generate", *argv, "--top-k", 1, "--prompt", "w3")
     many = [*argv, "--words", 2000, "--samples", 2]
-    assert "<unk>" in script("generate", *many)[1]
-    assert "<unk>" not in script("generate", *many, "--no-unk")[1]
+    assert "<unk>" in output("generate", *many)
+    assert "<unk>" not in output("generate", *many, "--no-unk")
 
 
-def test_the_corpus_s_own_unknown_word(script, corpus_dir, tmp_path):
+def test_the_corpus_s_own_unknown_word(script, output, corpus_dir, tmp_path):
     folder, path = tmp_path / "own", tmp_path / "m.pt"
     shutil.copytree(corpus_dir, folder)
     text = (folder / "train.txt").read_text()
     (folder / "train.txt").write_text(text.replace("w7 ", "<UNK> ") + "rare <UNK>\n")
-    argv = ["--data", folder, "--save", path, *TINY, "--epochs", 1, "--max-batches", 2]
-    out = script("main", *argv)[1]
+    own = ["--data", folder, "--save", path, *TINY, "--epochs", 1, "--max-batches", 2]
+    argv = ["--checkpoint", path, "--no-cuda"]
+    out = output("main", *own)
     assert "| <UNK> is a word like any other here: --unk '<UNK>' makes it the unknown one" in out
-    status, _, err = script("generate", "--checkpoint", path, "--no-unk", "--outf", "-")
+    status, _, err = script("generate", *argv, "--no-unk", "--outf", "-")
     assert (status, "no <unk> for --no-unk" in err) == (1, True)
-    status, _, err = script("main", *argv, "--unk", "<other>")
+    status, _, err = script("main", *own, "--unk", "<other>")
     assert (status, "no word <other> for --unk" in err) == (1, True)
 
-    out = script("main", *argv, "--unk", "<UNK>", "--tokens-are", "joined", "--min-count", 2)[1]
+    out = output("main", *own, "--unk", "<UNK>", "--tokens-are", "joined", "--min-count", 2)
     assert "like any other" not in out
     # A resumed run that finds no better model writes what it was told too.
     other = tmp_path / "other.pt"
-    assert script("main", "--resume", path, "--save", other, "--tokens-are", "words")[0] == 0
+    output("main", "--resume", path, "--save", other, "--tokens-are", "words")
     assert checkpoint.load(other).dictionary.tokens_are == "words"
-    assert script("finetune", *argv, "--batch_size", 8, "--bptt", 10)[0] == 0
+    output("finetune", *own)
     dictionary = checkpoint.load(path).dictionary
     assert (dictionary.unk, dictionary.tokens_are) == ("<UNK>", "joined")
     assert not {"rare", "<unk>"} & set(dictionary.idx2word)
-    argv = ["--checkpoint", path, "--no-cuda"]
-    out = script("generate", *argv, "--no-unk", "--outf", "-", "--words", 2000)[1]
-    assert "<UNK>" not in out
-    out = script("score", *argv, "--text", "w1 rare w3", "--json")[1]
-    assert json.loads(out)["notes"]["outside_the_vocabulary"].endswith("scored as <UNK>")
-    assert json.loads(out)["chars"] == len("w1rarew3\n")
+    assert "<UNK>" not in output("generate", *argv, "--no-unk", "--outf", "-", "--words", 2000)
+    scores = json.loads(output("score", *argv, "--text", "w1 rare w3", "--json"))
+    assert scores["notes"]["outside_the_vocabulary"].endswith("scored as <UNK>")
+    assert scores["chars"] == len("w1rarew3\n")
 
 
-def test_texts_that_are_not_what_is_expected(script, corpus_dir, tmp_path):
-    argv = ["--save", tmp_path / "m.pt", *TINY, "--epochs", 1, "--max-batches", 1]
-    for name, change, line in (
-        ("plain", lambda text: text, None),
-        ("eos", lambda text: text.replace("\n", " <eos>\n"), "end in <eos> already"),
-        ("joined", lambda text: text.replace(" ", ""), r"(9\d|100)% of the words of valid.txt"),
-        ("marks", lambda text: text.replace("\nw1 ", "\n\ufeffw1 "), r"U\+FEFF, .* is within"),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        for part in ("train.txt", "valid.txt", "test.txt"):
-            (folder / part).write_text(change((corpus_dir / part).read_text()))
-        status, out, _ = script("main", "--data", folder, *argv)
-        assert status == 0
-        odd = [row for row in out.splitlines() if re.search("already|nowhere|FEFF", row)]
-        assert len(odd) == (line is not None)
-        assert line is None or re.search(line, odd[0])
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (" ", " ", None),
+        ("\n", " <eos>\n", "end in <eos> already"),
+        (" ", "", r"(9\d|100)% of the words of valid.txt occur nowhere"),
+        ("\nw1 ", "\n\ufeffw1 ", r"U\+FEFF, .* is within"),
+    ],
+)
+def test_texts_that_are_not_what_is_expected(old, new, line, output, corpus_dir, tmp_path):
+    for part in ("train.txt", "valid.txt", "test.txt"):
+        (tmp_path / part).write_text((corpus_dir / part).read_text().replace(old, new))
+    own = ["--data", tmp_path, *TINY, "--epochs", 1, "--max-batches", 1]
+    out = output("main", *own, "--save", tmp_path / "m.pt")
+    odd = [row for row in out.splitlines() if re.search("already|nowhere|FEFF", row)]
+    assert len(odd) == (line is not None)
+    assert line is None or re.search(line, odd[0])
 
 
 def test_the_words_that_reach_a_probability_are_kept():
@@ -711,23 +636,9 @@ def test_generate_samples_the_models_distribution(trained):
     assert (counts / 3000 - expected).abs().sum() < 0.3
 
 
-def test_trial_runs_of_few_batches(script, corpus_dir, tmp_path):
-    path = tmp_path / "m.pt"
-    out = train(script, corpus_dir, path, "--epochs", 1, "--max-batches", 2, "--log-interval", 1)
-    assert len(re.findall(r"ms/batch", out)) == 2
-    flags = ["--data", corpus_dir, "--save", path, "--max-batches", 2]
-    status, out, _ = script("finetune", *flags, *TINY, "--epochs", 1, "--log-interval", 1)
-    assert status == 0
-    assert len(re.findall(r"ms/batch", out)) == 2
-    assert script("pointer", *flags, "--bptt", 9)[0] == 0
-
-
 # A script with its flags, and a pattern of its error message.
 BAD_INPUT = r"""
 main --data nowhere | nowhere
-main --data empty | empty.*empty
-main --data no-test | test\.txt
-main --data latin | UTF-8.*line 2|line 2.*UTF-8
 main --data short | train\.txt is too short for 8 columns
 main --data short-valid | valid\.txt is too short
 finetune --data other | vocabulary
@@ -736,25 +647,14 @@ finetune --model GRU | --model GRU contradicts
 pointer --model QRNN | --model QRNN contradicts
 generate --model QRNN | --model QRNN contradicts
 finetune --nhid 17 | --nhid 17 contradicts
-finetune --nlayers 3 | --nlayers 3 contradicts
-finetune --emsize 13 | --emsize 13 contradicts
 finetune --save none.pt | no model file none.pt
 pointer --save none.pt | no model file none.pt
 generate --checkpoint none.pt | no model file none.pt
 main --resume none.pt | no model file none.pt
-finetune --save truncated.pt | no model file of this toolkit
 pointer --save truncated.pt | no model file of this toolkit
-generate --checkpoint truncated.pt | no model file of this
 main --resume other.pt | no model file of this toolkit
 main --resume finetuned.pt | no training state of main.py
 finetune --resume model.pt | of finetune.py but one
-main --resume bomb.pt | no model file of this toolkit
-finetune --save bomb.pt | no model file of this toolkit
-finetune --resume bomb.pt | no model file of this
-pointer --save bomb.pt | no model file of this toolkit
-generate --checkpoint bomb.pt | no model file of this toolkit
-main --resume model.pt --seed 8 | --seed 8 contradicts
-main --resume model.pt --optimizer adam | --optimizer adam contradicts
 main --resume middle.pt --batch_size 5 | --batch_size 5 contradicts middle.pt.*middle of epoch 1
 main --resume middle.pt --data shuffled | goes on with another text
 finetune --resume finetuned.pt --keep | --keep comes too late
@@ -770,97 +670,68 @@ main --nhid 99999999 | memory is too small for this: lower --batch_size
 """.strip().splitlines()
 
 
-class Bomb:
-    def __reduce__(self):
-        return (os.mkdir, ("exploded",))
-
-
 @pytest.fixture(scope="session")
 def middle_of_an_epoch(tmp_path_factory, corpus_dir):
     """A model file of main.py stopped within its first epoch."""
     import main
 
     path = tmp_path_factory.mktemp("middle") / "m.pt"
-    draw, drawn = training.draw_seq_len, []
-
-    def stop_at_the_fifth(*args):
-        drawn.append(1)
-        if len(drawn) == 5:
-            signal.raise_signal(signal.SIGTERM)
-        return draw(*args)
-
+    argv = ["--data", str(corpus_dir), *TINY, "--lr", "5", "--epochs", "1", "--save", str(path)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_seq_len", stop_at_the_fifth)
+        send(patch, signal.SIGTERM, 5, "draw_seq_len")
         with pytest.raises(Stopped):
-            main.main(["--data", str(corpus_dir), *TINY, "--lr", "5", "--save", str(path)])
+            main.main(argv)
     return path
 
 
-def test_keep(script, corpus_dir, trained, tmp_path):
+def test_keep(script, output, flags, trained, tmp_path):
     path, kept = tmp_path / "m.pt", tmp_path / "m.pt.before-finetune"
     shutil.copy(trained["LSTM"], path)
-    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--epochs", 1, "--save", path, "--keep"]
-    for argv in ([*flags, "--epochs", 2], ["--resume", path, "--epochs", 3, "--keep"], flags):
-        assert script("finetune", *argv)[0] == 0
+    first = [*flags, "--epochs", 2, "--save", path]
+    for argv in (first, ["--resume", path, "--epochs", 3], first):
+        output("finetune", *argv, "--keep")
         assert differing_files(checkpoint.load(kept), checkpoint.load(trained["LSTM"])) == []
     status, _, err = script("main", "--resume", kept, "--epochs", 3)
     assert (status, "name another file" in err) == (1, True)
-    assert script("main", "--resume", kept, "--save", tmp_path / "n.pt", "--epochs", 3)[0] == 0
+    output("main", "--resume", kept, "--save", tmp_path / "n.pt", "--epochs", 3)
     assert differing_files(checkpoint.load(kept), checkpoint.load(trained["LSTM"])) == []
 
 
 @pytest.mark.parametrize("stopped_in", [3, 60])
-def test_finetune_resumes_exactly(stopped_in, script, corpus_dir, trained, tmp_path, monkeypatch):
+def test_finetune_resumes_exactly(
+    stopped_in, script, output, flags, trained, tmp_path, monkeypatch
+):
     whole, path = tmp_path / "whole", tmp_path / "m.pt"
-    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--epochs", 3, "--max-batches", 30]
-    flags += ["--partial-shuffle"]
+    own = [*flags, "--epochs", 3, "--max-batches", 30, "--partial-shuffle"]
     for file in (whole, path):
         shutil.copy(trained["QRNN"], file)
-    assert script("finetune", *flags, "--save", whole)[0] == 0
-    draw, drawn = training.draw_seq_len, []
-
-    def stop(*args):
-        drawn.append(1)
-        if len(drawn) == stopped_in:
-            signal.raise_signal(signal.SIGTERM)
-        return draw(*args)
-
-    monkeypatch.setattr(training, "draw_seq_len", stop)
-    status, _, err = script("finetune", *flags, "--save", path)
+    output("finetune", *own, "--save", whole)
+    send(monkeypatch, signal.SIGTERM, stopped_in, "draw_seq_len")
+    status, _, err = script("finetune", *own, "--save", path)
     assert status == 128 + signal.SIGTERM
     assert "--resume" in err
-    status, _, err = script("finetune", "--resume", path, "--max-batches", 30)
-    assert (status, err) == (0, "")
-    assert_same_weights(whole, path)
-    first, second = (checkpoint.load(file).training for file in (whole, path))
-    assert first["valid_losses"] == second["valid_losses"]
-    for name in first["model"]:
-        assert torch.equal(first["model"][name], second["model"][name])
+    output("finetune", "--resume", path, "--max-batches", 30)
+    assert differing_files(checkpoint.load(whole), checkpoint.load(path)) == []
 
 
-def test_a_new_run_keeps_the_file_of_another(script, corpus_dir, tmp_path):
+def test_a_new_run_keeps_the_file_of_another(output, train, flags, tmp_path):
     path, kept = tmp_path / "m.pt", tmp_path / "m.pt.previous"
-    train(script, corpus_dir, path, "--epochs", 2)
+    train(path, "--epochs", 2)
     assert not kept.exists()
     first = path.read_bytes()
-    out = train(script, corpus_dir, path, "--epochs", 2, "--seed", 8)
+    out = train(path, "--epochs", 2, "--seed", 8)
     assert out.count(f"Keeping the old model file {path} as {kept}") == 1
-    assert kept.read_bytes() == first
-    second = path.read_bytes()
-    assert second != first
+    assert kept.read_bytes() == first != path.read_bytes()
     # Runs that continue from the file keep no second copy.
-    for name in ("main", "finetune"):
-        argv = ["--data", corpus_dir, "--epochs", 3, "--lr", 1, "--save", path]
-        status, out, err = script(name, *argv, *(["--resume", path] if name == "main" else []))
-        assert (status, err) == (0, "")
-        assert "Keeping" not in out
+    for name, argv in (("main", ["--resume", path]), ("finetune", flags)):
+        assert "Keeping" not in output(name, *argv, "--epochs", 3, "--save", path)
     assert kept.read_bytes() == first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt", "m.pt.previous"]
 
 
-def test_numbers_that_go_wrong_leave_the_last_good_model(script, corpus_dir, tmp_path, monkeypatch):
+def test_numbers_that_go_wrong_leave_the_last_good_model(script, train, tmp_path, monkeypatch):
     path = tmp_path / "m.pt"
-    train(script, corpus_dir, path, "--epochs", 1)
+    train(path, "--epochs", 1)
     old = path.read_bytes()
     forward, calls = TrainingLoss.forward, []
 
@@ -872,11 +743,13 @@ def test_numbers_that_go_wrong_leave_the_last_good_model(script, corpus_dir, tmp
 
     monkeypatch.setattr(TrainingLoss, "forward", wrong)
     # The loss is checked at a log line, at a save, and at the end of the epoch.
-    for flags in (["--log-interval", 5], ["--save-every", 0], ["--max-batches", 20]):
-        calls.clear()
-        if "--save-every" in flags:
-            calls.extend([1] * 3)
-        status, _, err = script("main", "--resume", path, "--epochs", 3, *flags)
+    for flag, number, good in (
+        ("--log-interval", 5, 3),
+        ("--save-every", 0, 0),
+        ("--max-batches", 20, 3),
+    ):
+        calls[:] = [1] * (3 - good)
+        status, _, err = script("main", "--resume", path, "--epochs", 3, flag, number)
         assert status == 1
         assert re.search(r"became nan by batch \d+ \(last gradient norm nan\) at the rate 5:", err)
         assert path.read_bytes() == old
@@ -903,24 +776,25 @@ def test_out_of_memory_names_the_flag(error, script, corpus_dir, trained, tmp_pa
         assert (status, f"lower {flag}" in err) == (1, True)
 
 
-@pytest.mark.parametrize("case", ["main", "when", "finetune", "keep", "generate"])
-def test_a_full_disk(case, script, corpus_dir, trained, tmp_path, monkeypatch):
-    path = tmp_path / "m.pt"
-    shutil.copy(trained["LSTM"], path)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("main", []),
+        ("main", ["--when", 1]),
+        ("finetune", []),
+        ("finetune", ["--keep"]),
+        ("generate", ["--outf", "text"]),
+    ],
+)
+def test_a_full_disk(name, more, script, flags, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained["LSTM"], "m.pt")
     (tmp_path / "text").write_text("old")
-    flags = ["--data", corpus_dir, *TINY, "--lr", 5, "--max-batches", 3, "--epochs", 1]
-    flags += ["--save", path]
-    name, argv = {
-        "main": ("main", flags),
-        "when": ("main", [*flags, "--when", 1]),
-        "finetune": ("finetune", flags),
-        "keep": ("finetune", [*flags, "--keep"]),
-        "generate": ("generate", ["--checkpoint", path, "--outf", tmp_path / "text"]),
-    }[case]
+    argv = [] if name == "generate" else [*flags, "--max-batches", 3, "--epochs", 1]
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     # Room only for the printed output, which pytest also keeps in a file.
     with full_disk(4000):
-        status, _, err = script(name, *argv)
+        status, _, err = script(name, *argv, "--save", "m.pt", *more)
     assert status == 1
     assert len(err.splitlines()) == 1
     assert "cannot write" in err
@@ -932,19 +806,20 @@ def test_output_that_nothing_takes(case, trained):
     command = [sys.executable, ROOT / "generate.py", "--checkpoint", trained["LSTM"]]
     command += ["--outf", "-", "--words", "9", "--no-cuda"]
     if case == "full":
-        with open("/dev/full", "wb") as output:
-            result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+        output = os.open("/dev/full", os.O_WRONLY)
     else:
-        read_end, write_end = os.pipe()
+        read_end, output = os.pipe()
         os.close(read_end)
-        result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
-        os.close(write_end)
+    result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    os.close(output)
+    if case == "full":
+        assert result.returncode == 1
+        assert re.fullmatch(
+            r"generate\.py: error: standard output takes no more \(.*\n", result.stderr
+        )
+    else:
         # The reader has what it wanted, as in `| head -1`.
         assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
-        return
-    assert result.returncode == 1
-    assert result.stderr.startswith("generate.py: error: standard output takes no more (")
-    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("at", ["start", "first line"])
@@ -969,44 +844,29 @@ def test_training_whose_output_nothing_takes(at, corpus_dir, tmp_path):
         assert checkpoint.load(model).training["position"]["batches"] > 0
 
 
-# The environment of one of two processes; the second process is never started.
-RANK = {
-    "WORLD_SIZE": "2",
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
-}
-
-
 @pytest.mark.parametrize(
-    ("command", "environment"),
+    ("command", "world"),
     [
-        (["main.py", "--data", "x" * 300], {}),
-        (["finetune.py", "--data", "CORPUS"], {}),
-        (["main.py", "--data", "CORPUS", "--save", "x" * 300], {}),
-        (["main.py", "--resume", "x" * 300], {}),
-        (["pointer.py", "--data", "CORPUS", "--save", "x" * 300], {}),
-        (["generate.py", "--checkpoint", "MODEL", "--outf", "x" * 300], {}),
-        (["plot.py", "x" * 300, "--out", "a.png"], {}),
-        (["score.py", "--checkpoint", "x" * 300, "--text", "w1"], {}),
-        (["main.py", "--data", "CORPUS", "--no-cuda"], {"WORLD_SIZE": "2"}),
-        (["main.py", "--data", "CORPUS", "--no-cuda"], {"WORLD_SIZE": "two", "RANK": "0"}),
-        (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "RANK": "zero"}),
-        (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "MASTER_PORT": "0x1"}),
-        (["main.py", "--data", "CORPUS", "--no-cuda"], {**RANK, "MASTER_PORT": "70000"}),
-        (["score.py", "--checkpoint", "MODEL", "/dev/zero"], {}),
+        ("main.py --data LONG", 1),
+        ("finetune.py --data CORPUS", 1),
+        ("main.py --data CORPUS --save LONG", 1),
+        ("main.py --resume LONG", 1),
+        ("pointer.py --data CORPUS --save LONG", 1),
+        ("generate.py --checkpoint MODEL --outf LONG", 1),
+        ("plot.py LONG --out a.png", 1),
+        ("score.py --checkpoint LONG --text w1", 1),
+        ("score.py --checkpoint MODEL /dev/zero", 1),
+        ("main.py --data CORPUS --no-cuda", 2),
     ],
 )
 def test_what_the_system_refuses_is_one_sentence(
-    command, environment, corpus_dir, trained, tmp_path, script, monkeypatch
+    command, world, corpus_dir, trained, tmp_path, script, monkeypatch
 ):
-    known = {"CORPUS": str(corpus_dir), "MODEL": str(trained["LSTM"])}
-    name, *argv = [re.sub("CORPUS|MODEL", lambda m: known[m[0]], word) for word in command]
+    known = {"CORPUS": corpus_dir, "MODEL": trained["LSTM"], "LONG": "x" * 300}
+    name, *argv = (known.get(word, word) for word in command.split())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name])
-    for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
     status, _, err = script(name.removesuffix(".py"), *argv)
     assert status == 1
     assert re.fullmatch(rf"{name}: error: .+: .+\n", err)
@@ -1040,9 +900,6 @@ def bad_folder(tmp_path, monkeypatch, corpus_dir, trained, middle_of_an_epoch):
     texts = {name: (corpus_dir / f"{name}.txt").read_text() for name in ("train", "valid", "test")}
     kinds = {
         "corpus": {},
-        "empty": {"valid": ""},
-        "no-test": {"test": None},
-        "latin": {"train": "good line\ncaf\xe9\n".encode("latin-1")},
         "short": {"train": "w1 w2\n"},
         "short-valid": {"valid": "w1 w2\n"},
         "other": {"train": texts["train"] + "zebra\n"},
@@ -1051,9 +908,7 @@ def bad_folder(tmp_path, monkeypatch, corpus_dir, trained, middle_of_an_epoch):
     for kind, changes in kinds.items():
         (tmp_path / kind).mkdir()
         for name, text in {**texts, **changes}.items():
-            if text is not None:
-                data = text if isinstance(text, bytes) else text.encode()
-                (tmp_path / kind / f"{name}.txt").write_bytes(data)
+            (tmp_path / kind / f"{name}.txt").write_text(text)
     shutil.copytree("corpus", "pipe")
     os.unlink("pipe/train.txt")
     os.mkfifo("pipe/train.txt")
@@ -1064,7 +919,6 @@ def bad_folder(tmp_path, monkeypatch, corpus_dir, trained, middle_of_an_epoch):
     finetuned.stage = finetuned.training["stage"] = "finetune.py"
     finetuned.training.update(best_loss=5.0, done=False)
     checkpoint.save("finetuned.pt", finetuned)
-    torch.save({"format": "awd-lstm-lm", "version": 1, "model": Bomb()}, "bomb.pt")
     shutil.copy(middle_of_an_epoch, "middle.pt")
     return tmp_path
 
@@ -1075,30 +929,27 @@ def test_bad_input(case, script, bad_folder):
     name, *argv = shlex.split(command)
     if "--data" not in argv:
         argv = ["--data", "corpus", *argv]
-    if name in ("main", "finetune") and "--resume" not in argv:
-        argv = [*TINY, *argv] if "--cuda" not in argv else argv
+    if name in ("main", "finetune") and not {"--resume", "--cuda"} & {*argv}:
+        argv = [*TINY, *argv]
 
     def files():
-        return {
-            p: p.read_bytes()
-            for p in bad_folder.rglob("*")
-            if p.is_file() and p.name != ".corpus-cache"
-        }
+        every = (p for p in bad_folder.rglob("*") if p.is_file() and p.name != ".corpus-cache")
+        return {p: p.read_bytes() for p in every}
 
     before = files()
     status, _, err = script(name, *argv)
     assert status == 1
     assert re.search(message, err), err
     assert len(err.splitlines()) == 1
-    assert err.startswith(("main.py", "pytest", "__main__", "python")) or "error: " in err
+    assert "error: " in err
     assert files() == before
 
 
 @pytest.mark.usefixtures("switch_after_two_epochs")
-def test_logdir(script, corpus_dir, tmp_path):
+def test_logdir(output, train, flags, tmp_path):
     path, folder = tmp_path / "m.pt", tmp_path / "logs"
-    flags = ["--logdir", folder, "--log-interval", 20]
-    out = train(script, corpus_dir, path, *flags, "--epochs", 3)
+    logged = ["--logdir", folder, "--log-interval", 20]
+    out = train(path, *logged, "--epochs", 3)
     header, *lines = metrics.read(folder / "metrics.jsonl")
     assert header["flags"]["lr"] == 5
     assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2, 3]
@@ -1113,21 +964,18 @@ def test_logdir(script, corpus_dir, tmp_path):
     assert steps == sorted(steps)
     assert all(line["tokens_per_second"] > 0 for line in lines if line["kind"] == "batch")
     # A resumed run and finetuning append to the same file.
-    assert script("main", "--resume", path, "--epochs", 4, *flags)[0] == 0
-    finetune = ["--data", corpus_dir, *TINY, "--lr", 5, "--save", path, "--epochs", 1, *flags]
-    assert script("finetune", *finetune)[0] == 0
+    output("main", "--resume", path, "--epochs", 4, *logged)
+    output("finetune", *flags, "--save", path, "--epochs", 1, *logged)
     more = metrics.read(folder / "metrics.jsonl")
     assert sum("command" in line for line in more) == 3
     assert [line["epoch"] for line in more if line.get("kind") == "epoch"] == [1, 2, 3, 4, 1]
 
 
-def test_init_starts_a_new_run_from_a_model(script, corpus_dir, trained, tmp_path):
+def test_init_starts_a_new_run_from_a_model(script, output, corpus_dir, trained, tmp_path):
     path = tmp_path / "m.pt"
-    flags = ["--data", corpus_dir, "--batch_size", 4, "--bptt", 10, "--save", path, "--no-cuda"]
-    status, out, err = script(
-        "main", *flags, "--init", trained["QRNN"], "--epochs", 1, "--lr", 1e-9, "--wdrop", 0.2
-    )
-    assert (status, err) == (0, "")
+    own = ["--data", corpus_dir, "--batch_size", 4, "--bptt", 10, "--save", path, "--no-cuda"]
+    own += ["--init", trained["QRNN"]]
+    out = output("main", *own, "--epochs", 1, "--lr", 1e-9, "--wdrop", 0.2)
     begun, loaded = checkpoint.load(path), checkpoint.load(trained["QRNN"])
     # At a rate near zero the weights stay those of the --init file.
     for name, weight in loaded.model.items():
@@ -1135,8 +983,6 @@ def test_init_starts_a_new_run_from_a_model(script, corpus_dir, trained, tmp_pat
     assert begun.vocabulary["words"] == loaded.vocabulary["words"]
     assert begun.config["wdrop"] == 0.2
     assert [int(e[0]) for e in EPOCH.findall(out)] == [1]
-    status, _, err = script("main", *flags, "--init", trained["QRNN"], "--resume", path)
-    assert (status, len(err.splitlines())) == (2, 1)
-    status, _, err = script("main", *flags, "--init", trained["QRNN"], "--model", "GRU")
+    status, _, err = script("main", *own, "--model", "GRU")
     assert status == 1
     assert "--model GRU contradicts" in err

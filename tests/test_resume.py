@@ -17,7 +17,7 @@ from model import CELLS, make_network
 from nt_asgd import NTASGD
 from run.corpus import read_corpus
 from run.device import has_bf16
-from run.ranks import ALONE
+from run.ranks import Ranks
 from run.rehearsal import differing
 from run.session import open_session, resumed_file
 from training import train_epoch
@@ -112,7 +112,7 @@ def a_session(path, corpus_dir, cell, optimizer, *more):
         source, recorded = resumed_file(str(path), "main.py")
     parser = main.build_parser()
     args = parser.settle(parser.given(argv), recorded)
-    with open_session(parser, args, ALONE) as session:
+    with open_session(parser, args, Ranks()) as session:
         if source is None:
             corpus = read_corpus(args).sorted_by_frequency()
             sizes = {"ntoken": len(corpus.dictionary), "ninp": 12, "nhid": 16, "nlayers": 2}
@@ -205,13 +205,6 @@ def test_a_rate_that_a_schedule_would_override_is_refused(corpus_dir, tmp_path):
         pass
 
 
-def test_main_makes_a_cell_whose_constructor_needs_values(corpus_dir, tmp_path):
-    argv = ["--data", str(corpus_dir), *TINY, "--save", str(tmp_path / "m.pt"), "--epochs", "1"]
-    main.main([*argv, "--model", "COUNTING", "--lr", "1"])
-    model, _ = checkpoint.rebuild(checkpoint.load(tmp_path / "m.pt"), torch.device("cpu"))
-    assert model.rnns[0].module.rates == [0.5, 1.0]
-
-
 def test_a_network_whose_file_could_not_be_read_is_refused_before_training(
     corpus_dir, tmp_path, monkeypatch
 ):
@@ -225,16 +218,6 @@ def test_a_network_whose_file_could_not_be_read_is_refused_before_training(
     with pytest.raises(ToolkitError, match=r"could not be read \(.*[Uu]nexpected key.*adapter"):
         main.main(argv)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_in_a_constructor_is_raised_as_it_is(corpus_dir, tmp_path, monkeypatch):
-    def fail(self, n_in, n_out, layer):
-        raise RuntimeError("an error of the cell")
-
-    monkeypatch.setattr(Counting, "__init__", fail)
-    argv = ["--data", str(corpus_dir), *TINY, "--save", str(tmp_path / "m.pt")]
-    with pytest.raises(RuntimeError, match="an error of the cell"):
-        main.main([*argv, "--model", "COUNTING"])
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +239,7 @@ DAMAGE = {
     "a short random state": put("random_states", 0, "cpu", to=lambda t: t[:9]),
     "another object's state": put("stateful", to={"schedule": {}}),
     "a field lost": lambda state: state.pop("random_states"),
+    "no position": lambda state: state.pop("position"),
 }
 
 

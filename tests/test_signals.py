@@ -1,4 +1,4 @@
-"""cli/signals.py and training/save_clock.py: signals are noted and obeyed; when to save."""
+"""run/signals.py and run/save_clock.py: signals are noted and obeyed; when to save."""
 
 import contextlib
 import os

@@ -101,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Import; raises ToolkitError for problems the user can fix."""
     args = build_parser().parse_args(argv)
     check_writable(args.save, "--save")
-    dictionary = read_vocabulary(args.vocab) if args.vocab else Corpus(args.data).dictionary
+    if args.vocab:
+        dictionary = read_vocabulary(args.vocab)
+    else:
+        dictionary = Corpus(args.data, split=args.split).dictionary
     words = len(dictionary)
     try:
         state, criterion_state = read(args.exported)
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # torch raises many kinds of error for what is no file of tensors.
         raise ToolkitError(
             f"{args.exported} does not hold the weights of a model of the original or of "
-            f"word_language_model ({checkpoint.in_short(error)}): export the state dict as "
+            f"word_language_model ({in_short(error)}): export the state dict as "
             "docs/coming-from.md says"
         ) from error
     if not criterion_state and default_splits(words):
@@ -134,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=checkpoint.snapshot(model),
         criterion=checkpoint.snapshot(criterion),
         vocabulary=checkpoint.vocabulary_of(dictionary),
-        args={},
+        args={"split": args.split},
         stage="import_original.py",
         epoch=0,
         valid_loss=math.inf,
