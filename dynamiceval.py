@@ -53,11 +53,12 @@ def build_parser() -> Parser:
     add = parser.group("dynamic evaluation")
     add("--lr", 5e-5, "rate; published: 5e-5, QRNNs 1.2e-4")
     add("--lamb", 0.002, "pull to the weights; published: 0.002, QRNNs 0.02 and 0.008")
-    add("--epsilon", 2e-5, "added to the root mean square of a gradient")
     add("--bptt", 5, "tokens per segment; published: 5, QRNNs 20", type=positive_int)
-    add("--batch_size", 100, "columns of the statistics' batches", type=positive_int)
     add("--sgd", False, "use plain gradient descent, without statistics")
-    add(
+    of_statistics = parser.group("dynamic evaluation", beside=["--sgd"])
+    of_statistics("--epsilon", 2e-5, "added to the root mean square of a gradient")
+    of_statistics("--batch_size", 100, "columns of their batches", type=positive_int)
+    of_statistics(
         "--oldhyper",
         False,
         "divide --lamb by the number of weight tensors, and --lr and --epsilon by the root of "
@@ -66,7 +67,7 @@ def build_parser() -> Parser:
     add("--grid", False, f"try {len(RATES) * len(LAMBDAS)} settings, and that given, on valid.txt")
     add("--gridfast", False, f"as --grid, on the first {FAST_TOKENS:,} tokens of valid.txt")
     parser.flag("cache", "--cache", False, "add the continuous cache")
-    flags.add_cache(parser)
+    flags.add_cache(parser, needs="--cache")
     flags.add_device(parser)
     flags.add_max_batches(parser, "segments of each text")
     return parser
@@ -217,10 +218,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score validation and test; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     given = parser.given(argv)
-    idle = [name for name in ("oldhyper", "epsilon", "batch_size") if name in given.line]
-    if given.get("sgd") and idle:
-        parser.error(f"--{idle[0]} is for the statistics, which --sgd does not use: leave it out")
-    flags.check_cache(parser, given)
     path = given.get("save", parser.flags["save"].default)
     loaded = checkpoint.load(path)
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))

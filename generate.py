@@ -14,7 +14,7 @@ from torch import Tensor
 
 import checkpoint
 from cli import flags
-from cli.parser import Given, Parser, Recorded
+from cli.parser import Parser, Recorded
 from cli.types import positive_int, share_of_one
 from data import EOS, Dictionary
 from files.writing import check_writable, writing
@@ -41,14 +41,6 @@ def build_parser() -> Parser:
     flags.add_model(parser)
     add = parser.group("")
     add("--checkpoint", "./model.pt", "model file to sample from")
-    add("--outf", "generated.txt", "file to write, - for standard output")
-    add("--words", 1000, "number of words to sample, at most", type=positive_int)
-    add("--lines", either="texts", type=positive_int, help="lines to sample, each up to its <eos>")
-    add("--temperature", 1.0, "above 1 more varied, 0 likeliest")
-    add("--top-k", type=positive_int, metavar="K", help="sample among the K likeliest words")
-    add("--top-p", type=share_of_one, metavar="P", help="sample among the likeliest that reach P")
-    add("--no-unk", False, "never sample the unknown word")
-    add("--samples", 1, "texts to sample at once", either="texts", type=positive_int)
     add(
         "--prompt",
         "",
@@ -56,11 +48,31 @@ def build_parser() -> Parser:
         "random word is continued, with --lines the start of a line",
         either="prompts",
     )
+    add(
+        "--next",
+        needs="--prompt",
+        type=positive_int,
+        metavar="K",
+        help="print the K likeliest words after --prompt",
+    )
+    add = parser.group("", beside=["--next"])
+    add(
+        "--outf",
+        "generated.txt",
+        "file to write, - for standard output",
+        beside=["--next", "--interactive"],
+    )
+    add("--words", 1000, "number of words to sample, at most", type=positive_int)
+    add("--lines", either="texts", type=positive_int, help="lines to sample, each up to its <eos>")
+    add("--temperature", 1.0, "above 1 more varied, 0 likeliest")
+    add("--top-k", type=positive_int, metavar="K", help="sample among the K likeliest words")
+    add("--top-p", type=share_of_one, metavar="P", help="sample among the likeliest that reach P")
+    add("--no-unk", False, "never sample the unknown word")
+    add("--samples", 1, "texts to sample at once", either="texts", type=positive_int)
     add("--interactive", False, "continue each line of input", either="prompts")
-    add("--next", type=positive_int, metavar="K", help="print the K likeliest words after --prompt")
     add("--log-interval", 100, "words between progress lines", type=positive_int)
-    flags.add_tokens_are(parser)
-    flags.add_seed(parser)
+    flags.add_tokens_are(parser, needs="--lines")
+    flags.add_seed(parser, beside=["--next"])
     flags.add_device(parser)
     return parser
 
@@ -194,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write sampled words; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     given = parser.given(argv)
-    check_flags(parser, given)
     path = given.get("checkpoint", parser.flags["checkpoint"].default)
     loaded = checkpoint.load(path)
     args = parser.settle(given, Recorded(path, "start", loaded.config, loaded.args))
@@ -226,22 +237,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with writing(args.outf, "--outf") as file:
             file.write(text.encode())
         sys.stderr.write(f"written to {args.outf}\n")
-
-
-def check_flags(parser: Parser, given: Given) -> None:
-    """End with an error for flags that contradict each other or would have no effect."""
-    sampling = """
-        words lines temperature top_k top_p no_unk samples interactive outf log_interval seed
-    """.split()
-    idle = [flag for flag in sampling if flag in given.line]
-    if given.get("next") and idle:
-        parser.error(f"--next samples nothing: leave out --{idle[0].replace('_', '-')}")
-    if given.get("next") and not given.get("prompt", "").split():
-        parser.error("--next predicts the word after --prompt: give a --prompt")
-    if given.get("tokens_are") and not given.get("lines"):
-        parser.error("--tokens-are puts the words of --lines together: give --lines")
-    if given.get("interactive") and given.get("outf"):
-        parser.error("--interactive prints its texts: leave out --outf")
 
 
 if __name__ == "__main__":

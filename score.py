@@ -71,7 +71,7 @@ def build_parser() -> Parser:
     add("--checkpoint", "model.pt", "model file", metavar="FILE")
     add = parser.group("cache")
     add("--cache", False, "add the continuous cache, as pointer.py does")
-    flags.add_cache(parser)
+    flags.add_cache(parser, needs="--cache")
     flags.add_chunk(parser, 1000)
     flags.add_device(parser)
     return parser
@@ -155,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.given(argv)
     args = parser.settle(given)
     check_flags(parser, args)
-    flags.check_cache(parser, given)
     file = args.file[0] if args.file else None
     loaded = checkpoint.load(args.checkpoint)
     for flag in ("html", "tsv", "states"):

@@ -1,11 +1,11 @@
 """The flags that several scripts share; each script adds those it has, with its own defaults."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cli import types
-from cli.parser import Given, Parser
+from cli.parser import Parser
 from model import CELLS, find_cell
 from scoring.spelling import KINDS
 
@@ -78,12 +78,13 @@ def add_vocabulary(parser: Parser) -> None:
     )
 
 
-def add_tokens_are(parser: Parser) -> None:
+def add_tokens_are(parser: Parser, needs: str = "") -> None:
     """--tokens-are."""
     parser.flag(
         "text",
         "--tokens-are",
         belongs="run",
+        needs=needs,
         choices=KINDS,
         help="how tokens are put together to text: words by spaces; characters and bytes count as "
         "one each; pieces by their marker (@@ at the end, \u2581 or ## at the front); joined "
@@ -250,9 +251,9 @@ def add_chunk(parser: Parser, default: int) -> None:
     )
 
 
-def add_cache(parser: Parser) -> None:
-    """The continuous cache."""
-    add = parser.group("cache")
+def add_cache(parser: Parser, needs: str = "") -> None:
+    """The continuous cache; `needs` is the flag that switches it on, if there is one."""
+    add = parser.group("cache", needs=needs)
     add(
         "--window",
         3785,
@@ -280,20 +281,12 @@ def add_cache(parser: Parser) -> None:
     )
 
 
-def check_cache(parser: Parser, given: Given) -> None:
-    """End with an error if a flag of the cache is given, but not --cache."""
-    own = {name: flag for name, flag in parser.flags.items() if flag.group == "cache"}
-    idle = [flag.name for name, flag in own.items() if name in given.line]
-    if idle and "cache" not in given.line:
-        parser.error(f"{idle[0]} is for the cache: add --cache")
-
-
 def add_save(parser: Parser, help: str) -> None:
     """--save."""
     parser.flag("files", "--save", "model.pt", help, belongs="call", metavar="FILE")
 
 
-def add_seed(parser: Parser) -> None:
+def add_seed(parser: Parser, beside: Sequence[str] = ()) -> None:
     """--seed."""
     parser.flag(
         "running",
@@ -302,6 +295,7 @@ def add_seed(parser: Parser) -> None:
         "random seed",
         belongs="run",
         fixed="its random states belong to that seed",
+        beside=beside,
         type=types.seed,
     )
 

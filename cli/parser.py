@@ -5,7 +5,7 @@ import difflib
 import functools
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,6 +52,8 @@ class Flag:
     either: str
     config: str
     fixed: str
+    needs: str
+    beside: Sequence[str]
     derive: Callable[[Mapping[str, Any]], Any] | None
     action: argparse.Action
 
@@ -155,6 +157,8 @@ class Parser(argparse.ArgumentParser):
         either: str = "",
         config: str = "",
         fixed: str = "",
+        needs: str = "",
+        beside: Sequence[str] = (),
         derive: Callable[[Mapping[str, Any]], Any] | None = None,
         **options: Any,
     ) -> None:
@@ -169,7 +173,9 @@ class Parser(argparse.ArgumentParser):
         belongs to the architecture: every stage takes it from the file and refuses another value.
         `fixed` is the reason why a resumed run cannot change the flag. `derive` computes the
         default from the other flags. Of the flags of a group with the same `either`, only one may
-        be given. The default `metavar` depends on the type.
+        be given. A flag without effect unless the flag `needs` is given, such as "--cache", or
+        beside one of the flags `beside`, is refused there. The default `metavar` depends on the
+        type.
         """
         if isinstance(default, bool):
             options.setdefault("action", "store_false" if default else "store_true")
@@ -191,7 +197,7 @@ class Parser(argparse.ArgumentParser):
         # The parser itself sets no defaults, so that it returns the flags given.
         action = place.add_argument(name, default=argparse.SUPPRESS, help=help, **options)
         self.flags[action.dest] = Flag(
-            name, group, default, belongs, either, config, fixed, derive, action
+            name, group, default, belongs, either, config, fixed, needs, beside, derive, action
         )
 
     def group(self, title: str, **common: Any) -> Callable[..., None]:
@@ -201,6 +207,7 @@ class Parser(argparse.ArgumentParser):
     def given(self, argv: Sequence[str] | None = None) -> Given:
         """Read a command line, by default the process's, and its preset."""
         line = self._read(sys.argv[1:] if argv is None else argv)
+        self._check_effects(line)
         if "preset" not in line:
             return Given(line, {})
         preset = self._read(self.presets[line["preset"]].split())
@@ -260,6 +267,15 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.7)
             message += f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+
+    def _check_effects(self, line: Collection[str]) -> None:
+        """End with an error for a flag of a command line that has no effect there."""
+        names = {self.flags[name].name for name in line}
+        for flag in (self.flags[name] for name in line):
+            if flag.needs and flag.needs not in names:
+                self.error(f"{flag.name} has no effect without {flag.needs}: add it")
+            for other in names.intersection(flag.beside):
+                self.error(f"{flag.name} has no effect with {other}: leave one of them out")
 
     def _check_given(self, given: Mapping[str, Any], file: Recorded) -> None:
         """Raise ToolkitError for a flag that contradicts the file."""

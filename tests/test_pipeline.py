@@ -473,10 +473,10 @@ def test_lines_as_text(kind, output, trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--next 2", "give a --prompt"),
-        ("--next 2 --prompt w1 --top-k 3", "leave out --top-k"),
-        ("--interactive --outf t.txt", "leave out --outf"),
-        ("--words 9 --tokens-are characters", "give --lines"),
+        ("--next 2", "--next has no effect without --prompt"),
+        ("--next 2 --prompt w1 --top-k 3", "--top-k has no effect with --next"),
+        ("--interactive --outf t.txt", "--outf has no effect with --interactive"),
+        ("--words 9 --tokens-are characters", "--tokens-are has no effect without --lines"),
         ("--interactive --prompt w1", "not allowed with argument"),
         ("--lines 2 --samples 3", "not allowed with argument"),
     ],
