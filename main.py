@@ -125,6 +125,8 @@ def begin(args: argparse.Namespace, session: Session, source: Checkpoint | None)
             "tie_weights": True,
             **flags.dropouts(args),
         }
+        if args.nlayers == 1:
+            print("| one layer has the size --emsize: --nhid and --dropouth have no effect")
         model, criterion = make_network(**config)
     corpus.dictionary.tokens_are = args.tokens_are or corpus.dictionary.tokens_are
     network = make_loss(args, model, criterion).to(session.device)

@@ -554,6 +554,15 @@ def test_several_texts_and_a_part_of_the_words(script, output, trained, tmp_path
     assert "<unk>" not in output("generate", *many, "--no-unk")
 
 
+def test_one_layer_has_the_embedding_s_size_and_says_so(output, corpus_dir, tmp_path):
+    path = tmp_path / "m.pt"
+    flags = ["--data", corpus_dir, "--save", path, *TINY, "--epochs", 1, "--max-batches", 1]
+    line = "| one layer has the size --emsize: --nhid and --dropouth have no effect\n"
+    assert line in output("main", *flags, "--nlayers", 1)
+    assert checkpoint.load(path).model["rnns.0.module.weight_hh_l0_raw"].shape == (4 * 12, 12)
+    assert line not in output("main", *flags)
+
+
 def test_the_corpus_s_own_unknown_word(script, output, corpus_dir, tmp_path):
     folder, path = tmp_path / "own", tmp_path / "m.pt"
     shutil.copytree(corpus_dir, folder)
