@@ -112,12 +112,14 @@ class QRNNLayer(nn.Module):
         """
         if self.save_prev_x and lengths is not None:
             raise ValueError("save_prev_x cannot be combined with lengths")
+        if lengths is not None:
+            # Inputs beyond a column's end count as zeros; the padding may hold anything.
+            X = X.masked_fill(valid_steps(lengths, X) == 0, 0.0)
         if self.window == 1:
             return X
         outside = X.new_zeros(self.window - 1, *X.shape[1:])
         if self.reverse:
-            # Inputs beyond a column's end must count as zeros; the padding may hold anything.
-            padded = torch.cat([X if lengths is None else X * valid_steps(lengths, X), outside])
+            padded = torch.cat([X, outside])
             shifts = range(self.window)
         else:
             before = outside if self.prevX is None else self.prevX
