@@ -147,7 +147,7 @@ class Corpus:
         keep[special] = True
         if vocab_size is not None:
             ranked = np.argsort(np.where(keep, -counts, 1), kind="stable")
-            ranked = ranked[~np.isin(ranked, special)][: vocab_size - 2]
+            ranked = ranked[~np.isin(ranked, special)][: max(0, vocab_size - 2)]
             keep &= np.isin(np.arange(len(old)), [*ranked, *special])
         words: dict[str, int] = {}
         new_ids = np.empty(len(old), dtype=np.int32)

@@ -147,7 +147,10 @@ def prompt_ids(words: Sequence[str], dictionary: Dictionary) -> list[int]:
         )
     if unknown:
         sys.stderr.write(f"not in the vocabulary, read as {unk}: {' '.join(unknown)}\n")
-    return [*([known[EOS]] if EOS in known else []), *(known.get(w, known.get(unk)) for w in words)]
+    first = [known[EOS]] if EOS in known else []
+    if not first and not words:
+        raise ToolkitError(f"the model knows no {EOS} to begin with: give words with --prompt")
+    return [*first, *(known.get(word, known.get(unk)) for word in words)]
 
 
 def as_text(words: Sequence[str]) -> str:

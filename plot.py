@@ -129,25 +129,30 @@ def from_log(text: str) -> Iterator[Line]:
 
 
 def from_metrics(path: Path) -> Iterator[Line]:
-    """The lines of a metrics.jsonl."""
+    """The lines of a metrics.jsonl; raises ToolkitError if a line lacks its numbers."""
     stage = "main"
-    for line in metrics.read(path):
-        kind = line.get("kind")
-        if "command" in line:
-            flags = line["flags"]
-            starts = line["command"][0].endswith("finetune.py")
-            kind = "resuming" if flags.get("resume") else "finetuning" if starts else "new"
-            yield kind, []
-            kind = "partial" if flags.get("max_batches") else ""
-        # bench/reproduce.py puts the stages into one file.
-        elif line.get("stage", stage) != stage:
-            stage = line["stage"]
-            yield "finetuning", []
-        # A number that is not finite is null.
-        values = [line[name] for name in _NUMBERS.get(kind, ())]
-        yield kind, [math.inf if value is None else value for value in values]
-        if line.get("resumed_at"):
-            yield "resumed", []
+    for number, line in enumerate(metrics.read(path), start=1):
+        try:
+            kind = line.get("kind")
+            if "command" in line:
+                flags = line["flags"]
+                starts = line["command"][0].endswith("finetune.py")
+                kind = "resuming" if flags.get("resume") else "finetuning" if starts else "new"
+                yield kind, []
+                kind = "partial" if flags.get("max_batches") else ""
+            # bench/reproduce.py puts the stages into one file.
+            elif line.get("stage", stage) != stage:
+                stage = line["stage"]
+                yield "finetuning", []
+            # A number that is not finite is null.
+            values = [line[name] for name in _NUMBERS.get(kind, ())]
+            yield kind, [math.inf if value is None else float(value) for value in values]
+            if line.get("resumed_at"):
+                yield "resumed", []
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
+            raise ToolkitError(
+                f"line {number} of {path} lacks the numbers for its kind: name a run's --logdir"
+            ) from None
 
 
 def read_run(run: str) -> tuple[str, list[Line]]:
@@ -195,7 +200,9 @@ def draw(curves: Sequence[Curve], out: str, max_ppl: float | None, train: bool) 
         ppl, training = [curve.ppl[epoch] for epoch in epochs], curve.training() if train else []
         drawn += [value for value in ppl + training if not math.isnan(value)]
         times = [hours * scale for hours in curve.hours()]
-        label = f"{curve.name} (best {min(ppl):.2f}{', partial' if curve.partial else ''})"
+        best = f"best {min(ppl):.2f}{', partial' if curve.partial else ''}"
+        # matplotlib omits a label that starts with _, and reads a dollar as the start of a formula.
+        label = f"{curve.name} ({best})".replace("$", r"\$").replace("_", "\u200b_", 1)
         look = {"color": f"C{number % 10}", "ls": _STYLES[number // 10 % len(_STYLES)]}
         for ax, x in ((left, epochs), (right, times)):
             ax.plot(x, ppl, marker=".", ms=4, label=label, lw=1.5, **look)
@@ -233,11 +240,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the runs; raises ToolkitError for problems the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    # An argument that is not UTF-8 holds lone surrogates, which no font has.
+    names = [name.encode("utf-8", "replace").decode() for name in args.names or ()]
     plotting.check(args.out, "--out")
     curves = read_curves(args.runs)
-    if args.names and len(args.names) != len(curves):
-        parser.error(f"--names has {len(args.names)} names for {len(curves)} runs")
-    for curve, name in zip(curves, args.names or (), strict=False):
+    if names and len(names) != len(curves):
+        parser.error(f"--names has {len(names)} names for {len(curves)} runs")
+    for curve, name in zip(curves, names, strict=False):
         curve.name = name
     draw(curves, args.out, args.max_ppl, args.train)
     for curve in curves:

@@ -190,6 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     report.line(line, summary().add(line))
             if args.html or args.states:
                 kept += tokens
+        if not total.counts:
+            raise ToolkitError(
+                "the text is one token and --as-corpus does not score the first: leave that flag "
+                "out"
+            )
         check_known(reader.outside.total() / reader.tokens, dictionary, "the text")
         remarks = notes(reader, args, scorer.used, total.counts.total())
         numbers = total.numbers(args.chars)
@@ -202,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"{source}, scored by {Path(args.checkpoint).name}"
         page = to_html(kept, title, remarks, numbers, len(dictionary), spelling)
         with writing(args.html, "--html") as target:
-            target.write(page.encode())
+            target.write(page.encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

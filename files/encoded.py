@@ -220,7 +220,10 @@ def _read_cache(path: Path, key: str) -> Encoded | None:
     """
     try:
         with opened(path) as file:
-            first, header = file.readline(), file.readline()
+            first = file.readline(len(key) * 2 + 2)
+            if not first.startswith(key.encode()):
+                return None
+            header = file.readline()
             ids = np.memmap(file, np.int32, "r", file.tell())
     except (OSError, ValueError):
         return None

@@ -153,6 +153,8 @@ def _launch(
     options = compile_options(z.dtype, fused=f is None, gate=gate, mask=mask is not None)
     z, row = _rows(z)
     z, f, o = _parts(z, f, gate)
+    if not z.numel():
+        raise ValueError(f"the shape (seq_len, batch, hidden) has a zero: {tuple(z.shape)}")
     seq_len, batch, hidden = z.shape
     cuda.launch(
         SOURCE,

@@ -137,7 +137,9 @@ def _cell(value: Any) -> str:
 
 
 def _print_object(kind: str, values: Mapping[str, Any]) -> None:
-    print(json.dumps({"kind": kind, **values}, ensure_ascii=False))
+    # An output that is not UTF-8 would get Python's escapes, which are not valid JSON.
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8")
+    print(json.dumps({"kind": kind, **values}, ensure_ascii=not utf8))
 
 
 def _surprisal(token: Token) -> str:

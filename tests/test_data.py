@@ -264,6 +264,15 @@ def test_file_that_changes_between_hashing_and_encoding(tmp_path, monkeypatch):
     assert_same(Corpus(folder), *by_double_loop(folder))
 
 
+def test_a_link_in_the_caches_place_is_replaced_not_followed(tmp_path):
+    folder = write(tmp_path / "c")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (folder / encoded_files.CACHE_NAME).symlink_to(tmp_path / "thesis.tex")
+    assert_same(Corpus(folder), *by_double_loop(folder))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert not (folder / encoded_files.CACHE_NAME).is_symlink()
+
+
 def test_no_damaged_cache_is_used_or_fatal(tmp_path):
     folder = write(tmp_path / "c")
     reference = by_double_loop(folder)

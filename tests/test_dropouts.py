@@ -53,3 +53,12 @@ def test_embedded_dropout_gradient_carries_the_mask_to_every_word(dropout):
     dropped = (output == 0).all(dim=2).flatten()[:50]
     expected = torch.where(dropped, 0.0, times).unsqueeze(1).expand(50, 3)
     torch.testing.assert_close(embed.weight.grad, expected)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_embedded_dropout_scale(size):
+    embed = nn.Embedding(5, 3)
+    words = torch.tensor([[0, 1], [4, 4]])
+    scale = torch.rand(5, size)
+    expected = (scale * embed.weight)[words]
+    torch.testing.assert_close(embedded_dropout(embed, words, 0.0, scale), expected)

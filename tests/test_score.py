@@ -58,6 +58,20 @@ def scored(script, path, *argv):
     return [json.loads(line) for line in out.splitlines()]
 
 
+def test_json_where_the_output_is_not_utf8(trained, tmp_path):
+    model = checkpoint.load(trained["LSTM"])
+    model.vocabulary["words"] = [f"{word}\xe9\U0001f600" for word in model.vocabulary["words"]]
+    model.vocabulary["words"][model.vocabulary["words"].index("<eos>\xe9\U0001f600")] = "<eos>"
+    checkpoint.save(tmp_path / "m.pt", model)
+    command = [sys.executable, ROOT / "score.py", "--checkpoint", tmp_path / "m.pt", "--no-cuda"]
+    command += ["--json", "--tokens", "--text", "w1\xe9\U0001f600"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    words = [json.loads(line).get("word") for line in result.stdout.splitlines()]
+    assert result.stderr == ""
+    assert "w1\xe9\U0001f600" in words
+
+
 TEXT = "w1 w3  w9\n\n w27 w1\nw4"
 
 
@@ -483,6 +497,14 @@ def test_html(script, with_unk, tmp_path):
         assert f"s{level_of(surprisal, full)}" in kind.split()
 
 
+def test_a_page_of_a_text_whose_name_is_not_utf8(script, with_unk, tmp_path):
+    text, page = tmp_path / os.fsdecode(b"t\xff.txt"), tmp_path / "t.html"
+    text.write_text("w1 w2\n")
+    status, _, err = script("score", "--checkpoint", with_unk, text, "--html", page)
+    assert (status, err) == (0, "")
+    assert r"<title>t\udcff.txt, scored by" in page.read_text("utf-8")
+
+
 def test_colours_follow_surprisal():
     levels = [level_of(bits / 4, 10) for bits in range(60)]
     assert levels == sorted(levels)
@@ -504,6 +526,7 @@ BAD_INPUT = {
     "not UTF-8": (["latin.txt"], 1, r"line 2 of latin\.txt is not UTF-8"),
     "file and text": (["t.txt", "--text", "w1"], 2, "not both"),
     "two ways": (["t.txt", "--as-corpus", "--independent"], 2, "give one"),
+    "one token": (["--text", "\n", "--as-corpus"], 1, "one token"),
     "no cache": (["t.txt", "--theta", "1"], 2, "--theta has no effect without --cache"),
     "no cache, from start": (["t.txt", "--cache-from-start"], 2, "without --cache: add it"),
     "no model": (["t.txt", "--checkpoint", "none.pt"], 1, r"no model file none\.pt"),
