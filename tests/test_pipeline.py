@@ -487,6 +487,17 @@ def test_flags_without_effect_are_refused(flags, message, script, trained):
     assert message in err
 
 
+@pytest.mark.parametrize("argv", [["--next", 2, "--prompt", ""], ["--lines", 2]])
+def test_no_line_begins_where_the_vocabulary_has_no_end(argv, script, trained, tmp_path):
+    model = checkpoint.load(trained["LSTM"])
+    words = model.vocabulary["words"]
+    words[words.index("<eos>")] = "other"
+    checkpoint.save(tmp_path / "m.pt", model)
+    status, out, err = script("generate", "--checkpoint", tmp_path / "m.pt", *argv)
+    assert (status, out) == (1, "")
+    assert "the model knows no <eos> to begin with: give words with --prompt" in err
+
+
 def test_prompts_from_standard_input(trained):
     command = [sys.executable, ROOT / "generate.py", "--checkpoint", trained["LSTM"], "--no-cuda"]
     command += ["--interactive", "--words", "3"]

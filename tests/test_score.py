@@ -19,6 +19,7 @@ from test_export import model_file
 from test_readme import blocks
 
 import checkpoint
+import score
 import training
 from data import Dictionary
 from model import RNNModel
@@ -173,6 +174,14 @@ def renamed(path, target, names, **more):
 def with_unk(trained, tmp_path):
     """The file of the trained LSTM with one of its words renamed to <unk>."""
     return renamed(trained["LSTM"], tmp_path / "unk.pt", {"w5": "<unk>"})
+
+
+def test_unknown_words_are_judged_over_the_whole_text(script, with_unk, monkeypatch):
+    monkeypatch.setattr(score, "BLOCK_TOKENS", 5)
+    text = "a b c d e\n" + "w1 w3 w9 w1\n" * 9
+    assert scored(script, with_unk, "--text", text)[-1]["unknown"] == 5
+    status, _, err = script("score", "--checkpoint", with_unk, "--text", "a b c d e\na b c d e")
+    assert (status, "of the tokens of the text are not in the model's" in err) == (1, True)
 
 
 def test_words_outside_the_vocabulary(script, trained, with_unk):
