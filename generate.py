@@ -232,11 +232,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{math.exp(nats):.6f} {dictionary.idx2word[word]}")
     elif args.interactive:
         converse(network, dictionary, args)
+    elif args.outf == "-":
+        sys.stdout.write(compose(network, dictionary, prompt, args))
     else:
         text = compose(network, dictionary, prompt, args)
-        if args.outf == "-":
-            sys.stdout.write(text)
-            return
         with writing(args.outf, "--outf") as file:
             file.write(text.encode())
         sys.stderr.write(f"written to {args.outf}\n")

@@ -252,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table of a part."""
     parser = common.build_parser(__doc__)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--data", type=Path, default="data/sample", help="corpus folder to load")
+    sample = Path(__file__).resolve().parent.parent / "data" / "sample"
+    parser.add_argument("--data", type=Path, default=sample, help="folder of a corpus to load")
     parser.add_argument("--tokens", type=int, default=100_000_000, help="of the synthetic corpus")
     args = parser.parse_args(argv)
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ source of the methods that a form replaces: where one of them was edited, the de
 """
 
 import functools
-import hashlib
 import importlib
 import inspect
 import warnings
@@ -135,9 +134,8 @@ def replaced(form: type) -> tuple[str, str]:
         for name, method in methods.items()
         if inspect.isfunction(method) and not method.__module__.startswith("torch.")
     )
-    source = "".join(inspect.getsource(inspect.unwrap(methods[name])) for name in names)
-    digest = hashlib.blake2b(source.encode(), digest_size=4).hexdigest() if names else ""
-    return ", ".join(names), digest
+    sources = [inspect.unwrap(methods[name]) for name in names]
+    return ", ".join(names), check.source_digest(*sources) if names else ""
 
 
 @functools.cache

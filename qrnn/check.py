@@ -1,13 +1,22 @@
 """Comparison of a fast form with its definition on small tensors, without random numbers."""
 
+import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # The largest distance that rounding explains, by the number type of a computation.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+
+
+def source_digest(*objects: Any) -> str:
+    """A digest of the source of functions or modules, by which an edit of one is noticed."""
+    source = "".join(inspect.getsource(part) for part in objects)
+    return hashlib.blake2b(source.encode(), digest_size=4).hexdigest()
 
 
 def numbers(*shape: int, like: Tensor, phase: float = 0.0) -> Tensor:

@@ -6,8 +6,6 @@ is not used if the definition was edited.
 """
 
 import functools
-import hashlib
-import inspect
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -103,18 +101,12 @@ def _agrees(way: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
     return not problem
 
 
-def definition_digest() -> str:
-    """A digest of the source of definition.py as it is."""
-    source = inspect.getsource(definition).encode()
-    return hashlib.blake2b(source, digest_size=4).hexdigest()
-
-
 def _compare(way: ModuleType, like: Tensor) -> Iterator[list[Tensor]]:
     """Results and gradients of the recurrence and of the layer, forwards and in reverse.
 
     The definition computes in float32 or more, from numbers rounded to the dtype of `like`.
     """
-    if definition_digest() != DEFINITION:
+    if check.source_digest(definition) != DEFINITION:
         raise RuntimeError("qrnn/definition.py was edited")
     exact = like if like.dtype == torch.float64 else like.float()
     for module, precision in ((way, like), (definition, exact)):

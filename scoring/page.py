@@ -54,7 +54,7 @@ def to_html(
     `values` are those of `Summary.numbers`, `ntoken` is the size of the vocabulary.
     """
     # The surprisal with the strongest colour: that of a uniform guess of the word.
-    full = math.ceil(math.log2(ntoken))
+    full = max(1, math.ceil(math.log2(ntoken)))
     levels = range(len(COLOURS))
     colours = "\n".join(
         f".s{level} {{ background: {COLOURS[level]}; color: {'#111' if level < 12 else '#fff'}; }}"

@@ -137,9 +137,10 @@ def _cell(value: Any) -> str:
 
 
 def _print_object(kind: str, values: Mapping[str, Any]) -> None:
+    finite = {k: None if v in (math.inf, -math.inf) else v for k, v in values.items()}
     # An output that is not UTF-8 would get Python's escapes, which are not valid JSON.
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf8")
-    print(json.dumps({"kind": kind, **values}, ensure_ascii=not utf8))
+    print(json.dumps({"kind": kind, **finite}, ensure_ascii=not utf8, allow_nan=False))
 
 
 def _surprisal(token: Token) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -92,12 +92,11 @@ class Scorer:
     def independent(self, tokens: list[Token]) -> list[Token]:
         """The tokens, each line scored on its own: lines of one length together, equal ones once.
 
-        With the cache every line is scored alone. `first` must be a word.
+        With the cache every line is a batch of its own. `first` must be a word.
         """
         texts = [tuple(token.id for token in line) for line in by_line(tokens)]
-        by_length = defaultdict(list)
-        # Each line counts where the cache was in use.
-        for text in texts if self.new_cache else dict.fromkeys(texts):
+        times, by_length = Counter(texts), defaultdict(list)
+        for text in times:
             by_length[len(text)].append(text)
         results = {}
         for length, group in by_length.items():
@@ -105,7 +104,10 @@ class Scorer:
             for start in range(0, len(group), size):
                 part = group[start : start + size]
                 cache = self.new_cache() if self.new_cache else None
+                before = self.used
                 numbers, _ = self._run([(self.first, *text) for text in part], None, cache)
+                # A line that is there several times counts as often where the cache was in use.
+                self.used += (self.used - before) * (times[part[0]] - 1)
                 results.update(zip(part, numbers.unbind(1), strict=True))
         for line, text in zip(by_line(tokens), texts, strict=True):
             self._fill_in(line, results[text])

@@ -67,7 +67,8 @@ def target_probs(
         band = scores.as_strided((rows, width), (width + rows, 1))
         row, col = same.as_strided((rows, width), (width + rows, 1)).nonzero(as_tuple=True)
         # The rows and scores of the equal words within each window.
-        matches = [(row[col >= a], band[row, col][col >= a]) for a in starts]
+        equal = band[row, col]
+        matches = [(row[col >= a], equal[col >= a]) for a in starts]
         position = torch.arange(first, first + rows, device=device).unsqueeze(1)
         outside = column < width - position
         for k, theta in enumerate(thetas):

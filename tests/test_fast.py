@@ -358,4 +358,4 @@ def test_the_digests_are_those_of_the_definitions():
     forms = [*fast.FORMS.values(), *fast.GPU_FORMS.values(), "fast.cuda_graphs.GraphedStep"]
     found = {form: fast.replaced(pydoc.locate(form))[1] for form in forms}
     assert {form: digest for form, digest in found.items() if digest} == fast.REPLACED
-    assert qrnn.forget_mult.definition_digest() == qrnn.forget_mult.DEFINITION
+    assert qrnn.check.source_digest(qrnn.definition) == qrnn.forget_mult.DEFINITION
