@@ -4,10 +4,13 @@ On a CPU a product takes up to a third longer if the result's rows do not begin 
 with 1150 or 1550 columns of float32 (`bench/parts.py alignment`). On a GPU the fastest products
 require rows of operands and results that begin at multiples of 16 bytes. In bfloat16 on a CPU the
 left operand must be row-major, with rows that begin on cache lines. Shapes stay unchanged: only the
-row stride is rounded up.
+row stride is rounded up. On AMD's CPUs with AVX-512 products in float32 are oneDNN's, in half the
+time of MKL's, which PyTorch uses.
 """
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,13 +74,27 @@ def empty(shape: tuple[int, int], like: Tensor, dtype: torch.dtype | None = None
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of two matrices, with aligned rows; on a GPU unaligned operands are copied first.
 
-    In bfloat16 on a CPU the rows are not aligned: see `low_rows`.
+    The rows are not aligned in bfloat16 on a CPU (see `low_rows`), nor if MKL is slow.
     """
     if _on_gpu(a):
         a, b = _operand(a), _operand(b)
     elif a.dtype == torch.bfloat16:
         return a @ b
+    elif a.dtype == torch.float32 and _mkl_is_slow():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return torch.mm(a, b, out=empty((a.size(0), b.size(1)), a))
+
+
+def _mkl_is_slow() -> bool:
+    """Whether the CPU is AMD's and has AVX-512, which MKL uses on Intel's CPUs only."""
+    return "AuthenticAMD" in _cpuinfo() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@functools.cache
+def _cpuinfo() -> str:
+    """What Linux says about the CPU; empty on another system."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _operand(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,7 +122,13 @@ def low_rows(matrix: Tensor) -> Tensor:
 
 
 def transposed(matrix: Tensor) -> Tensor:
-    """`matrix.t()`, contiguous, on a CPU: copied block by block it takes a quarter of the time."""
+    """`matrix.t()` in bfloat16, for the left side of a product.
+
+    With AMX a product with a view takes longer than one with a contiguous copy and the copying,
+    which block by block takes a quarter of the time.
+    """
+    if "amx_bf16" not in _cpuinfo():
+        return matrix.t()
     result = matrix.new_empty(matrix.size(1), matrix.size(0))
     for rows, columns in zip(matrix.split(128), result.split(128, dim=1), strict=True):
         columns.copy_(rows.t())

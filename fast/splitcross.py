@@ -74,13 +74,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_bias:
                 d_bias += sums
             if need_hiddens:
-                d_hiddens[block] = d_logits @ matrix
+                d_hiddens[block] = linear.matmul(d_logits, matrix)
             if need_weight and d_weight is None:
-                d_weight = (d_logits.t() @ inputs).to(weight.dtype)
-            elif need_weight and low == weight.dtype:
+                d_weight = linear.matmul(d_logits.t(), inputs).to(weight.dtype)
+            elif need_weight and hiddens.is_cuda and low == weight.dtype:
                 d_weight.addmm_(d_logits.t(), inputs)
             elif need_weight:
-                d_weight += d_logits.t() @ inputs
+                d_weight += linear.matmul(d_logits.t(), inputs)
         ctx.save_for_backward(d_weight, d_bias, d_hiddens)
         return total
 
@@ -111,8 +111,8 @@ def _operations(
     logits = linear.matmul(inputs, matrix.t())
     loss, sums = bias.new_zeros(()), torch.zeros_like(bias)
     low = logits.dtype != bias.dtype
-    # In more bits than the logits have, few rows stay in a CPU's cache.
-    rows = 64 if low and logits.device.type == "cpu" else len(logits)
+    # Few rows stay in a CPU's cache.
+    rows = 64 if logits.device.type == "cpu" else len(logits)
     for part, some in zip(logits.split(rows), targets.split(rows), strict=True):
         # Not addmm: that copies the bias to every row first, at seven times the sum's time.
         block = part + bias if low else part.add_(bias)

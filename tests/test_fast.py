@@ -46,7 +46,8 @@ def checked_anew():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 7), (4, 16, 32), (6, 33, 17)])
-def test_a_product_has_aligned_rows(sizes, dtype):
+def test_a_product_has_aligned_rows(sizes, dtype, monkeypatch):
+    monkeypatch.setattr(fast.linear, "_cpuinfo", lambda: "GenuineIntel")
     torch.manual_seed(0)
     rows, inner, columns = sizes
     a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype).t()
@@ -55,6 +56,20 @@ def test_a_product_has_aligned_rows(sizes, dtype):
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
     assert result.stride(0) * result.element_size() % 64 == 0
     assert 0 <= result.stride(0) - columns < 64 // result.element_size()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 7), (4, 16, 32), (6, 33, 17), (70, 400, 90)])
+def test_where_mkl_is_slow_a_product_of_any_layout_is_onednn_s(sizes, monkeypatch):
+    monkeypatch.setattr(fast.linear, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(torch, "mm", None)
+    torch.manual_seed(0)
+    rows, inner, columns = sizes
+    wide = torch.randn(rows, inner + 3)[:, :inner]
+    for a in (torch.randn(rows, inner), torch.randn(inner, rows).t(), wide):
+        for b in (torch.randn(inner, columns), torch.randn(columns, inner).t()):
+            expected = (a.double().unsqueeze(2) * b.double()).sum(dim=1)
+            result = fast.linear.matmul(a, b).double()
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])
