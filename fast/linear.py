@@ -85,16 +85,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out=empty((a.size(0), b.size(1)), a))
 
 
+@functools.cache
 def _mkl_is_slow() -> bool:
     """Whether the CPU is AMD's and has AVX-512, which MKL uses on Intel's CPUs only."""
-    return "AuthenticAMD" in _cpuinfo() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-@functools.cache
-def _cpuinfo() -> str:
-    """What Linux says about the CPU; empty on another system."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    cpuinfo = Path("/proc/cpuinfo")
+    amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8")
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _operand(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -122,13 +118,7 @@ def low_rows(matrix: Tensor) -> Tensor:
 
 
 def transposed(matrix: Tensor) -> Tensor:
-    """`matrix.t()` in bfloat16, for the left side of a product.
-
-    With AMX a product with a view takes longer than one with a contiguous copy and the copying,
-    which block by block takes a quarter of the time.
-    """
-    if "amx_bf16" not in _cpuinfo():
-        return matrix.t()
+    """`matrix.t()`, contiguous, on a CPU: copied block by block it takes a quarter of the time."""
     result = matrix.new_empty(matrix.size(1), matrix.size(0))
     for rows, columns in zip(matrix.split(128), result.split(128, dim=1), strict=True):
         columns.copy_(rows.t())
