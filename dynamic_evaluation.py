@@ -61,17 +61,19 @@ class DynamicEvaluation(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                self.update(p, p.grad, **self.state[p])
+
+    def update(self, p: Tensor, grad: Tensor, start: Tensor, rms: Tensor | None = None) -> None:
+        """Decay one parameter to its `start` and take a step against its gradient, in place."""
         (group,) = self.param_groups
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            start, rms = self.state[p]["start"], self.state[p].get("rms")
-            if rms is None:
-                decay, step = min(group["lamb"], 1.0), p.grad
-            else:
-                decay = (group["lamb"] * rms / self.mean).clamp(max=1.0)
-                step = p.grad / (rms + group["epsilon"])
-            p += decay * (start - p) - group["lr"] * step
+        if rms is None:
+            decay, step = min(group["lamb"], 1.0), grad
+        else:
+            decay = (group["lamb"] / self.mean * rms).clamp(max=1.0)
+            step = grad / (rms + group["epsilon"])
+        p.lerp_(start, decay).sub_(group["lr"] * step)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -45,7 +45,7 @@ REPLACED: dict[str, str] = {
     "fast.weight_drop.FastWeightDrop": "e71365ca",
     "fast.splitcross.FastSplitCrossEntropyLoss": "e46c7cde",
     "fast.nt_asgd.FastNTASGD": "5ce778e6",
-    "fast.dynamic_evaluation.FastDynamicEvaluation": "00d82d9e",
+    "fast.dynamic_evaluation.FastDynamicEvaluation": "aace9a5c",
     "fast.step.FastStep": "f621b94f",
     "fast.qrnn.FastQRNN": "abe384c2",
     "fast.cuda_graphs.GraphedStep": "04629662",

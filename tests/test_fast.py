@@ -133,8 +133,8 @@ class TestRowsForAGPU:
 
 
 @pytest.mark.parametrize("with_rms", [True, False])
-def test_dynamic_evaluation_in_many_chunks(with_rms, monkeypatch):
-    monkeypatch.setitem(fast.dynamic_evaluation._CHUNK, "cpu", 7)
+def test_dynamic_evaluation_in_many_blocks(with_rms, monkeypatch):
+    monkeypatch.setattr(fast.dynamic_evaluation, "BLOCK", 7)
     torch.manual_seed(0)
     shapes = ((5, 4), (3, 9), (2,))
     starts, grads = ([torch.randn(shape) for shape in shapes] for _ in range(2))
@@ -216,7 +216,7 @@ def breaking(module, how):
         "linear": (FastLinear, "forward"),
         "splitcross": (fast.splitcross.FastSplitCrossEntropyLoss, "forward"),
         "nt_asgd": (fast.nt_asgd.FastNTASGD, "step"),
-        "dynamic_evaluation": (fast.dynamic_evaluation.FastDynamicEvaluation, "step"),
+        "dynamic_evaluation": (fast.dynamic_evaluation.FastDynamicEvaluation, "update"),
         "step": (fast.step.FastStep, "update"),
     }
     kind, name = places[module]
