@@ -207,10 +207,8 @@ class Parser(argparse.ArgumentParser):
     def given(self, argv: Sequence[str] | None = None) -> Given:
         """Read a command line, by default the process's, and its preset."""
         line = self._read(sys.argv[1:] if argv is None else argv)
-        self._check_effects(line)
-        if "preset" not in line:
-            return Given(line, {})
-        preset = self._read(self.presets[line["preset"]].split())
+        preset = self._read(self.presets[line["preset"]].split()) if "preset" in line else {}
+        self._check_effects(line, preset)
         if line.get("resume"):
             # The other flags come from the resumed run.
             preset = {name: value for name, value in preset.items() if self.flags[name].config}
@@ -268,14 +266,15 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
-    def _check_effects(self, line: Collection[str]) -> None:
-        """End with an error for a flag of a command line that has no effect there."""
-        names = {self.flags[name].name for name in line}
-        for flag in (self.flags[name] for name in line):
+    def _check_effects(self, line: Collection[str], preset: Collection[str]) -> None:
+        """End with an error for a flag of a command line or its preset that has no effect there."""
+        names = {self.flags[name].name for name in (*line, *preset)}
+        for dest in (*line, *preset):
+            flag, origin = self.flags[dest], "" if dest in line else " of the preset"
             if flag.needs and flag.needs not in names:
-                self.error(f"{flag.name} has no effect without {flag.needs}: add it")
+                self.error(f"{flag.name}{origin} has no effect without {flag.needs}: add it")
             for other in names.intersection(flag.beside):
-                self.error(f"{flag.name} has no effect with {other}: leave one of them out")
+                self.error(f"{flag.name}{origin} has no effect with {other}: leave one out")
 
     def _check_given(self, given: Mapping[str, Any], file: Recorded) -> None:
         """Raise ToolkitError for a flag that contradicts the file."""

@@ -187,7 +187,7 @@ def _new_digest(content: bytes = b"") -> hashlib.blake2b:
 def _cache_places(folder: Path, key: str) -> list[Path]:
     """Return the paths of a cache, best first: beside the corpus, in the user's cache folder."""
     places = [folder / CACHE_NAME]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    user_cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     if user_cache.is_absolute():  # there may be no home folder
         places.append(user_cache / "awd-lstm-lm" / key)
     return places

@@ -216,7 +216,7 @@ BAD_FLAGS = {
     """,
     "dynamiceval": """
         --lr -1; --lamb x; --epsilon -1; --bptt 0; --batch_size 0; --sgd --oldhyper;
-        --sgd --epsilon 1; --sgd --batch_size 9; --preset ptbc;
+        --sgd --epsilon 1; --sgd --batch_size 9; --preset ptbc; --sgd --preset ptb-lstm;
         --window 9; --cache-from-start --sgd
     """,
 }
