@@ -27,10 +27,11 @@ from data import Corpus
 from dynamic_evaluation import DynamicEvaluation, GradientStatistics
 from loss import TrainingLoss
 from model import Hidden
+from qrnn.check import source_digest
 from run import program
 from run.corpus import read_corpus
 from run.log_lines import DOUBLE_RULE, alone_line, partial, scored_line
-from run.network import network_of
+from run.network import choose_forms, network_of
 from run.progress import Bar
 from scoring.stream import Piece, with_cache
 from training import TrainingStep, evaluate
@@ -109,7 +110,7 @@ def run(
         for module in network.modules():
             module.train(isinstance(module, nn.RNNBase))
     step = TrainingStep(network, optimizer, source, bptt=args.bptt, clip=0.0)
-    fast.choose(network, optimizer, step, plain=args.plain)
+    choose_forms(network, optimizer, step, plain=args.plain)
     if network.device.type == "cuda" and not args.plain:
         fast.record_steps(step)
     cached = isinstance(network, ScoredLoss)
@@ -143,7 +144,8 @@ def statistics(
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (*loaded.model.values(), *loaded.criterion.values()):
         digest.update(tensor.numpy().tobytes())
-    digest.update(f"{args.batch_size} {args.bptt} {args.max_batches}".encode())
+    code = source_digest(GradientStatistics)
+    digest.update(f"{args.batch_size} {args.bptt} {args.max_batches} {code}".encode())
     params = [p for p in network.parameters() if p.requires_grad]
     optimizer = GradientStatistics(params)
     kept = read_statistics(path, digest.hexdigest(), text, params)

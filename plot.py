@@ -140,6 +140,8 @@ def from_metrics(path: Path) -> Iterator[Line]:
                 kind = "resuming" if flags.get("resume") else "finetuning" if starts else "new"
                 yield kind, []
                 kind = "partial" if flags.get("max_batches") else ""
+            elif kind not in (*_NUMBERS, "switch"):
+                continue  # a line of another kind
             # bench/reproduce.py puts the stages into one file.
             elif line.get("stage", stage) != stage:
                 stage = line["stage"]
@@ -162,8 +164,9 @@ def read_run(run: str) -> tuple[str, list[Line]]:
         path = path / metrics.NAME
     if path.suffix == ".jsonl":
         name, lines = path.parent.name or run, list(from_metrics(path))
-        # Of several runs in one folder the last is drawn.
-        new = [place for place, (kind, _) in enumerate(lines) if kind == "new"]
+        # Of several runs in one folder the last with an epoch is drawn.
+        ended = max((at for at, (kind, _) in enumerate(lines) if kind == "epoch"), default=0)
+        new = [at for at, (kind, _) in enumerate(lines[:ended]) if kind == "new"]
         lines = lines[max(new, default=0) :]
     else:
         with opened(path, "r", encoding="utf-8", errors="replace") as file:

@@ -104,7 +104,7 @@ def text_lines(file: str | None, text: str | None) -> Iterator[str]:
     utf8 = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
     if text is not None:
         name, lines = "--text", io.TextIOWrapper(io.BytesIO(os.fsencode(text)), **utf8)
-    elif file in (None, "-"):
+    elif file in (None, "-", "/dev/stdin"):
         name, lines = "standard input", sys.stdin
         if lines is None:
             raise ToolkitError("standard input is closed: name a file, or give --text")

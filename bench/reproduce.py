@@ -190,7 +190,13 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
             tests = [line["test_loss"] for line in lines if line.get("kind") == "test"]
             flags = next((line["flags"] for line in reversed(lines) if "flags" in line), {})
             model = work.folder / f"{name}.pt"
-            best = checkpoint.load(model).valid_loss if model.exists() else math.inf
+            losses = [line["valid_loss"] for line in epochs.values() if line["valid_loss"]]
+            # The loss of the model that was tested; without its file, the lowest in the log.
+            best = (
+                checkpoint.load(model).valid_loss
+                if model.exists()
+                else min(losses, default=math.inf)
+            )
             found |= {
                 "epochs": max(epochs, default=0),
                 "of": flags.get("epochs"),
@@ -210,6 +216,7 @@ def write_results(work: Work, row: str, folder: Path, reduced: list[str]) -> Pat
     head = {
         "row": row,
         "reduced": reduced,
+        "another_text": work.state["another_text"],
         "unit": ROWS[row].unit,
         "versions": metrics.versions(),
         "stages": found,
@@ -235,6 +242,8 @@ def page(head: dict[str, Any]) -> str:
     """The text of ROW.md: commands, progress, and our figures beside the published ones."""
     published = ROWS[head["row"]]
     lines = [f"# {published.title}, {head['unit']}", ""]
+    if head["another_text"]:
+        lines += ["**Another text than the row's.**", ""]
     if head["reduced"]:
         lines += [
             f"**A run of reduced size (`{' '.join(head['reduced'])}`): it shows that the stages "
@@ -308,12 +317,13 @@ def main(argv: list[str] | None = None) -> int:
             "the same, or another --work"
         )
     # Checked at every call, as a new stage, unlike --resume, would accept a changed text.
-    wrong = [] if extra else wrong_files(SPECS[corpus.name], data)
-    if wrong:
+    wrong = wrong_files(SPECS[corpus.name], data)
+    if wrong and not extra:
         raise ToolkitError(
             f"{data} is not the row's corpus ({'; '.join(wrong)}): fetch it with ./getdata.sh, or "
             "give flags after -- for a run that is not the row's"
         )
+    work.state["another_text"] = bool(wrong)
     try:
         for name in ROWS[args.row].figures:
             if work.stage(name)["done"]:

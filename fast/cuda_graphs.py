@@ -75,7 +75,8 @@ class GraphedStep(FastStep):
         self._replayed = False
 
     def take(self, rows: int, seq_len: int) -> None:
-        if rows not in self._replays or self.batches % _COMPARE_EVERY == 0:
+        due = not self._replayed or self.batches % _COMPARE_EVERY == 0
+        if due or rows not in self._replays:
             self._report_changes()
         with self._on_one_stream():
             if rows == seq_len and self._is_recorded(rows):

@@ -80,7 +80,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         a, b = _operand(a), _operand(b)
     elif a.dtype == torch.bfloat16:
         return a @ b
-    elif a.dtype == torch.float32 and _mkl_is_slow():
+    elif a.dtype == torch.float32 and a.size(1) and _mkl_is_slow():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return torch.mm(a, b, out=empty((a.size(0), b.size(1)), a))
 

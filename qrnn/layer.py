@@ -209,9 +209,13 @@ class QRNN(nn.Module):
                 raise ValueError("lengths cannot be combined with a PackedSequence")
             padded, on_cpu = pad_packed_sequence(input)
             output, last = self._stack(padded, hidden, on_cpu.to(padded.device))
-            # The order of the columns is again that of the input.
-            in_order = input.sorted_indices is None
-            return pack_padded_sequence(output, on_cpu, enforce_sorted=in_order), last
+            order = input.sorted_indices
+            if order is not None:
+                output, on_cpu = output[:, order], on_cpu[order.cpu()]
+            packed = pack_padded_sequence(output, on_cpu)
+            return packed._replace(
+                sorted_indices=order, unsorted_indices=input.unsorted_indices
+            ), last
         if self.batch_first:
             input = input.transpose(0, 1)
         output, last = self._stack(input, hidden, lengths)

@@ -1,7 +1,9 @@
 """The network of a model file, ready to score text."""
 
 import argparse
+import functools
 import sys
+from typing import Any
 
 import checkpoint
 import fast
@@ -18,6 +20,16 @@ def network_of(loaded: Checkpoint, args: argparse.Namespace) -> TrainingLoss:
     device = select_device(args.cuda)
     score_as_trained(loaded.args, device)
     network = checkpoint.scoring_network(loaded, device)
-    for line in fast.choose(network, plain=args.plain)[1:]:
-        sys.stderr.write(f"{line}\n")
+    choose_forms(network, plain=args.plain)
     return network
+
+
+def choose_forms(network: TrainingLoss, *others: Any, plain: bool) -> None:
+    """`fast.choose`; a form that does not agree with its definition is reported once."""
+    for line in fast.choose(network, *others, plain=plain)[1:]:
+        _report(line)
+
+
+@functools.cache
+def _report(line: str) -> None:
+    sys.stderr.write(f"{line}\n")

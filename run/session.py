@@ -168,8 +168,8 @@ class Session:
         """Set up the network, the data in columns, and the training step.
 
         `config` are the arguments of `make_network`. Raises ToolkitError if one contradicts a flag
-        of its name, if a model file of the network could not be read, if its state cannot be
-        carried, if a text is too short, or if the ranks have different texts.
+        of its name, if a weight is a slice, if a model file of the network could not be read, if
+        its state cannot be carried, if a text is too short, or if the ranks have different texts.
         """
         args, ranks = self.args, self.ranks
         self.config, self.network, self.optimizer = dict(config), network, optimizer
@@ -179,6 +179,13 @@ class Session:
                 raise ToolkitError(
                     f"--{name} {self.flags[name]} has no effect on a network that was made with "
                     f'{value}: add the flag with config="{name}"'
+                )
+        for name, p in network.named_parameters():
+            # PyTorch's fused optimisers, and fast/nt_asgd.py, would update the numbers in between.
+            if torch.empty_like(p, device="meta").stride() != p.stride():
+                raise ToolkitError(
+                    f"the weight {name} is a slice of a larger tensor: make it one of its own, "
+                    "with .clone()"
                 )
         self.vocabulary = checkpoint.vocabulary_of(corpus.dictionary)
         checkpoint.check_readable(self.snapshot(0, math.inf))

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TextIO
@@ -74,7 +75,8 @@ class StopRequests:
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequests":
-        for signum in SIGNALS:
+        # Python lets only the main thread handle signals.
+        for signum in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 self._old[signum] = signal.signal(signum, self._note)
         if isinstance(sys.stdout, Output):

@@ -55,6 +55,13 @@ def test_embedded_dropout_gradient_carries_the_mask_to_every_word(dropout):
     torch.testing.assert_close(embed.weight.grad, expected)
 
 
+def test_embedded_dropout_honours_a_padding_index():
+    embed = nn.Embedding(5, 3, padding_idx=1)
+    embedded_dropout(embed, torch.tensor([[0, 1]]), 0.0).sum().backward()
+    assert not embed.weight.grad[1].any()
+    assert embed.weight.grad[0].all()
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_embedded_dropout_scale(size):
     embed = nn.Embedding(5, 3)

@@ -198,7 +198,7 @@ def test_statistics_are_collected_once(models, script, corpus_dir, tmp_path, mon
     first, _ = call(script, *flags)
     assert call(script, *flags, "--lr", 5e-5)[0] == first
     assert len(collected) == 1
-    # Other segments, other weights and a damaged file: the statistics are collected again.
+    # Other segments, weights, a damaged file, edited code: the statistics are collected again.
     call(script, *flags, "--bptt", 6)
     model = checkpoint.load(path)
     model.model["decoder.bias"] += 1
@@ -206,7 +206,9 @@ def test_statistics_are_collected_once(models, script, corpus_dir, tmp_path, mon
     call(script, *flags)
     (tmp_path / "GRU.pt.rms").write_bytes(b"nothing")
     call(script, *flags)
-    assert len(collected) == 4
+    monkeypatch.setattr(dynamiceval, "source_digest", lambda *parts: "edited")
+    call(script, *flags)
+    assert len(collected) == 5
 
 
 def test_a_flipped_bit_in_the_statistics_is_refused_or_changes_nothing(

@@ -72,6 +72,15 @@ def test_where_mkl_is_slow_a_product_of_any_layout_is_onednn_s(sizes, monkeypatc
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_no_rows_give_gradients_of_zero(monkeypatch):
+    monkeypatch.setattr(fast.linear, "_mkl_is_slow", lambda: True)
+    layer = FastLinear(5, 7)
+    x = torch.zeros(0, 5, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (0, 5)
+    assert not any(p.grad.any() for p in layer.parameters())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_results_and_gradients_of_inputs_of_any_layout(bias):
     torch.manual_seed(0)

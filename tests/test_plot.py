@@ -60,6 +60,18 @@ def test_of_two_runs_in_one_folder_the_last_is_drawn(run_dir):
     assert (curve.switch, curve.batches, curve.partial) == (None, {}, True)
 
 
+def test_lines_of_other_kinds_and_a_run_without_an_epoch_change_nothing(run_dir):
+    (expected,) = plot.read_curves([str(run_dir)])
+    with metrics.MetricsWriter(run_dir, command=["main.py"], flags={}, device="cpu") as writer:
+        writer.write("batch", step=1, epoch=1, batch=1, loss=9.0)
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    own = [f'{{"kind": "{kind}"}}' for kind in ("new", "partial", "finetuning", "resuming", "x")]
+    path.write_text("\n".join([*lines[:4], *own, *lines[4:]]))
+    (curve,) = plot.read_curves([str(run_dir)])
+    assert (curve.ppl, curve.switch, curve.partial) == (expected.ppl, 2, False)
+
+
 def test_finetuning_continues_the_curve_in_one_log_or_two(tmp_path, script, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -228,6 +228,17 @@ def test_bidirectional_equals_two_one_way_ones_on_flipped_input(window, lengths)
     torch.testing.assert_close(last, torch.cat([last_ahead, last_back]))
 
 
+def test_a_packed_sequence_keeps_its_own_order_of_equal_lengths():
+    torch.manual_seed(0)
+    net, order = QRNN(5, 3), torch.tensor([2, 0, 1])
+    columns = torch.randn(4, 3, 5)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(columns[:, order], torch.tensor([4, 4, 4]))
+    packed = packed._replace(sorted_indices=order, unsorted_indices=order.argsort())
+    output, _ = net(packed)
+    torch.testing.assert_close(output.data, net(columns)[0][:, order].flatten(0, 1))
+    torch.testing.assert_close(output.sorted_indices, order)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 def test_packed_sequences(bidirectional, enforce_sorted):

@@ -102,6 +102,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     assert results[0] == results[1]
     page = (cut / "ptb-lstm-reduced.md").read_text()
     assert str(tmp_path) not in page
+    assert "**Another text than the row's.**" in page
     for valid, test in results[0][1:]:
         assert f"| {valid:.2f} |" in page
         assert f"| {test:.2f} |" in page
@@ -113,6 +114,11 @@ def test_stopped_and_killed_it_ends_as_if_it_had_never_been(corpus_dir, tmp_path
     assert (status, output.count("$")) == (0, 0)
     with pytest.raises(ToolkitError, match="was begun with the flags"):
         reproduce.main([*command(corpus_dir, cut)[2:], "--nhid", "20"])
+    # Without the model's file its loss is that in the log.
+    work = reproduce.Work(cut / "work")
+    before = reproduce.figures(work, "ptb-lstm")["main"]["valid"]
+    (cut / "work" / "main.pt").unlink()
+    assert reproduce.figures(work, "ptb-lstm")["main"]["valid"] == pytest.approx(before)
 
 
 def test_another_text_is_not_the_rows(corpus_dir, tmp_path):

@@ -220,6 +220,19 @@ def test_a_network_whose_file_could_not_be_read_is_refused_before_training(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_weight_that_is_a_slice_is_refused_before_training(corpus_dir, tmp_path, monkeypatch):
+    def with_a_slice(*args, **options):
+        model, criterion = make_network(*args, **options)
+        cell = model.rnns[0].module
+        cell.bias_hh_l0 = nn.Parameter(cell.bias_hh_l0.detach().repeat_interleave(2)[::2])
+        return model, criterion
+
+    monkeypatch.setattr(main, "make_network", with_a_slice)
+    argv = ["--data", str(corpus_dir), *TINY, "--save", str(tmp_path / "m.pt")]
+    with pytest.raises(ToolkitError, match=r"model\.rnns\.0\..*bias_hh_l0 is a slice of a larger"):
+        main.main(argv)
+
+
 @pytest.fixture(scope="module")
 def within_an_epoch(tmp_path_factory, corpus_dir):
     """The model file of an averaging run, saved within an epoch."""

@@ -432,7 +432,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 @linux_only
-@pytest.mark.parametrize("source", ["<(cat t.txt)", "/dev/stdin < t.txt", "fifo"])
+@pytest.mark.parametrize("source", ["<(cat t.txt)", "/dev/stdin < t.txt", "/dev/stdin", "fifo"])
 def test_text_from_a_pipe(source, script, trained, tmp_path):
     (tmp_path / "t.txt").write_text("w1 w3\nw9\n")
     os.mkfifo(tmp_path / "fifo")
@@ -440,6 +440,9 @@ def test_text_from_a_pipe(source, script, trained, tmp_path):
     if source == "fifo":
         # Opening the pipe waits for the writer.
         command = f"(cat t.txt > fifo) & exec 5< fifo; {command}"
+    elif source == "/dev/stdin":
+        # Another command has read the first line.
+        command = f"(echo head; cat t.txt) > h.txt; (read head; {command}) < h.txt"
     result = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )

@@ -3,11 +3,27 @@
 import contextlib
 import os
 import signal
+import threading
 
 import pytest
 
 from run.save_clock import SaveClock
 from run.signals import Output, Stopped, StopRequests
+
+
+def test_a_run_outside_of_the_main_thread_handles_no_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    handlers = []
+
+    def run():
+        with StopRequests() as stop:
+            stop.check()
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert handlers == [before]
 
 
 class Time:

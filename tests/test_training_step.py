@@ -182,6 +182,22 @@ def test_what_is_changed_between_epochs_reaches_what_was_recorded(change):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
 
 
+def test_what_is_changed_before_a_start_within_the_text_reaches_what_was_recorded():
+    eager, graphed = make("LSTM"), make("LSTM", graphs=True)
+    lines = []
+    graphed.say = lines.append
+    for step in (eager, graphed):
+        train(step, (1, 2))
+        step.network.alpha = 20.0
+        hidden = step.network.init_hidden(3)
+        step.begin({"row": 16, "batches": 3, "since": 0, "hidden": hidden})
+        for _ in range(5):
+            step.take(8, 8)
+    assert lines == []
+    for p, q in zip(graphed.params, eager.params, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
+
+
 def test_a_number_changed_within_an_epoch_is_reported_unless_refresh_is_called():
     for refresh in (False, True):
         step, lines = make("LSTM", graphs=True), []
