@@ -81,8 +81,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     elif a.dtype == torch.bfloat16:
         return a @ b
     elif a.dtype == torch.float32 and a.size(1) and _mkl_is_slow():
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return _onednn(a, b)
     return torch.mm(a, b, out=empty((a.size(0), b.size(1)), a))
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of two matrices in float32 on a CPU, by oneDNN."""
+    rows, inner, columns = *a.shape, b.size(1)
+    # oneDNN copies a left operand that is transposed: the other one and the result may be smaller.
+    swap = a.stride(0) == 1 and columns * (rows + inner) < rows * inner
+    left, right = (b.t(), a) if swap else (a, b.t())
+    product = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return transposed(product) if swap else product
 
 
 @functools.cache
