@@ -210,6 +210,8 @@ def test_what_a_kernel_would_misread_is_refused():
     for options in ({"lengths": torch.ones(3)}, {"bias": torch.ones(5)}):
         with pytest.raises(RuntimeError, match="expanded size"):
             kernels.pool(y, **options)
+    with pytest.raises(ValueError, match="has a zero"):
+        kernels.pool(y[:0])
 
 
 @pytest.fixture
