@@ -5,7 +5,7 @@ with fewer columns, on the CPU. A step is forward, loss, backward, clipping and 
 
 The floor is the step's matrix products alone, each as large as it can be, measured in the same run
 and precision: an LSTM's recurrent products, which must go step by step, count as one of all steps.
-On a CPU the products are those of fast/linear.py, which are never slower than PyTorch's.
+On a CPU the products are those of fast/linear.py, as in a step.
 """
 
 import argparse
