@@ -46,46 +46,45 @@ class SplitCrossEntropyLoss(nn.Module):
         self, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor
     ) -> Tensor:
         """`log p` in nats of each of `targets` (n,): (n,). Shapes as in `forward`."""
-        head_weight, head_bias = self.head(weight, bias)
-        head = log_softmax(linear(hiddens, head_weight, head_bias), dim=1)
-        if self.nsplits == 1:
-            return head.gather(1, targets.unsqueeze(1)).squeeze(1)
-        bucket, in_head = self.places(targets, len(head_bias))
-        result = head.gather(1, in_head.unsqueeze(1)).squeeze(1)
-        for k in range(1, self.nsplits):
+        head, *tails = self.buckets(weight, bias)
+        logprob = log_softmax(linear(hiddens, *head), dim=1)
+        if not tails:
+            return logprob.gather(1, targets.unsqueeze(1)).squeeze(1)
+        bucket, in_head = self.places(targets, logprob.size(1))
+        result = logprob.gather(1, in_head.unsqueeze(1)).squeeze(1)
+        for k, tail in enumerate(tails, start=1):
             rows = (bucket == k).nonzero().squeeze(1)
-            words = self.words(k, len(weight))
-            tail = log_softmax(linear(hiddens[rows], weight[words], bias[words]), dim=1)
             in_tail = targets[rows] - self.splits[k]
-            result = result.index_add(0, rows, tail.gather(1, in_tail.unsqueeze(1)).squeeze(1))
+            logprob = log_softmax(linear(hiddens[rows], *tail), dim=1)
+            result = result.index_add(0, rows, logprob.gather(1, in_tail.unsqueeze(1)).squeeze(1))
         return result
 
     def logprob(self, weight: Tensor, bias: Tensor, hiddens: Tensor) -> Tensor:
         """The full distribution, `log p` in nats of every word: (n, ntoken); else as `forward`."""
-        head = log_softmax(linear(hiddens, *self.head(weight, bias)), dim=1)
-        if self.nsplits == 1:
-            return head
-        parts = [head[:, : self.splits[1]]]
-        for k in range(1, self.nsplits):
-            words = self.words(k, len(weight))
-            tail = log_softmax(linear(hiddens, weight[words], bias[words]), dim=1)
-            parts.append(head[:, -k].unsqueeze(1) + tail)
+        head, *tails = self.buckets(weight, bias)
+        logprob = log_softmax(linear(hiddens, *head), dim=1)
+        if not tails:
+            return logprob
+        parts = [logprob[:, : self.splits[1]]]
+        for k, tail in enumerate(tails, start=1):
+            in_tail = log_softmax(linear(hiddens, *tail), dim=1)
+            parts.append(logprob[:, -k].unsqueeze(1) + in_tail)
         return torch.cat(parts, dim=1)
 
-    def head(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the head's words, then of the tombstones."""
+    def buckets(self, weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of the head's words and the tombstones, then of each tail's words."""
         if self.nsplits == 1:
-            return weight, bias
+            return [(weight, bias)]
         if self.splits[-1] >= len(weight):
             raise ValueError(
                 f"the split at {self.splits[-1]} leaves no word of {len(weight)} in its tail"
             )
-        weight = torch.cat([weight[: self.splits[1]], self.tail_vectors])
-        return weight, torch.cat([bias[: self.splits[1]], self.tail_bias])
-
-    def words(self, k: int, ntoken: int) -> slice:
-        """The words of tail k in a vocabulary of `ntoken` words."""
-        return slice(self.splits[k], self.splits[k + 1] if k + 1 < self.nsplits else ntoken)
+        ends = [*self.splits[1:], len(weight)]
+        sizes = [end - start for start, end in zip(self.splits, ends, strict=True)]
+        # Split at once: the gradient of a slice would be as large as that of the whole.
+        weights, biases = weight.split(sizes), bias.split(sizes)
+        head = torch.cat([weights[0], self.tail_vectors]), torch.cat([biases[0], self.tail_bias])
+        return [head, *zip(weights[1:], biases[1:], strict=True)]
 
     def places(self, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Each word's bucket, 0 for the head and k for tail k, and its index in a head of `size`.

@@ -43,7 +43,7 @@ BF16_FORMS = {"model.LSTM": "fast.rnn_bf16.FastLSTM", "model.GRU": "fast.rnn_bf1
 # tests/test_fast.py prints them anew after an edit of ours.
 REPLACED: dict[str, str] = {
     "fast.weight_drop.FastWeightDrop": "e71365ca",
-    "fast.splitcross.FastSplitCrossEntropyLoss": "e46c7cde",
+    "fast.splitcross.FastSplitCrossEntropyLoss": "71cbae4f",
     "fast.nt_asgd.FastNTASGD": "5ce778e6",
     "fast.dynamic_evaluation.FastDynamicEvaluation": "aace9a5c",
     "fast.step.FastStep": "f621b94f",

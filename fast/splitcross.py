@@ -20,18 +20,16 @@ class FastSplitCrossEntropyLoss(SplitCrossEntropyLoss):
     """SplitCrossEntropyLoss in blocks of rows, with its gradient in the same pass."""
 
     def forward(self, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor) -> Tensor:
-        if self.nsplits == 1:
-            return _LinearCrossEntropy.apply(weight, bias, hiddens, targets) / len(targets)
-        head_weight, head_bias = self.head(weight, bias)
-        bucket, in_head = self.places(targets, len(head_bias))
-        total = _LinearCrossEntropy.apply(head_weight, head_bias, hiddens, in_head)
-        for k in range(1, self.nsplits):
+        head, *tails = self.buckets(weight, bias)
+        if not tails:
+            return _LinearCrossEntropy.apply(*head, hiddens, targets) / len(targets)
+        bucket, in_head = self.places(targets, len(head[1]))
+        total = _LinearCrossEntropy.apply(*head, hiddens, in_head)
+        for k, tail in enumerate(tails, start=1):
             rows = (bucket == k).nonzero().squeeze(1)
             if len(rows):
-                words = self.words(k, len(weight))
-                total = total + _LinearCrossEntropy.apply(
-                    weight[words], bias[words], hiddens[rows], targets[rows] - self.splits[k]
-                )
+                in_tail = targets[rows] - self.splits[k]
+                total = total + _LinearCrossEntropy.apply(*tail, hiddens[rows], in_tail)
         return total / len(targets)
 
     def target_logprob(
