@@ -190,13 +190,10 @@ def figures(work: Work, row: str) -> dict[str, dict[str, Any]]:
             tests = [line["test_loss"] for line in lines if line.get("kind") == "test"]
             flags = next((line["flags"] for line in reversed(lines) if "flags" in line), {})
             model = work.folder / f"{name}.pt"
-            losses = [line["valid_loss"] for line in epochs.values() if line["valid_loss"]]
-            # The loss of the model that was tested; without its file, the lowest in the log.
-            best = (
-                checkpoint.load(model).valid_loss
-                if model.exists()
-                else min(losses, default=math.inf)
-            )
+            losses = [line["valid_loss"] or math.inf for line in epochs.values()]
+            if model.exists():
+                losses = [checkpoint.load(model).valid_loss]  # of the model that was tested
+            best = min(losses, default=math.inf)
             found |= {
                 "epochs": max(epochs, default=0),
                 "of": flags.get("epochs"),

@@ -80,9 +80,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         a, b = _operand(a), _operand(b)
     elif a.dtype == torch.bfloat16:
         return a @ b
-    elif a.dtype == torch.float32 and a.size(1) and _mkl_is_slow():
+    elif uses_onednn(a) and a.size(1):
         return _onednn(a, b)
     return torch.mm(a, b, out=empty((a.size(0), b.size(1)), a))
+
+
+def uses_onednn(like: Tensor) -> bool:
+    """Whether `matmul` of matrices like this one is oneDNN's, which cannot add to a matrix."""
+    return like.dtype == torch.float32 and not _on_gpu(like) and _mkl_is_slow()
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_hiddens[block] = linear.matmul(d_logits, matrix)
             if need_weight and d_weight is None:
                 d_weight = linear.matmul(d_logits.t(), inputs).to(weight.dtype)
-            elif need_weight and hiddens.is_cuda and low == weight.dtype:
+            elif need_weight and low == weight.dtype and not linear.uses_onednn(inputs):
                 d_weight.addmm_(d_logits.t(), inputs)
             elif need_weight:
                 d_weight += linear.matmul(d_logits.t(), inputs)

@@ -212,10 +212,7 @@ class QRNN(nn.Module):
             order = input.sorted_indices
             if order is not None:
                 output, on_cpu = output[:, order], on_cpu[order.cpu()]
-            packed = pack_padded_sequence(output, on_cpu)
-            return packed._replace(
-                sorted_indices=order, unsorted_indices=input.unsorted_indices
-            ), last
+            return input._replace(data=pack_padded_sequence(output, on_cpu).data), last
         if self.batch_first:
             input = input.transpose(0, 1)
         output, last = self._stack(input, hidden, lengths)

@@ -182,7 +182,7 @@ class Session:
                 )
         for name, p in network.named_parameters():
             # PyTorch's fused optimisers, and fast/nt_asgd.py, would update the numbers in between.
-            if torch.empty_like(p, device="meta").stride() != p.stride():
+            if p.requires_grad and torch.empty_like(p, device="meta").stride() != p.stride():
                 raise ToolkitError(
                     f"the weight {name} is a slice of a larger tensor: make it one of its own, "
                     "with .clone()"
